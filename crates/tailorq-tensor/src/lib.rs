@@ -1,0 +1,24 @@
+//! The nouns of tailorq: dtypes, matrices, the packed matrix and its layouts.
+//!
+//! Nothing here computes beyond what defines a data type: the scalar unpack of a layout *is* the definition of that
+//! layout, and every fast kernel is tested against it. Matrices are `[rows, cols]` row-major with `rows` = outputs and
+//! `cols` = inputs of a linear.
+#![forbid(unsafe_code)]
+
+mod bytes;
+mod dtype;
+mod layer;
+mod layout;
+mod matrix;
+mod packed;
+mod rng;
+mod weight;
+
+pub use bytes::SharedBytes;
+pub use dtype::DType;
+pub use layer::{InputGroup, LayerId, Slot};
+pub use layout::{Bits, Group, Layout, TILE};
+pub use matrix::Matrix;
+pub use packed::{PackError, PackedMatrix, PackedParts};
+pub use rng::Rng;
+pub use weight::{DenseRows, ReadRows, RowOrder, Weight};

@@ -1,0 +1,299 @@
+//! The packed matrix. Its scalar accessors define every layout; kernels are optimizations tested against them.
+
+use crate::layout::{Bits, Layout, TILE};
+use crate::{ReadRows, SharedBytes};
+use half::f16;
+use thiserror::Error;
+
+/// Why bytes do not form a packed matrix.
+#[derive(Debug, Error, PartialEq)]
+pub enum PackError {
+    /// A part has the wrong number of bytes.
+    #[error("{part} has {found} bytes, a [{rows}, {cols}] matrix of this layout needs {expected}")]
+    Size {
+        /// `codes`, `codes_high`, `scales` or `zeros`.
+        part: &'static str,
+        /// Bytes it has.
+        found: usize,
+        /// Bytes it must have.
+        expected: usize,
+        /// Rows of the matrix.
+        rows: usize,
+        /// Columns of the matrix.
+        cols: usize,
+    },
+    /// A part does not start at a multiple of its element size.
+    #[error("{0} is not aligned in memory")]
+    Misaligned(&'static str),
+    /// A scale is NaN, infinite or negative.
+    #[error("scale {index} is {value}: scales are finite and not negative")]
+    Scale {
+        /// Index into the scales.
+        index: usize,
+        /// Its value.
+        value: f32,
+    },
+    /// The shape overflows the address space.
+    #[error("shape [{0}, {1}] is too large")]
+    TooLarge(usize, usize),
+}
+
+/// The parts of a packed matrix as they lie in a file, little-endian.
+#[derive(Clone, Debug)]
+pub struct PackedParts {
+    /// u32 `[rows, tiles * words_per_tile]`, see [`Bits`]. Codes past `cols` in a row's last tile are 0.
+    pub codes: SharedBytes,
+    /// u16 `[rows, tiles]`, 3 bits only: bit `i` is the high bit of the tile's code `i`.
+    pub codes_high: Option<SharedBytes>,
+    /// f16 `[rows, groups]`, finite and not negative.
+    pub scales: SharedBytes,
+    /// u8 `[rows, zero_bytes_per_row]`, asymmetric only: per row a bit stream, zero `g` at bits `g * bits`.
+    pub zeros: Option<SharedBytes>,
+}
+
+/// A `[rows, cols]` weight matrix at 2, 3, 4 or 8 bits, `value = (code - zero) * scale`.
+#[derive(Clone, Debug)]
+pub struct PackedMatrix {
+    rows: usize,
+    cols: usize,
+    layout: Layout,
+    parts: PackedParts,
+}
+
+impl PackedMatrix {
+    /// Validates sizes, alignment and scales once; afterwards nothing is checked again.
+    pub fn new(rows: usize, cols: usize, layout: Layout, parts: PackedParts) -> Result<Self, PackError> {
+        if rows.checked_mul(cols).and_then(|n| n.checked_mul(8)).is_none() {
+            return Err(PackError::TooLarge(rows, cols));
+        }
+        let tiles = cols.div_ceil(TILE);
+        let size = |part, bytes: &SharedBytes, expected: usize| {
+            if bytes.len() == expected {
+                Ok(())
+            } else {
+                Err(PackError::Size { part, found: bytes.len(), expected, rows, cols })
+            }
+        };
+        let absent = SharedBytes::from_vec(Vec::<u8>::new());
+        size("codes", &parts.codes, rows * tiles * layout.bits.words_per_tile() * 4)?;
+        let high = parts.codes_high.as_ref().unwrap_or(&absent);
+        size("codes_high", high, if layout.bits == Bits::Three { rows * tiles * 2 } else { 0 })?;
+        size("scales", &parts.scales, rows * layout.group.count(cols) * 2)?;
+        size("zeros", parts.zeros.as_ref().unwrap_or(&absent), rows * layout.zero_bytes_per_row(cols))?;
+        parts.codes.cast::<u32>().ok_or(PackError::Misaligned("codes"))?;
+        high.cast::<u16>().ok_or(PackError::Misaligned("codes_high"))?;
+        let scales = parts.scales.cast::<f16>().ok_or(PackError::Misaligned("scales"))?;
+        if let Some(index) = scales.iter().position(|s| !s.is_finite() || s.to_f32() < 0.0) {
+            return Err(PackError::Scale { index, value: scales[index].to_f32() });
+        }
+        Ok(PackedMatrix { rows, cols, layout, parts })
+    }
+
+    /// Packs codes (`[rows, cols]`, one a byte), scales (`[rows, groups]`) and zeros (`[rows, groups]`; empty when the
+    /// layout is symmetric). Panics when a slice has the wrong length; fails when a scale is not finite.
+    pub fn pack(
+        rows: usize,
+        cols: usize,
+        layout: Layout,
+        codes: &[u8],
+        scales: &[f16],
+        zeros: &[u8],
+    ) -> Result<Self, PackError> {
+        assert_eq!(codes.len(), rows * cols, "one code a weight");
+        let (words, high) = pack_codes(rows, cols, layout.bits, codes);
+        let zeros = (!layout.symmetric).then(|| SharedBytes::from_vec(pack_zeros(rows, cols, layout, zeros)));
+        let parts = PackedParts {
+            codes: SharedBytes::from_vec(words),
+            codes_high: high.map(SharedBytes::from_vec),
+            scales: SharedBytes::from_vec(scales.to_vec()),
+            zeros,
+        };
+        PackedMatrix::new(rows, cols, layout, parts)
+    }
+
+    /// Outputs.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Inputs.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// The layout.
+    pub fn layout(&self) -> Layout {
+        self.layout
+    }
+
+    /// The parts as they lie in a file.
+    pub fn parts(&self) -> &PackedParts {
+        &self.parts
+    }
+
+    /// Bytes of all parts together.
+    pub fn bytes(&self) -> usize {
+        self.layout.bytes(self.rows, self.cols)
+    }
+
+    /// Tiles in a row.
+    pub fn tiles_per_row(&self) -> usize {
+        self.cols.div_ceil(TILE)
+    }
+
+    /// The main code plane of row `r`: u32 `[tiles * words_per_tile]`.
+    pub fn code_words(&self, r: usize) -> &[u32] {
+        let n = self.tiles_per_row() * self.layout.bits.words_per_tile();
+        &self.parts.codes.cast::<u32>().expect("checked at the door")[r * n..(r + 1) * n]
+    }
+
+    /// The high plane of row `r`: u16 `[tiles]`; empty unless the layout has 3 bits.
+    pub fn code_highs(&self, r: usize) -> &[u16] {
+        let n = self.tiles_per_row();
+        match &self.parts.codes_high {
+            Some(high) => &high.cast::<u16>().expect("checked at the door")[r * n..(r + 1) * n],
+            None => &[],
+        }
+    }
+
+    /// The scales of row `r`: f16 `[groups]`.
+    pub fn scales(&self, r: usize) -> &[f16] {
+        let n = self.layout.group.count(self.cols);
+        &self.parts.scales.cast::<f16>().expect("checked at the door")[r * n..(r + 1) * n]
+    }
+
+    /// The code of weight `(r, c)`.
+    pub fn code(&self, r: usize, c: usize) -> u8 {
+        assert!(c < self.cols, "column {c} of {}", self.cols);
+        let (tile, i) = (c / TILE, c % TILE);
+        let words = self.code_words(r);
+        match self.layout.bits {
+            Bits::Two => (words[tile] >> (2 * i) & 3) as u8,
+            Bits::Three => (words[tile] >> (2 * i) & 3) as u8 | ((self.code_highs(r)[tile] >> i & 1) << 2) as u8,
+            Bits::Four => (words[2 * tile + i / 8] >> (4 * (i % 8)) & 15) as u8,
+            Bits::Eight => (words[4 * tile + i / 4] >> (8 * (i % 4)) & 255) as u8,
+        }
+    }
+
+    /// The zero point of group `g` in row `r`.
+    pub fn zero(&self, r: usize, g: usize) -> u8 {
+        let Some(zeros) = &self.parts.zeros else { return self.layout.bits.middle() };
+        let bits = self.layout.bits.count() as usize;
+        let n = self.layout.zero_bytes_per_row(self.cols);
+        let row = &zeros[r * n..(r + 1) * n];
+        (0..bits).fold(0, |z, b| {
+            let at = g * bits + b;
+            z | (row[at / 8] >> (at % 8) & 1) << b
+        })
+    }
+
+    /// Weight `(r, c)`: `(code - zero) * scale`, exact in f32.
+    pub fn value(&self, r: usize, c: usize) -> f32 {
+        let g = c / self.layout.group.len(self.cols);
+        f32::from(i16::from(self.code(r, c)) - i16::from(self.zero(r, g))) * self.scales(r)[g].to_f32()
+    }
+
+    /// Row `r` as f32, the same values as [`PackedMatrix::value`], tile by tile.
+    pub fn unpack_row(&self, r: usize, out: &mut [f32]) {
+        assert_eq!(out.len(), self.cols, "unpack_row: output length");
+        let (words, highs, scales) = (self.code_words(r), self.code_highs(r), self.scales(r));
+        let group = self.layout.group.len(self.cols);
+        let per_tile = self.layout.bits.words_per_tile();
+        let mut codes = [0u8; TILE];
+        for (tile, values) in out.chunks_mut(TILE).enumerate() {
+            let high = highs.get(tile).copied().unwrap_or(0);
+            tile_codes(self.layout.bits, &words[tile * per_tile..(tile + 1) * per_tile], high, &mut codes);
+            // Groups are multiples of a tile, so a tile lies in one group.
+            let g = tile * TILE / group;
+            let (zero, scale) = (f32::from(self.zero(r, g)), scales[g].to_f32());
+            for (value, code) in values.iter_mut().zip(codes) {
+                *value = (f32::from(code) - zero) * scale;
+            }
+        }
+    }
+}
+
+impl ReadRows for PackedMatrix {
+    fn rows(&self) -> usize {
+        self.rows
+    }
+    fn cols(&self) -> usize {
+        self.cols
+    }
+    fn bytes(&self) -> usize {
+        PackedMatrix::bytes(self)
+    }
+    fn read_rows(&self, first: usize, out: &mut [f32]) {
+        for (i, row) in out.chunks_exact_mut(self.cols.max(1)).enumerate() {
+            self.unpack_row(first + i, row);
+        }
+    }
+}
+
+/// The 16 codes of one tile.
+fn tile_codes(bits: Bits, words: &[u32], high: u16, codes: &mut [u8; TILE]) {
+    match bits {
+        Bits::Two => {
+            for (i, c) in codes.iter_mut().enumerate() {
+                *c = (words[0] >> (2 * i) & 3) as u8;
+            }
+        }
+        Bits::Three => {
+            for (i, c) in codes.iter_mut().enumerate() {
+                *c = (words[0] >> (2 * i) & 3) as u8 | ((high >> i & 1) << 2) as u8;
+            }
+        }
+        Bits::Four => {
+            for (i, c) in codes.iter_mut().enumerate() {
+                *c = (words[i / 8] >> (4 * (i % 8)) & 15) as u8;
+            }
+        }
+        Bits::Eight => {
+            for (i, c) in codes.iter_mut().enumerate() {
+                *c = (words[i / 4] >> (8 * (i % 4))) as u8;
+            }
+        }
+    }
+}
+
+fn pack_codes(rows: usize, cols: usize, bits: Bits, codes: &[u8]) -> (Vec<u32>, Option<Vec<u16>>) {
+    let (tiles, per_tile) = (cols.div_ceil(TILE), bits.words_per_tile());
+    let mut words = vec![0u32; rows * tiles * per_tile];
+    let mut high = vec![0u16; if bits == Bits::Three { rows * tiles } else { 0 }];
+    // `max(1)`: chunks of zero columns would panic, and there is nothing to pack then.
+    for (r, row) in codes.chunks_exact(cols.max(1)).enumerate() {
+        for (t, tile) in row.chunks(TILE).enumerate() {
+            let at = r * tiles + t;
+            for (i, &code) in tile.iter().enumerate() {
+                debug_assert!(code <= bits.max_code());
+                let code = u32::from(code);
+                match bits {
+                    Bits::Two => words[at] |= code << (2 * i),
+                    Bits::Three => {
+                        words[at] |= (code & 3) << (2 * i);
+                        high[at] |= ((code >> 2) as u16) << i;
+                    }
+                    Bits::Four => words[2 * at + i / 8] |= code << (4 * (i % 8)),
+                    Bits::Eight => words[4 * at + i / 4] |= code << (8 * (i % 4)),
+                }
+            }
+        }
+    }
+    (words, (bits == Bits::Three).then_some(high))
+}
+
+fn pack_zeros(rows: usize, cols: usize, layout: Layout, zeros: &[u8]) -> Vec<u8> {
+    let (groups, bits) = (layout.group.count(cols), layout.bits.count() as usize);
+    assert_eq!(zeros.len(), rows * groups, "one zero a group");
+    let n = layout.zero_bytes_per_row(cols);
+    let mut packed = vec![0u8; rows * n];
+    for r in 0..rows {
+        for g in 0..groups {
+            for b in 0..bits {
+                let at = g * bits + b;
+                packed[r * n + at / 8] |= (zeros[r * groups + g] >> b & 1) << (at % 8);
+            }
+        }
+    }
+    packed
+}
