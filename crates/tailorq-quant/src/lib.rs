@@ -1,1 +1,19 @@
-//! stub
+//! The workshop: from a dense weight and what calibration saw of its inputs to a packed matrix.
+//!
+//! `plan` says what each layer shall become, `quantize` holds the methods (one file each, listed in [`quantize::ALL`]),
+//! `calibrate` streams calibration sequences through the model block by block. No files and no datasets here: samples
+//! come in as token ids and layers go out as [`tailorq_tensor::PackedMatrix`].
+
+pub mod calibrate;
+mod error;
+mod plan;
+pub mod quantize;
+mod simd;
+
+pub use calibrate::{
+    Activations, BlockQuantizer, KEPT_INPUT_BYTES, MICRO_BATCH_TOKENS, MicroBatch, QuantizedBlock, QuantizedLayer,
+    advance,
+};
+pub use error::QuantError;
+pub use plan::LayerSettings;
+pub use quantize::{LayerStats, Needs, Note, Quantized, Quantizer, find};

@@ -1,0 +1,84 @@
+//! The residual stream of all calibration sequences between two blocks.
+
+use crate::QuantError;
+use std::ops::Range;
+use tailorq_kernels::Device;
+use tailorq_model::{Batch, Model};
+use tailorq_tensor::Matrix;
+
+/// Sequences are laid together until a micro-batch holds about so many tokens; a longer one stands alone.
+pub const MICRO_BATCH_TOKENS: usize = 2048;
+
+/// Some whole sequences laid end to end.
+#[derive(Clone, Debug)]
+pub struct MicroBatch {
+    /// `[tokens, hidden]`.
+    pub residual: Matrix,
+    /// Rows of each sequence.
+    pub spans: Vec<Range<usize>>,
+}
+
+/// The residual stream of the calibration data. It is cut into micro-batches by the sequences' lengths alone, so the
+/// same samples always give the same batches and, block for block, the same bits.
+#[derive(Clone, Debug)]
+pub struct Activations {
+    /// The micro-batches, in the order of the samples.
+    pub batches: Vec<MicroBatch>,
+}
+
+impl Activations {
+    /// Embeds tokenized samples. Empty samples are passed over; it is an error when nothing is left.
+    pub fn embed(device: &dyn Device, model: &Model, samples: &[Vec<u32>]) -> Result<Self, QuantError> {
+        let batches: Vec<MicroBatch> = micro_batches(samples)
+            .into_iter()
+            .map(|batch| MicroBatch { residual: model.embed(device, &batch.ids), spans: batch.spans })
+            .collect();
+        if batches.is_empty() { Err(QuantError::NoCalibration) } else { Ok(Activations { batches }) }
+    }
+
+    /// Tokens of all sequences.
+    pub fn n_tokens(&self) -> usize {
+        self.batches.iter().map(|b| b.residual.rows()).sum()
+    }
+
+    /// Bytes of the residual streams.
+    pub fn bytes(&self) -> usize {
+        self.batches.iter().map(|b| size_of_val(b.residual.data())).sum()
+    }
+}
+
+/// Lays sequences together in order, up to [`MICRO_BATCH_TOKENS`].
+fn micro_batches(samples: &[Vec<u32>]) -> Vec<Batch> {
+    let mut batches = Vec::new();
+    let mut open: Vec<&[u32]> = Vec::new();
+    let mut n_tokens = 0;
+    for sample in samples.iter().filter(|s| !s.is_empty()) {
+        if !open.is_empty() && n_tokens + sample.len() > MICRO_BATCH_TOKENS {
+            batches.push(Batch::new(open.drain(..)));
+            n_tokens = 0;
+        }
+        open.push(sample);
+        n_tokens += sample.len();
+    }
+    if !open.is_empty() {
+        batches.push(Batch::new(open));
+    }
+    batches
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whole_sequences_up_to_the_limit() {
+        let lengths = [1000, 1000, 100, 0, 5000, 48, 2000, 1];
+        let samples: Vec<Vec<u32>> = lengths.iter().map(|&n| vec![n as u32; n]).collect();
+        let batches = micro_batches(&samples);
+        let sizes: Vec<usize> = batches.iter().map(|b| b.ids.len()).collect();
+        assert_eq!(sizes, [2000, 100, 5000, 2048, 1]);
+        assert_eq!(batches[0].spans, [0..1000, 1000..2000]);
+        assert_eq!(batches[3].spans, [0..48, 48..2048]);
+        assert!(micro_batches(&[vec![]]).is_empty());
+    }
+}

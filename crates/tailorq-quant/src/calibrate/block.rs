@@ -1,0 +1,284 @@
+//! One block at a time: statistics of each input, quantized weights in its place, on to the next input.
+
+use super::activations::Activations;
+use crate::quantize::{LayerStats, Note, Quantized, Quantizer};
+use crate::{LayerSettings, QuantError};
+use std::ops::{ControlFlow, Range};
+use tailorq_kernels::Device;
+use tailorq_model::{Block, BlockStage, Model};
+use tailorq_tensor::{InputGroup, LayerId, Matrix, PackedMatrix, Slot, Weight};
+
+/// Inputs of o and down that were computed for the Hessian are kept for the step that follows it, up to so many bytes;
+/// beyond that they are computed again, with the same bits.
+pub const KEPT_INPUT_BYTES: usize = 512 << 20;
+
+/// Quantizes the blocks of a model one after another.
+///
+/// Beside the activations it holds one layer's f32 weights, one Hessian (all four of a block when not
+/// `true_sequential`) with one copy, and the inputs kept under [`KEPT_INPUT_BYTES`].
+#[derive(Clone, Copy)]
+pub struct BlockQuantizer<'a> {
+    /// Where it runs.
+    pub device: &'a dyn Device,
+    /// The model as loaded.
+    pub model: &'a Model,
+    /// The method.
+    pub quantizer: &'a dyn Quantizer,
+    /// Settings of each layer.
+    pub settings_of: &'a dyn Fn(LayerId) -> LayerSettings,
+    /// Each input is measured with all earlier linears of its block quantized, not with the original ones.
+    pub true_sequential: bool,
+}
+
+/// The quantized layers of one block.
+#[derive(Clone, Debug)]
+pub struct QuantizedBlock {
+    /// Which block.
+    pub block_idx: usize,
+    /// The quantizable layers in quantization order.
+    pub layers: Vec<QuantizedLayer>,
+}
+
+/// One quantized layer and how it went.
+#[derive(Clone, Debug)]
+pub struct QuantizedLayer {
+    /// Which layer.
+    pub id: LayerId,
+    /// Checkpoint name without `.weight`.
+    pub name: String,
+    /// Codes and grids.
+    pub matrix: PackedMatrix,
+    /// What was asked for.
+    pub settings: LayerSettings,
+    /// See [`Quantized::proxy_loss`].
+    pub proxy_loss: Option<f64>,
+    /// See [`Quantized::relative_error`].
+    pub relative_error: f64,
+    /// See [`Quantized::notes`].
+    pub notes: Vec<Note>,
+}
+
+impl QuantizedBlock {
+    /// `original` (this block of the model) with the packed weights in their places, for [`advance`].
+    pub fn install(&self, original: &Block) -> Block {
+        let mut block = original.clone();
+        for layer in &self.layers {
+            block.linear_mut(layer.id.slot).weight = Weight::from(layer.matrix.clone());
+        }
+        block
+    }
+}
+
+/// Takes the activations through a finished block (with its packed weights installed). The same code moves them on while
+/// the block is being quantized, so a resumed run sees the same bits as one that was never interrupted.
+pub fn advance(device: &dyn Device, model: &Model, block: &Block, acts: &mut Activations) {
+    let stage = BlockStage { model, block, device };
+    for batch in &mut acts.batches {
+        let mixed = mixed(&stage, &batch.residual, &batch.spans);
+        stage.add_attention(&mixed, &mut batch.residual);
+        let hidden = hidden(&stage, &batch.residual);
+        stage.add_mlp(&hidden, &mut batch.residual);
+    }
+}
+
+fn mixed(stage: &BlockStage<'_>, residual: &Matrix, spans: &[Range<usize>]) -> Matrix {
+    stage.attention_mix(&stage.attention_input(residual), spans)
+}
+
+fn hidden(stage: &BlockStage<'_>, residual: &Matrix) -> Matrix {
+    stage.mlp_hidden(&stage.mlp_input(residual))
+}
+
+impl BlockQuantizer<'_> {
+    /// Quantizes block `block_idx`. With activations (the input of this block), they end as the output of the quantized
+    /// block; without, nothing is run, which a method that needs a Hessian refuses. `watch` is called after every layer
+    /// and may stop the run with [`QuantError::Interrupted`]. After an error the activations are in between: start over
+    /// from a finished block.
+    pub fn quantize_block(
+        &self,
+        block_idx: usize,
+        acts: Option<&mut Activations>,
+        watch: &mut dyn FnMut(LayerId) -> ControlFlow<()>,
+    ) -> Result<QuantizedBlock, QuantError> {
+        let mut work = Work { run: self, block_idx, block: self.model.blocks[block_idx].clone(), layers: Vec::new() };
+        match acts {
+            None => work.quantize_all(&no_stats, watch)?,
+            Some(acts) => {
+                if acts.n_tokens() == 0 {
+                    return Err(QuantError::NoCalibration);
+                }
+                if self.quantizer.needs().hessian && self.true_sequential {
+                    work.true_sequential(acts, watch)?;
+                } else {
+                    let hessians = work.float_hessians(acts);
+                    let n_tokens = acts.n_tokens();
+                    let stats = |group| LayerStats { hessian: hessians_of(&hessians, group), n_tokens };
+                    work.quantize_all(&stats, watch)?;
+                    drop(hessians);
+                    advance(self.device, self.model, &work.block, acts);
+                }
+            }
+        }
+        Ok(QuantizedBlock { block_idx, layers: work.layers })
+    }
+}
+
+fn no_stats(_: InputGroup) -> LayerStats<'static> {
+    LayerStats::default()
+}
+
+fn hessians_of(hessians: &[(InputGroup, Matrix)], group: InputGroup) -> Option<&Matrix> {
+    hessians.iter().find(|(g, _)| *g == group).map(|(_, h)| h)
+}
+
+/// A block in the middle of its quantization.
+struct Work<'a> {
+    run: &'a BlockQuantizer<'a>,
+    block_idx: usize,
+    /// The original block, in which packed weights take their places one by one.
+    block: Block,
+    layers: Vec<QuantizedLayer>,
+}
+
+type Watch<'a> = dyn FnMut(LayerId) -> ControlFlow<()> + 'a;
+
+impl Work<'_> {
+    fn stage(&self) -> BlockStage<'_> {
+        BlockStage { model: self.run.model, block: &self.block, device: self.run.device }
+    }
+
+    fn is_quantizable(&self, slot: Slot) -> bool {
+        self.run.model.architecture.linears[slot.index()].quantizable
+    }
+
+    /// Whether statistics of this input are wanted at all.
+    fn is_wanted(&self, group: InputGroup) -> bool {
+        self.run.quantizer.needs().hessian && group.slots().iter().any(|&s| self.is_quantizable(s))
+    }
+
+    fn empty_hessian(&self, group: InputGroup) -> Matrix {
+        let width = self.run.model.input_width(group);
+        Matrix::zeros(width, width)
+    }
+
+    fn quantize_all<'h>(
+        &mut self,
+        stats: &dyn Fn(InputGroup) -> LayerStats<'h>,
+        watch: &mut Watch<'_>,
+    ) -> Result<(), QuantError> {
+        InputGroup::ALL.into_iter().try_for_each(|group| self.quantize_group(group, &stats(group), watch))
+    }
+
+    /// Quantizes the layers that read one input, from their original weights, and installs the results.
+    fn quantize_group(
+        &mut self,
+        group: InputGroup,
+        stats: &LayerStats<'_>,
+        watch: &mut Watch<'_>,
+    ) -> Result<(), QuantError> {
+        for &slot in group.slots() {
+            if !self.is_quantizable(slot) {
+                continue;
+            }
+            let id = LayerId { block_idx: self.block_idx, slot };
+            let linear = self.block.linear(slot);
+            let name = linear.name.clone();
+            let settings = (self.run.settings_of)(id);
+            let quantized = {
+                let weights = linear.weight.to_matrix();
+                self.run.quantizer.quantize(self.run.device, &weights, stats, &settings)
+            };
+            let Quantized { matrix, proxy_loss, relative_error, notes } = quantized.map_err(|source| {
+                QuantError::Layer { layer: id, tensor: format!("{name}.weight"), source: Box::new(source) }
+            })?;
+            self.block.linear_mut(slot).weight = Weight::from(matrix.clone());
+            self.layers.push(QuantizedLayer { id, name, matrix, settings, proxy_loss, relative_error, notes });
+            if watch(id).is_break() {
+                return Err(QuantError::Interrupted);
+            }
+        }
+        Ok(())
+    }
+
+    /// Input by input: measure with what is quantized so far, quantize the layers that read it, go on.
+    fn true_sequential(&mut self, acts: &mut Activations, watch: &mut Watch<'_>) -> Result<(), QuantError> {
+        self.measure(InputGroup::Attention, acts, watch, &|stage, acts, i| {
+            stage.attention_input(&acts.batches[i].residual)
+        })?;
+        let mixed = |stage: &BlockStage<'_>, acts: &Activations, i: usize| {
+            mixed(stage, &acts.batches[i].residual, &acts.batches[i].spans)
+        };
+        let mut kept = self.measure(InputGroup::AttentionOutput, acts, watch, &mixed)?;
+        let stage = self.stage();
+        for (i, kept) in kept.iter_mut().enumerate() {
+            let mixed = kept.take().unwrap_or_else(|| mixed(&stage, acts, i));
+            stage.add_attention(&mixed, &mut acts.batches[i].residual);
+        }
+        self.measure(InputGroup::Mlp, acts, watch, &|stage, acts, i| stage.mlp_input(&acts.batches[i].residual))?;
+        let hidden = |stage: &BlockStage<'_>, acts: &Activations, i: usize| hidden(stage, &acts.batches[i].residual);
+        let mut kept = self.measure(InputGroup::MlpOutput, acts, watch, &hidden)?;
+        let stage = self.stage();
+        for (i, kept) in kept.iter_mut().enumerate() {
+            let hidden = kept.take().unwrap_or_else(|| hidden(&stage, acts, i));
+            stage.add_mlp(&hidden, &mut acts.batches[i].residual);
+        }
+        Ok(())
+    }
+
+    /// Sums the Hessian of one input over all batches and quantizes the layers that read it. Returns the inputs that
+    /// the next step needs again, as many as may be kept.
+    fn measure(
+        &mut self,
+        group: InputGroup,
+        acts: &Activations,
+        watch: &mut Watch<'_>,
+        input: &dyn Fn(&BlockStage<'_>, &Activations, usize) -> Matrix,
+    ) -> Result<Vec<Option<Matrix>>, QuantError> {
+        let mut kept: Vec<Option<Matrix>> = acts.batches.iter().map(|_| None).collect();
+        if !self.is_wanted(group) {
+            return Ok(kept);
+        }
+        let is_reused = matches!(group, InputGroup::AttentionOutput | InputGroup::MlpOutput);
+        let mut room = if is_reused { KEPT_INPUT_BYTES } else { 0 };
+        let mut hessian = self.empty_hessian(group);
+        for (i, place) in kept.iter_mut().enumerate() {
+            let x = input(&self.stage(), acts, i);
+            self.run.device.gram(x.data(), &mut hessian);
+            let bytes = size_of_val(x.data());
+            if bytes <= room {
+                room -= bytes;
+                *place = Some(x);
+            }
+        }
+        let stats = LayerStats { hessian: Some(&hessian), n_tokens: acts.n_tokens() };
+        self.quantize_group(group, &stats, watch)?;
+        Ok(kept)
+    }
+
+    /// The Hessians of all inputs of the block as it is, in one pass that leaves the activations alone.
+    fn float_hessians(&self, acts: &Activations) -> Vec<(InputGroup, Matrix)> {
+        let wanted = InputGroup::ALL.into_iter().filter(|&g| self.is_wanted(g));
+        let mut hessians: Vec<(InputGroup, Matrix)> = wanted.map(|g| (g, self.empty_hessian(g))).collect();
+        if hessians.is_empty() {
+            return hessians;
+        }
+        let stage = self.stage();
+        for batch in &acts.batches {
+            let mut add = |group, x: &Matrix| {
+                if let Some((_, h)) = hessians.iter_mut().find(|(g, _)| *g == group) {
+                    self.run.device.gram(x.data(), h);
+                }
+            };
+            let x = stage.attention_input(&batch.residual);
+            add(InputGroup::Attention, &x);
+            let mixed = stage.attention_mix(&x, &batch.spans);
+            add(InputGroup::AttentionOutput, &mixed);
+            let mut residual = batch.residual.clone();
+            stage.add_attention(&mixed, &mut residual);
+            let x = stage.mlp_input(&residual);
+            add(InputGroup::Mlp, &x);
+            add(InputGroup::MlpOutput, &stage.mlp_hidden(&x));
+        }
+        hessians
+    }
+}

@@ -1,0 +1,7 @@
+//! Running calibration sequences through the model, block by block, and keeping what quantizers need.
+
+mod activations;
+mod block;
+
+pub use activations::{Activations, MICRO_BATCH_TOKENS, MicroBatch};
+pub use block::{BlockQuantizer, KEPT_INPUT_BYTES, QuantizedBlock, QuantizedLayer, advance};

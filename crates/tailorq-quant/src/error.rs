@@ -1,0 +1,69 @@
+//! What can go wrong while quantizing: every message names the layer, the place in it and a remedy.
+
+use tailorq_tensor::{LayerId, PackError};
+use thiserror::Error;
+
+/// Errors of calibration and quantization.
+#[derive(Debug, Error)]
+pub enum QuantError {
+    /// A weight is NaN or infinite.
+    #[error("weight at row {row}, column {col} is {value}: the checkpoint is damaged, fetch it again")]
+    NonFiniteWeight {
+        /// Output.
+        row: usize,
+        /// Input.
+        col: usize,
+        /// NaN or an infinity.
+        value: f32,
+    },
+    /// The grid of a group would need a scale that f16 cannot hold.
+    #[error(
+        "row {row}, group {group} needs a scale of {scale}, above the largest f16 (65504): use more bits, or check the checkpoint for absurd weights"
+    )]
+    ScaleOverflow {
+        /// Output.
+        row: usize,
+        /// Group along the input.
+        group: usize,
+        /// The scale in f32; infinite when the range itself overflows.
+        scale: f32,
+    },
+    /// The method needs the Hessian of the layer's inputs and got none.
+    #[error("{quantizer} needs calibration data (the Hessian of the layer's inputs): give some, or use rtn")]
+    HessianMissing {
+        /// The method.
+        quantizer: &'static str,
+    },
+    /// The Hessian holds NaN or infinity.
+    #[error(
+        "the Hessian is not finite at ({row}, {col}): activations overflowed on the calibration data; leave out the sequences that cause it, or use rtn"
+    )]
+    HessianNotFinite {
+        /// Row in the lower triangle.
+        row: usize,
+        /// Column in the lower triangle.
+        col: usize,
+    },
+    /// A setting is out of its range.
+    #[error("{0}")]
+    Settings(String),
+    /// There are no calibration tokens at all.
+    #[error("the calibration data holds no tokens: give at least one sequence that is not empty")]
+    NoCalibration,
+    /// The caller asked to stop.
+    #[error("interrupted")]
+    Interrupted,
+    /// The result does not form a packed matrix.
+    #[error(transparent)]
+    Pack(#[from] PackError),
+    /// Any of the above, in one layer.
+    #[error("{layer} ({tensor}): {source}")]
+    Layer {
+        /// The layer.
+        layer: LayerId,
+        /// The tensor's name in the checkpoint.
+        tensor: String,
+        /// What happened there.
+        source: Box<QuantError>,
+    },
+}

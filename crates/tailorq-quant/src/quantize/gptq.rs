@@ -1,0 +1,409 @@
+//! GPTQ (Frantar et al. 2022, arXiv 2210.17323): columns are rounded one after another, and the error of each is
+//! spread over the columns still to come so that the layer's output on the calibration data changes least.
+//!
+//! With `H^-1 = U^T U`, column `j` leaves the error `e = (w_j - q_j) / U_jj`, and the later columns become
+//! `w_k - e U_jk`. Rows are independent given `U`, so each task takes some rows through all columns: inside a block of
+//! 128 columns one by one, and the rest of the matrix once a block.
+//!
+//! Two deviations from the reference code. Inputs that were never active have no say in `H`; their weights are rounded,
+//! not zeroed, because the task's own prompts may use them where the calibration sample did not. And these inputs do not
+//! enter the mean of the diagonal that the damping is a fraction of.
+
+use super::grid::{Grid, GridRule, Line};
+use super::rows::{Rows, at_group, check_finite, quantize_rows};
+use super::{LayerStats, Needs, Note, Quantized, Quantizer, Rtn, check_settings};
+use crate::simd::{LANES, Simd, multiply_add, round_within};
+use crate::{LayerSettings, QuantError};
+use std::ops::Range;
+use tailorq_kernels::{Device, Strided, StridedMut};
+use tailorq_tensor::{Group, Matrix};
+
+/// Columns of a block; groups of columns divide it.
+const BLOCK: usize = 128;
+
+/// Attempts with ten times the damping before the layer is rounded to nearest.
+const DAMPING_RETRIES: usize = 6;
+
+/// The least damping that a retry multiplies, so that a damping of 0 can be raised at all.
+const LEAST_DAMPING: f64 = 1e-4;
+
+/// GPTQ with grids fitted as the columns come (natural order) or beforehand (by falling diagonal).
+#[derive(Clone, Copy, Debug)]
+pub struct Gptq;
+
+impl Quantizer for Gptq {
+    fn name(&self) -> &'static str {
+        "gptq"
+    }
+
+    fn needs(&self) -> Needs {
+        Needs { hessian: true }
+    }
+
+    fn quantize(
+        &self,
+        device: &dyn Device,
+        weights: &Matrix,
+        stats: &LayerStats<'_>,
+        settings: &LayerSettings,
+    ) -> Result<Quantized, QuantError> {
+        check_settings(settings)?;
+        let hessian = stats.hessian.ok_or(QuantError::HessianMissing { quantizer: self.name() })?;
+        let cols = weights.cols();
+        assert_eq!((hessian.rows(), hessian.cols()), (cols, cols), "the Hessian belongs to another input");
+        check_hessian(hessian)?;
+        let mut notes = Vec::new();
+        let Some(factor) = Factor::new(device, hessian, settings, &mut notes) else {
+            let mut rounded = Rtn.quantize(device, weights, stats, settings)?;
+            rounded.notes.splice(0..0, notes);
+            return Ok(rounded);
+        };
+        let job = Job::new(device, weights, settings, &factor);
+        let (mut quantized, loss) = quantize_rows(weights, settings, notes, |first, n| job.rows(first, n))?;
+        // The sum of differences of rounded numbers may end a hair below zero.
+        quantized.proxy_loss = Some(loss.max(0.0) / stats.n_tokens.max(1) as f64);
+        Ok(quantized)
+    }
+}
+
+/// Looks at the whole lower triangle: a NaN would otherwise end as codes without any sign of it.
+fn check_hessian(hessian: &Matrix) -> Result<(), QuantError> {
+    for row in 0..hessian.rows() {
+        if let Some(col) = hessian.row(row)[..=row].iter().position(|h| !h.is_finite()) {
+            return Err(QuantError::HessianNotFinite { row, col });
+        }
+    }
+    Ok(())
+}
+
+/// The damped inverse Hessian's factor, in the order in which columns are quantized.
+struct Factor {
+    /// Upper triangular, `H^-1 = U^T U`.
+    upper: Matrix,
+    /// `1 / U_jj`.
+    inverse_diagonal: Vec<f32>,
+    /// Original column of each step; `None` is the natural order.
+    order: Option<Vec<usize>>,
+    /// By step: the input was never active.
+    dead: Vec<bool>,
+    /// What was added to the diagonal.
+    added: f64,
+}
+
+impl Factor {
+    /// Factors the Hessian, with more and more damping where it has to be; `None` when none of it helped. What happened
+    /// beyond the settings is in `notes`.
+    fn new(device: &dyn Device, hessian: &Matrix, settings: &LayerSettings, notes: &mut Vec<Note>) -> Option<Self> {
+        let cols = hessian.cols();
+        let diagonal: Vec<f32> = (0..cols).map(|i| hessian.row(i)[i]).collect();
+        let n_dead = diagonal.iter().filter(|d| **d == 0.0).count();
+        if n_dead > 0 {
+            notes.push(Note::DeadColumns { count: n_dead });
+        }
+        let sum: f64 = diagonal.iter().map(|d| f64::from(*d)).sum();
+        let mean = if sum > 0.0 { sum / (cols - n_dead) as f64 } else { 1.0 };
+        let order = settings.act_order.then(|| {
+            let mut order: Vec<usize> = (0..cols).collect();
+            // Stable, so that equal diagonals keep their order.
+            order.sort_by(|&a, &b| diagonal[b].total_cmp(&diagonal[a]));
+            order
+        });
+        let mut damping = settings.damping;
+        for attempt in 0..=DAMPING_RETRIES {
+            let mut upper = damped(hessian, order.as_deref(), mean, damping * mean);
+            if device.inverse_cholesky_upper(&mut upper).is_ok() {
+                let inverse_diagonal: Vec<f32> = (0..cols).map(|j| 1.0 / upper.row(j)[j]).collect();
+                // A factor of a matrix at the edge of f32 may overflow without a bad pivot.
+                if inverse_diagonal.iter().all(|d| d.is_finite() && *d > 0.0) {
+                    let dead = (0..cols).map(|j| diagonal[original(order.as_deref(), j)] == 0.0).collect();
+                    return Some(Factor { upper, inverse_diagonal, order, dead, added: damping * mean });
+                }
+            }
+            if attempt < DAMPING_RETRIES {
+                let raised = damping.max(LEAST_DAMPING) * 10.0;
+                notes.push(Note::DampingRaised { from: damping, to: raised });
+                damping = raised;
+            }
+        }
+        notes.push(Note::FellBackToRtn { damping });
+        None
+    }
+}
+
+/// The original column of step `j`.
+fn original(order: Option<&[usize]>, j: usize) -> usize {
+    order.map_or(j, |o| o[j])
+}
+
+/// The lower triangle of the Hessian in quantization order, with `added` on the diagonal. Inputs that were never active
+/// get the mean diagonal instead: they stay independent of all others, whatever their value, and well scaled.
+fn damped(hessian: &Matrix, order: Option<&[usize]>, mean: f64, added: f64) -> Matrix {
+    let cols = hessian.cols();
+    let mut h = Matrix::zeros(cols, cols);
+    for i in 0..cols {
+        let row = h.row_mut(i);
+        match order {
+            None => row[..=i].copy_from_slice(&hessian.row(i)[..=i]),
+            Some(order) => {
+                for (value, &b) in row.iter_mut().zip(&order[..=i]) {
+                    *value = hessian.row(order[i].max(b))[order[i].min(b)];
+                }
+            }
+        }
+        let diagonal = if row[i] == 0.0 { mean } else { f64::from(row[i]) };
+        row[i] = (diagonal + added) as f32;
+    }
+    h
+}
+
+/// What all tasks of one layer share.
+struct Job<'a> {
+    device: &'a dyn Device,
+    weights: &'a Matrix,
+    settings: &'a LayerSettings,
+    factor: &'a Factor,
+    rule: GridRule,
+    group_len: usize,
+    /// Grids are fitted on the original weights before any column is rounded.
+    static_grids: bool,
+    simd: Simd,
+}
+
+impl<'a> Job<'a> {
+    fn new(device: &'a dyn Device, weights: &'a Matrix, settings: &'a LayerSettings, factor: &'a Factor) -> Self {
+        Job {
+            device,
+            weights,
+            settings,
+            factor,
+            rule: GridRule::new(settings.layout, settings.clip_search),
+            group_len: settings.layout.group.len(weights.cols()),
+            // A group that is a whole row starts before anything has changed, so both ways give the same grid.
+            static_grids: settings.act_order || settings.layout.group == Group::Row,
+            simd: Simd::detect(),
+        }
+    }
+
+    /// Quantizes the rows `first..first + n`.
+    fn rows(&self, first: usize, n: usize) -> Result<Rows, QuantError> {
+        check_finite(self.weights, first, n)?;
+        let cols = self.weights.cols();
+        let mut task = Task {
+            first,
+            n,
+            rows: Rows::new(n, cols, self.settings),
+            current: self.in_order(first, n),
+            grids: Vec::new(),
+            errors: vec![0.0; n * BLOCK],
+            factor_block: vec![0.0; BLOCK * BLOCK],
+        };
+        if self.static_grids {
+            self.fit_static(&mut task)?;
+        }
+        for start in (0..cols).step_by(BLOCK) {
+            let block = start..(start + BLOCK).min(cols);
+            self.copy_factor_block(&block, &mut task.factor_block);
+            for r in 0..n {
+                self.block_of_row(&mut task, r, &block)?;
+            }
+            self.update_rest(&mut task, &block);
+        }
+        Ok(task.rows)
+    }
+
+    /// A copy of the rows with columns in the order of quantization.
+    fn in_order(&self, first: usize, n: usize) -> Vec<f32> {
+        let cols = self.weights.cols();
+        let rows = &self.weights.data()[first * cols..(first + n) * cols];
+        match &self.factor.order {
+            None => rows.to_vec(),
+            Some(order) => rows.chunks_exact(cols.max(1)).flat_map(|row| order.iter().map(|&c| row[c])).collect(),
+        }
+    }
+
+    fn fit_static(&self, task: &mut Task) -> Result<(), QuantError> {
+        for r in 0..task.n {
+            for (g, group) in self.weights.row(task.first + r).chunks(self.group_len).enumerate() {
+                let grid = self.rule.fit(group, None).map_err(at_group(task.first + r, g))?;
+                task.rows.set_grid(r, g, grid);
+                task.grids.push(grid);
+            }
+        }
+        Ok(())
+    }
+
+    /// The diagonal block of `U` without its diagonal, zero elsewhere, `[BLOCK, BLOCK]`: the in-block update may then
+    /// run over whole vectors, and columns that are done or do not exist see zeros.
+    fn copy_factor_block(&self, block: &Range<usize>, out: &mut [f32]) {
+        out.fill(0.0);
+        for (j, row) in out.chunks_exact_mut(BLOCK).take(block.len()).enumerate() {
+            let upper = &self.factor.upper.row(block.start + j)[block.start + j + 1..block.end];
+            row[j + 1..block.len()].copy_from_slice(upper);
+        }
+    }
+
+    /// Rounds the columns of one block in row `r` of the task, and leaves their errors for the rest of the row.
+    fn block_of_row(&self, task: &mut Task, r: usize, block: &Range<usize>) -> Result<(), QuantError> {
+        let cols = self.weights.cols();
+        let mut state = BlockState::new(&task.current[r * cols..][block.clone()]);
+        if self.static_grids {
+            let grids = &task.grids[r * self.settings.layout.group.count(cols)..];
+            for j in 0..block.len() {
+                let column = original(self.factor.order.as_deref(), block.start + j);
+                state.set_grid(j..j + 1, Line::new(grids[column / self.group_len], self.settings.layout.bits));
+            }
+            self.columns(&mut state, 0..block.len(), block, &task.factor_block);
+        } else {
+            for start in (0..block.len()).step_by(self.group_len) {
+                let group = start..(start + self.group_len).min(block.len());
+                let group_idx = (block.start + start) / self.group_len;
+                let grid: Grid =
+                    self.rule.fit(&state.weights[group.clone()], None).map_err(at_group(task.first + r, group_idx))?;
+                task.rows.set_grid(r, group_idx, grid);
+                state.set_grid(group.clone(), Line::new(grid, self.settings.layout.bits));
+                self.columns(&mut state, group, block, &task.factor_block);
+            }
+        }
+        task.errors[r * BLOCK..(r + 1) * BLOCK].copy_from_slice(&state.errors);
+        self.settle(task, r, block, &state);
+        Ok(())
+    }
+
+    fn columns(&self, state: &mut BlockState, columns: Range<usize>, block: &Range<usize>, factor_block: &[f32]) {
+        let inverse_diagonal = &self.factor.inverse_diagonal[block.clone()];
+        match self.simd {
+            // SAFETY: `Simd::detect` found AVX-512 F, AVX2 and FMA on this processor.
+            #[cfg(target_arch = "x86_64")]
+            Simd::Avx512 => unsafe { columns_avx512(state, columns, factor_block, inverse_diagonal) },
+            // SAFETY: `Simd::detect` found AVX2 and FMA on this processor.
+            #[cfg(target_arch = "x86_64")]
+            Simd::Avx2 => unsafe { columns_avx2(state, columns, factor_block, inverse_diagonal) },
+            Simd::Portable => columns_loop::<false>(state, columns, factor_block, inverse_diagonal),
+        }
+    }
+
+    /// Writes the codes to their original columns and adds up energies and loss.
+    ///
+    /// `W - Q = err U` with the errors as rows, hence `E (H + a I) E^T = err err^T`; what the damping `a` and the dead
+    /// inputs contributed is taken off again.
+    fn settle(&self, task: &mut Task, r: usize, block: &Range<usize>, state: &BlockState) {
+        let order = self.factor.order.as_deref();
+        let weights = self.weights.row(task.first + r);
+        let (mut weight_energy, mut error_energy, mut loss) = (0.0f64, 0.0f64, 0.0f64);
+        let codes = task.rows.codes_mut(r);
+        for j in 0..block.len() {
+            let column = original(order, block.start + j);
+            codes[column] = state.codes[j];
+            let weight = f64::from(weights[column]);
+            let difference = weight - f64::from(state.values[j]);
+            weight_energy += weight * weight;
+            error_energy += difference * difference;
+            if !self.factor.dead[block.start + j] {
+                let error = f64::from(state.errors[j]);
+                loss += error * error - self.factor.added * difference * difference;
+            }
+        }
+        task.rows.weight_energy += weight_energy;
+        task.rows.error_energy += error_energy;
+        task.rows.loss += loss;
+    }
+
+    /// Spreads the errors of a block over all columns behind it.
+    fn update_rest(&self, task: &mut Task, block: &Range<usize>) {
+        let cols = self.weights.cols();
+        let rest = cols - block.end;
+        if rest == 0 {
+            return;
+        }
+        let upper = &self.factor.upper.data()[block.start * cols + block.end..];
+        self.device.matmul_sequential(
+            -1.0,
+            Strided { data: &task.errors, rows: task.n, cols: block.len(), stride: BLOCK },
+            Strided { data: upper, rows: block.len(), cols: rest, stride: cols },
+            1.0,
+            StridedMut { data: &mut task.current[block.end..], rows: task.n, cols: rest, stride: cols },
+        );
+    }
+}
+
+/// One task's rows on their way.
+struct Task {
+    first: usize,
+    n: usize,
+    rows: Rows,
+    /// `[n, cols]` in quantization order: original weights minus the errors spread so far.
+    current: Vec<f32>,
+    /// `[n, groups]` when grids are static.
+    grids: Vec<Grid>,
+    /// `[n, BLOCK]`: `(w - q) / U_jj` of the block in work.
+    errors: Vec<f32>,
+    /// See [`Job::copy_factor_block`].
+    factor_block: Vec<f32>,
+}
+
+/// One row's part of a block.
+struct BlockState {
+    weights: [f32; BLOCK],
+    errors: [f32; BLOCK],
+    values: [f32; BLOCK],
+    codes: [u8; BLOCK],
+    grids: [Line; BLOCK],
+}
+
+impl BlockState {
+    fn new(weights: &[f32]) -> Self {
+        let no_grid = Line { scale: 0.0, inverse: 0.0, low: 0.0, high: 0.0 };
+        let mut state = BlockState {
+            weights: [0.0; BLOCK],
+            errors: [0.0; BLOCK],
+            values: [0.0; BLOCK],
+            codes: [0; BLOCK],
+            grids: [no_grid; BLOCK],
+        };
+        state.weights[..weights.len()].copy_from_slice(weights);
+        state
+    }
+
+    fn set_grid(&mut self, columns: Range<usize>, line: Line) {
+        self.grids[columns].fill(line);
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx2,fma")]
+fn columns_avx512(state: &mut BlockState, columns: Range<usize>, factor_block: &[f32], inverse_diagonal: &[f32]) {
+    columns_loop::<true>(state, columns, factor_block, inverse_diagonal);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+fn columns_avx2(state: &mut BlockState, columns: Range<usize>, factor_block: &[f32], inverse_diagonal: &[f32]) {
+    columns_loop::<true>(state, columns, factor_block, inverse_diagonal);
+}
+
+/// Rounds `columns` of the block one after another; each error goes to all later columns of the block at once.
+#[inline(always)]
+fn columns_loop<const FUSED: bool>(
+    state: &mut BlockState,
+    columns: Range<usize>,
+    factor_block: &[f32],
+    inverse_diagonal: &[f32],
+) {
+    for j in columns {
+        let (weight, grid) = (state.weights[j], state.grids[j]);
+        let q = round_within(weight * grid.inverse, grid.low, grid.high);
+        let value = q * grid.scale;
+        let error = (weight - value) * inverse_diagonal[j];
+        state.codes[j] = (q - grid.low) as u8;
+        state.values[j] = value;
+        state.errors[j] = error;
+        // From the vector that holds column j on: the factor is zero up to j itself.
+        let from = j / LANES * LANES;
+        let factors = factor_block[j * BLOCK + from..(j + 1) * BLOCK].chunks_exact(LANES);
+        for (weights, factors) in state.weights[from..].chunks_exact_mut(LANES).zip(factors) {
+            for (w, u) in weights.iter_mut().zip(factors) {
+                *w = multiply_add::<FUSED>(-error, *u, *w);
+            }
+        }
+    }
+}

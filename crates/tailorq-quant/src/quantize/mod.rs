@@ -1,0 +1,125 @@
+//! The methods: dense weights in, packed matrix out. A new method is one file and one line in [`ALL`].
+
+mod gptq;
+mod grid;
+mod loss;
+mod rows;
+mod rtn;
+
+pub use gptq::Gptq;
+pub use grid::{ClipSearch, Grid, GridRule, ScaleOverflow};
+pub use loss::proxy_loss;
+pub use rtn::Rtn;
+
+use crate::{LayerSettings, QuantError};
+use serde::{Deserialize, Serialize};
+use std::fmt;
+use tailorq_kernels::Device;
+use tailorq_tensor::{Matrix, PackedMatrix};
+
+/// All methods, in the order of help texts.
+pub const ALL: &[&dyn Quantizer] = &[&Rtn, &Gptq];
+
+/// The method of that name.
+pub fn find(name: &str) -> Option<&'static dyn Quantizer> {
+    ALL.iter().copied().find(|q| q.name() == name)
+}
+
+/// Turns a weight matrix into a packed one.
+pub trait Quantizer: Sync {
+    /// Name in recipes and on the command line.
+    fn name(&self) -> &'static str;
+
+    /// Which statistics of the inputs [`Quantizer::quantize`] reads.
+    fn needs(&self) -> Needs;
+
+    /// Quantizes `weights` `[out, in]`. Statistics that [`Quantizer::needs`] names are present, or it is an error.
+    /// Whatever it does beyond the settings (raised damping, a fallback) is in the notes. The result does not depend on
+    /// the number of threads.
+    fn quantize(
+        &self,
+        device: &dyn Device,
+        weights: &Matrix,
+        stats: &LayerStats<'_>,
+        settings: &LayerSettings,
+    ) -> Result<Quantized, QuantError>;
+}
+
+/// The statistics that a method reads.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Needs {
+    /// The sum of `x x^T` over the calibration tokens.
+    pub hessian: bool,
+}
+
+/// What calibration saw of a layer's inputs.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct LayerStats<'a> {
+    /// Lower triangle (diagonal included) of the sum of `x x^T`, `[in, in]`; the strict upper triangle is not read.
+    pub hessian: Option<&'a Matrix>,
+    /// Tokens in that sum.
+    pub n_tokens: usize,
+}
+
+/// A quantized layer.
+#[derive(Clone, Debug)]
+pub struct Quantized {
+    /// The codes and grids.
+    pub matrix: PackedMatrix,
+    /// `tr(E H E^T) / n_tokens` with `E = W - Q`: the mean squared error of the layer's output, summed over outputs.
+    /// `None` without a Hessian.
+    pub proxy_loss: Option<f64>,
+    /// `|W - Q|_F / |W|_F`; 0 for a matrix of zeros.
+    pub relative_error: f64,
+    /// What was done beyond the settings.
+    pub notes: Vec<Note>,
+}
+
+/// Something a reader of the report should know about one layer.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum Note {
+    /// The Hessian could not be factored at damping `from`, so `to` was tried.
+    DampingRaised {
+        /// Fraction of the mean diagonal that failed.
+        from: f64,
+        /// Fraction tried next.
+        to: f64,
+    },
+    /// No damping helped: the layer is rounded to nearest.
+    FellBackToRtn {
+        /// The last damping tried.
+        damping: f64,
+    },
+    /// Inputs that were zero on all calibration tokens; their weights are rounded to nearest.
+    DeadColumns {
+        /// How many.
+        count: usize,
+    },
+}
+
+impl fmt::Display for Note {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Note::DampingRaised { from, to } => {
+                write!(f, "Hessian not positive definite at damping {from}, raised to {to}")
+            }
+            Note::FellBackToRtn { damping } => {
+                write!(f, "Hessian not positive definite even at damping {damping}: rounded to nearest instead")
+            }
+            Note::DeadColumns { count } => write!(f, "{count} inputs were never active on the calibration data"),
+        }
+    }
+}
+
+/// The damping must be a usable number, whichever method reads it.
+fn check_settings(settings: &LayerSettings) -> Result<(), QuantError> {
+    if settings.damping.is_finite() && settings.damping >= 0.0 {
+        Ok(())
+    } else {
+        Err(QuantError::Settings(format!(
+            "damping is {}: use a finite fraction that is not negative, such as 0.01",
+            settings.damping
+        )))
+    }
+}

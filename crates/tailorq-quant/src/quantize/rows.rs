@@ -1,0 +1,98 @@
+//! Quantized rows on their way into a packed matrix.
+
+use super::grid::{Grid, ScaleOverflow};
+use super::{Note, Quantized};
+use crate::{LayerSettings, QuantError};
+use half::f16;
+use rayon::prelude::*;
+use tailorq_tensor::{Matrix, PackedMatrix};
+
+/// Rows of one task: fixed, so that the work is cut alike for any number of threads.
+pub(super) const ROWS_PER_TASK: usize = 64;
+
+/// The result of one task.
+pub(super) struct Rows {
+    cols: usize,
+    n_groups: usize,
+    /// `[rows, cols]`.
+    pub(super) codes: Vec<u8>,
+    scales: Vec<f16>,
+    zeros: Vec<u8>,
+    /// `|W|_F^2`.
+    pub(super) weight_energy: f64,
+    /// `|W - Q|_F^2`.
+    pub(super) error_energy: f64,
+    /// `tr(E H E^T)`, where the method knows it by itself.
+    pub(super) loss: f64,
+}
+
+impl Rows {
+    pub(super) fn new(n_rows: usize, cols: usize, settings: &LayerSettings) -> Self {
+        let n_groups = settings.layout.group.count(cols);
+        Rows {
+            cols,
+            n_groups,
+            codes: vec![0; n_rows * cols],
+            scales: vec![f16::ZERO; n_rows * n_groups],
+            zeros: vec![0; n_rows * n_groups],
+            weight_energy: 0.0,
+            error_energy: 0.0,
+            loss: 0.0,
+        }
+    }
+
+    /// The codes of row `r` (counted within the task).
+    pub(super) fn codes_mut(&mut self, r: usize) -> &mut [u8] {
+        &mut self.codes[r * self.cols..(r + 1) * self.cols]
+    }
+
+    pub(super) fn set_grid(&mut self, r: usize, group: usize, grid: Grid) {
+        self.scales[r * self.n_groups + group] = grid.scale;
+        self.zeros[r * self.n_groups + group] = grid.zero;
+    }
+}
+
+/// Cuts the rows into tasks, runs them on all threads, and packs the results in order. Of several errors, that of the
+/// first rows is reported. The quantized matrix has no proxy loss yet; the sum of the tasks' losses comes beside it.
+pub(super) fn quantize_rows(
+    weights: &Matrix,
+    settings: &LayerSettings,
+    notes: Vec<Note>,
+    task: impl Fn(usize, usize) -> Result<Rows, QuantError> + Sync,
+) -> Result<(Quantized, f64), QuantError> {
+    let (n_rows, cols) = (weights.rows(), weights.cols());
+    let results: Vec<Result<Rows, QuantError>> = (0..n_rows.div_ceil(ROWS_PER_TASK))
+        .into_par_iter()
+        .map(|t| task(t * ROWS_PER_TASK, ROWS_PER_TASK.min(n_rows - t * ROWS_PER_TASK)))
+        .collect();
+    let mut all = Rows::new(0, cols, settings);
+    for rows in results {
+        let rows = rows?;
+        all.codes.extend_from_slice(&rows.codes);
+        all.scales.extend_from_slice(&rows.scales);
+        all.zeros.extend_from_slice(&rows.zeros);
+        all.weight_energy += rows.weight_energy;
+        all.error_energy += rows.error_energy;
+        all.loss += rows.loss;
+    }
+    let zeros = if settings.layout.symmetric { &[] } else { &all.zeros[..] };
+    let matrix = PackedMatrix::pack(n_rows, cols, settings.layout, &all.codes, &all.scales, zeros)?;
+    let relative_error = if all.weight_energy > 0.0 { (all.error_energy / all.weight_energy).sqrt() } else { 0.0 };
+    Ok((Quantized { matrix, proxy_loss: None, relative_error, notes }, all.loss))
+}
+
+/// An error that names the first weight of rows `first..first + n` that is NaN or infinite.
+pub(super) fn check_finite(weights: &Matrix, first: usize, n: usize) -> Result<(), QuantError> {
+    for row in first..first + n {
+        let values = weights.row(row);
+        if let Some(col) = values.iter().position(|w| !w.is_finite()) {
+            return Err(QuantError::NonFiniteWeight { row, col, value: values[col] });
+        }
+    }
+    Ok(())
+}
+
+/// Places an overflow of a group's scale.
+pub(super) fn at_group(row: usize, group: usize) -> impl Fn(ScaleOverflow) -> QuantError {
+    move |overflow| QuantError::ScaleOverflow { row, group, scale: overflow.scale }
+}

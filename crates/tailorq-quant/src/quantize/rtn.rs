@@ -1,0 +1,63 @@
+//! Round to nearest: every weight to the nearest point of its group's grid.
+
+use super::grid::{GridRule, Line};
+use super::rows::{Rows, at_group, check_finite, quantize_rows};
+use super::{LayerStats, Needs, Quantized, Quantizer, check_settings, proxy_loss};
+use crate::simd::round_within;
+use crate::{LayerSettings, QuantError};
+use tailorq_kernels::Device;
+use tailorq_tensor::Matrix;
+
+/// Rounding to nearest; needs no calibration.
+#[derive(Clone, Copy, Debug)]
+pub struct Rtn;
+
+impl Quantizer for Rtn {
+    fn name(&self) -> &'static str {
+        "rtn"
+    }
+
+    fn needs(&self) -> Needs {
+        Needs { hessian: false }
+    }
+
+    fn quantize(
+        &self,
+        device: &dyn Device,
+        weights: &Matrix,
+        stats: &LayerStats<'_>,
+        settings: &LayerSettings,
+    ) -> Result<Quantized, QuantError> {
+        check_settings(settings)?;
+        let task = |first, n| round_rows(weights, settings, first, n);
+        let (mut quantized, _) = quantize_rows(weights, settings, Vec::new(), task)?;
+        quantized.proxy_loss = stats.hessian.map(|h| proxy_loss(device, weights, &quantized.matrix, h, stats.n_tokens));
+        Ok(quantized)
+    }
+}
+
+fn round_rows(weights: &Matrix, settings: &LayerSettings, first: usize, n: usize) -> Result<Rows, QuantError> {
+    check_finite(weights, first, n)?;
+    let (layout, cols) = (settings.layout, weights.cols());
+    let rule = GridRule::new(layout, settings.clip_search);
+    let group_len = layout.group.len(cols);
+    let mut rows = Rows::new(n, cols, settings);
+    for r in 0..n {
+        for (g, group) in weights.row(first + r).chunks(group_len).enumerate() {
+            let grid = rule.fit(group, None).map_err(at_group(first + r, g))?;
+            rows.set_grid(r, g, grid);
+            let line = Line::new(grid, layout.bits);
+            let (mut weight_energy, mut error_energy) = (0.0f64, 0.0f64);
+            for (&w, code) in group.iter().zip(&mut rows.codes_mut(r)[g * group_len..]) {
+                let q = round_within(w * line.inverse, line.low, line.high);
+                *code = (q - line.low) as u8;
+                let error = f64::from(w - q * line.scale);
+                weight_energy += f64::from(w) * f64::from(w);
+                error_energy += error * error;
+            }
+            rows.weight_energy += weight_energy;
+            rows.error_energy += error_energy;
+        }
+    }
+    Ok(rows)
+}
