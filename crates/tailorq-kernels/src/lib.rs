@@ -3,16 +3,26 @@
 //! Activations are `[tokens, width]` row-major f32. An operation's result depends on its inputs alone: work is cut into
 //! a fixed partition and each task runs sequentially, so that any number of threads gives the same bits.
 
+mod cpu;
 mod device;
+mod reference;
+mod shapes;
 
 pub use device::{AttentionShape, AttentionSpan, Device, NotPositiveDefinite, RopeTable, Strided, StridedMut};
 
+use std::sync::Arc;
+
 /// The scalar device that defines every operation.
-pub fn reference() -> std::sync::Arc<dyn Device> {
-    todo!()
+pub fn reference() -> Arc<dyn Device> {
+    Arc::new(reference::Reference)
 }
 
 /// The fast CPU device, with the instructions that this processor has.
-pub fn cpu() -> std::sync::Arc<dyn Device> {
-    todo!()
+pub fn cpu() -> Arc<dyn Device> {
+    Arc::new(cpu::Cpu)
+}
+
+/// The CPU device once for each instruction set of this processor that it has code for, the best first. For tests.
+pub fn cpu_variants() -> Vec<Arc<dyn Device>> {
+    vec![cpu()]
 }

@@ -74,7 +74,8 @@ impl PackedMatrix {
                 Err(PackError::Size { part, found: bytes.len(), expected, rows, cols })
             }
         };
-        let absent = SharedBytes::from_vec(Vec::<u8>::new());
+        // Empty, but aligned for u16 all the same.
+        let absent = SharedBytes::from_vec(Vec::<u16>::new());
         size("codes", &parts.codes, rows * tiles * layout.bits.words_per_tile() * 4)?;
         let high = parts.codes_high.as_ref().unwrap_or(&absent);
         size("codes_high", high, if layout.bits == Bits::Three { rows * tiles * 2 } else { 0 })?;

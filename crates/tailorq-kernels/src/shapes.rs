@@ -1,0 +1,72 @@
+//! The shape assertions of the operations, the same for every device. A shape that does not fit is a programming error.
+
+use crate::{AttentionShape, AttentionSpan, RopeTable};
+use std::ops::Range;
+use tailorq_tensor::Weight;
+
+/// Tokens of a linear call.
+pub(crate) fn linear(x: &[f32], w: &Weight, bias: Option<&[f32]>, rows: &Range<usize>, y: &[f32]) -> usize {
+    assert!(rows.start <= rows.end && rows.end <= w.rows(), "linear: rows {rows:?} of {w:?}");
+    assert!(bias.is_none_or(|b| b.len() == w.rows()), "linear: one bias for each of the rows of {w:?}");
+    let n = match (rows.len(), w.cols()) {
+        (0, 0) => 0,
+        (0, cols) => x.len() / cols,
+        (rows, _) => y.len() / rows,
+    };
+    assert_eq!(x.len(), n * w.cols(), "linear: x is [n, {}] and y is [n, {}]", w.cols(), rows.len());
+    assert_eq!(y.len(), n * rows.len(), "linear: x is [n, {}] and y is [n, {}]", w.cols(), rows.len());
+    n
+}
+
+/// Checks lengths and ids of an embedding.
+pub(crate) fn embed(ids: &[u32], table: &Weight, y: &[f32]) {
+    assert_eq!(y.len(), ids.len() * table.cols(), "embed: y is [ids, {}]", table.cols());
+    assert!(ids.iter().all(|&id| (id as usize) < table.rows()), "embed: an id is not below {}", table.rows());
+}
+
+/// Checks that x and y are the same whole number of rows of `width` elements.
+pub(crate) fn rows_of(width: usize, x: &[f32], y: &[f32]) {
+    assert_eq!(x.len(), y.len(), "x and y have the same shape");
+    assert!(x.is_empty() || (width > 0 && x.len().is_multiple_of(width)), "{} elements in rows of {width}", x.len());
+}
+
+/// Width of a row of a rotary embedding call.
+pub(crate) fn rope(x: &[f32], table: &RopeTable, positions: &[u32]) -> usize {
+    assert_eq!(table.cos.len(), table.sin.len(), "rope: as many sines as cosines");
+    if positions.is_empty() {
+        assert!(x.is_empty(), "rope: one position a row");
+        return 0;
+    }
+    let width = x.len() / positions.len();
+    assert_eq!(x.len(), width * positions.len(), "rope: one position a row");
+    assert!(
+        if table.half == 0 { width == 0 } else { width.is_multiple_of(2 * table.half) },
+        "rope: rows of {width} are not whole heads of {}",
+        2 * table.half
+    );
+    let known = table.cos.len() / table.half.max(1);
+    assert!(positions.iter().all(|&p| (p as usize) < known), "rope: a position is not below {known}");
+    width
+}
+
+/// Checks the shapes of an attention call, and that the spans are disjoint.
+pub(crate) fn attention(shape: AttentionShape, q: &[f32], spans: &[AttentionSpan<'_>], y: &[f32]) {
+    assert!(shape.heads > 0 && shape.kv_heads > 0 && shape.head_dim > 0, "attention: no heads in {shape:?}");
+    assert!(shape.heads.is_multiple_of(shape.kv_heads), "attention: kv_heads does not divide heads in {shape:?}");
+    let width = shape.heads * shape.head_dim;
+    rows_of(width, q, y);
+    let mut covered: Vec<Range<usize>> = spans.iter().map(|s| s.rows.clone()).filter(|r| !r.is_empty()).collect();
+    covered.sort_by_key(|r| r.start);
+    assert!(covered.windows(2).all(|w| w[0].end <= w[1].start), "attention: spans overlap");
+    assert!(covered.last().is_none_or(|r| r.end <= q.len() / width), "attention: a span ends after the last row");
+    for span in spans {
+        let expected = (span.past + span.rows.len()) * shape.kv_heads * shape.head_dim;
+        assert_eq!(span.keys.len(), expected, "attention: keys of span {:?} with {} before", span.rows, span.past);
+        assert_eq!(span.values.len(), expected, "attention: values of span {:?} with {} before", span.rows, span.past);
+    }
+}
+
+/// The keys that the query at absolute position `at` sees.
+pub(crate) fn visible(at: usize, window: Option<usize>) -> Range<usize> {
+    (at + 1).saturating_sub(window.unwrap_or(usize::MAX))..at + 1
+}
