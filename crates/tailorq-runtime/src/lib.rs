@@ -1,1 +1,17 @@
-//! stub
+//! The theatre: a model on stage. Sessions hold a sequence and its keys and values, samplers choose the next token,
+//! [`generate`] plays a continuation and hands out its text piece by piece.
+//!
+//! Nothing here knows how a model was quantized.
+
+mod error;
+mod generate;
+mod sampler;
+mod session;
+mod text;
+
+pub use error::RuntimeError;
+pub use generate::{FinishReason, Generation, GenerationOptions, Piece, generate};
+pub use sampler::{Sampler, SamplerOptions};
+pub use session::{PREFILL_CHUNK, Session};
+pub use tailorq_kernels::Device;
+pub use text::{StopFinder, TextStream};

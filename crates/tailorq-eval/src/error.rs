@@ -1,0 +1,99 @@
+//! What can go wrong while a model is scored.
+
+use tailorq_model::ModelError;
+use tailorq_runtime::RuntimeError;
+use thiserror::Error;
+
+/// Errors of tasks and metrics.
+#[derive(Debug, Error)]
+pub enum EvalError {
+    /// A task needs an input that was not given.
+    #[error("task {task} needs {input}")]
+    MissingInput {
+        /// The task.
+        task: &'static str,
+        /// What it needs, in the words of the command line.
+        input: &'static str,
+    },
+    /// No task has this name.
+    #[error("there is no task '{name}' (tasks: {known})")]
+    UnknownTask {
+        /// The name given.
+        name: String,
+        /// The names that exist.
+        known: String,
+    },
+    /// An option outside its range.
+    #[error("{option} is {value}: {remedy}")]
+    BadOption {
+        /// The option's name.
+        option: &'static str,
+        /// What was given.
+        value: usize,
+        /// What may be given.
+        remedy: String,
+    },
+    /// The text has no token to score.
+    #[error("the text has {tokens} tokens: perplexity needs at least 2, because the first is never scored")]
+    TextTooShort {
+        /// Tokens of the text.
+        tokens: usize,
+    },
+    /// A token that the model does not have.
+    #[error(
+        "token {id} at position {position} does not exist in {model}, which has {vocab} words: its tokenizer belongs to another model"
+    )]
+    UnknownToken {
+        /// The id.
+        id: u32,
+        /// Its place in the text.
+        position: usize,
+        /// The model.
+        model: String,
+        /// Words of the model.
+        vocab: usize,
+    },
+    /// Two models that cannot be compared word by word.
+    #[error(
+        "{model} has {vocab} words and the reference {reference} has {reference_vocab}: a divergence needs the same vocabulary"
+    )]
+    VocabularyDiffers {
+        /// The model.
+        model: String,
+        /// Its words.
+        vocab: usize,
+        /// The reference.
+        reference: String,
+        /// Its words.
+        reference_vocab: usize,
+    },
+    /// Two tokenizers that read the text differently.
+    #[error(
+        "{model} and the reference {reference} tokenize the text differently from token {position} on: a divergence needs the same tokens"
+    )]
+    TokensDiffer {
+        /// The model.
+        model: String,
+        /// The reference.
+        reference: String,
+        /// First position at which they differ.
+        position: usize,
+    },
+    /// The model computed NaN or infinity.
+    #[error("{model} computes no finite probabilities in window {window}: its weights are damaged or overflow")]
+    NotFinite {
+        /// The model.
+        model: String,
+        /// The window, from 0.
+        window: usize,
+    },
+    /// The caller asked to stop.
+    #[error("interrupted")]
+    Interrupted,
+    /// Tokenizing failed.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// Running the model failed.
+    #[error(transparent)]
+    Runtime(#[from] RuntimeError),
+}

@@ -1,0 +1,240 @@
+//! Perplexity of a text, and how far a model's predictions are from those of a reference.
+//!
+//! The `paper` definition, as papers on quantization report it (GPTQ, Frantar et al. 2023, section 4): the whole text is
+//! one stream of tokens (with a BOS once at its start when the tokenizer adds one), cut into consecutive windows without
+//! overlap; each window is scored on its own, its first token excepted; the value is
+//! `exp(total negative log-likelihood / total targets)`.
+
+use crate::error::EvalError;
+use crate::online::{PairDivergence, TargetNll};
+use crate::task::{Progress, Subject, Task, TaskOptions, TaskResult};
+use crate::windows::WindowOptions;
+use rayon::prelude::*;
+use serde::Serialize;
+use tailorq_model::{Batch, Model};
+use tailorq_runtime::Device;
+use tailorq_tensor::Matrix;
+
+/// A measured perplexity.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Perplexity {
+    /// `exp` of the mean.
+    pub value: f64,
+    /// Mean negative log-likelihood of a target, in nats.
+    pub mean_nll: f64,
+    /// Targets scored: `windows * (window - 1)`.
+    pub tokens: usize,
+    /// Windows scored.
+    pub windows: usize,
+    /// Tokens of a window.
+    pub window: usize,
+    /// Tokens of the whole text.
+    pub tokens_in_text: usize,
+    /// The text had fewer tokens than a window, so that all of it was one shorter window.
+    pub shortened: bool,
+    /// Always `paper`: see the module's documentation.
+    pub definition: &'static str,
+}
+
+/// A model's predictions beside those of a reference, on the same tokens.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Divergence {
+    /// Mean `KL(reference || model)` of a position, in nats.
+    pub mean_kl: f64,
+    /// Share of positions at which both find the same word most likely.
+    pub top1_agreement: f64,
+    /// Perplexity of the reference.
+    pub reference_perplexity: f64,
+}
+
+/// Perplexity of `subject` on `tokens`.
+pub fn perplexity(
+    subject: &Subject<'_>,
+    tokens: &[u32],
+    options: WindowOptions,
+    progress: &mut Progress<'_>,
+) -> Result<Perplexity, EvalError> {
+    let windows = options.cut(tokens)?;
+    check_windows(subject, tokens, windows[0].len())?;
+    let mut nll = 0.0;
+    for (window_idx, window) in windows.iter().enumerate() {
+        report(progress, window_idx, windows.len())?;
+        let hidden = scored_hidden(subject.model, subject.device, window);
+        let mut rows: Vec<TargetNll> = window[1..].iter().map(|id| TargetNll::new(*id)).collect();
+        subject.model.for_each_logits(subject.device, &hidden, &mut |words, logits| {
+            rows.par_iter_mut().zip(logits.par_chunks(words.len())).for_each(|(row, l)| row.add(words.start, l));
+        });
+        nll += finite(subject, window_idx, rows.iter().map(TargetNll::value).sum())?;
+    }
+    report(progress, windows.len(), windows.len())?;
+    Ok(summary(nll, &windows, tokens, options))
+}
+
+/// Perplexity of `subject` and its divergence from `reference` on `tokens`, which both understand alike (see
+/// [`same_tokens`]).
+///
+/// Both models' hidden states of one window are held, and the vocabulary is visited in lockstep.
+pub fn divergence(
+    subject: &Subject<'_>,
+    reference: &Subject<'_>,
+    tokens: &[u32],
+    options: WindowOptions,
+    progress: &mut Progress<'_>,
+) -> Result<(Perplexity, Divergence), EvalError> {
+    let windows = options.cut(tokens)?;
+    same_vocabulary(subject, reference)?;
+    check_windows(subject, tokens, windows[0].len())?;
+    check_windows(reference, tokens, windows[0].len())?;
+    let (mut nll, mut reference_nll, mut kl, mut agreed) = (0.0, 0.0, 0.0, 0usize);
+    for (window_idx, window) in windows.iter().enumerate() {
+        report(progress, window_idx, windows.len())?;
+        let rows = compare_window(subject, reference, window);
+        nll += finite(subject, window_idx, rows.iter().map(PairDivergence::nll).sum())?;
+        reference_nll += finite(reference, window_idx, rows.iter().map(PairDivergence::reference_nll).sum())?;
+        kl += finite(subject, window_idx, rows.iter().map(PairDivergence::kl).sum())?;
+        agreed += rows.iter().filter(|r| r.agrees()).count();
+    }
+    report(progress, windows.len(), windows.len())?;
+    let perplexity = summary(nll, &windows, tokens, options);
+    let targets = perplexity.tokens as f64;
+    let divergence = Divergence {
+        mean_kl: kl / targets,
+        top1_agreement: agreed as f64 / targets,
+        reference_perplexity: (reference_nll / targets).exp(),
+    };
+    Ok((perplexity, divergence))
+}
+
+/// Tokens of `text`, which both models' tokenizers must read alike.
+pub fn same_tokens(subject: &Subject<'_>, reference: &Subject<'_>, text: &str) -> Result<Vec<u32>, EvalError> {
+    let ours = subject.tokenizer.encode(text, true)?;
+    let theirs = reference.tokenizer.encode(text, true)?;
+    if ours == theirs {
+        return Ok(ours);
+    }
+    let position = ours.iter().zip(&theirs).take_while(|(a, b)| a == b).count();
+    Err(EvalError::TokensDiffer { model: subject.name.to_owned(), reference: reference.name.to_owned(), position })
+}
+
+/// Hidden states of all tokens but the last, which predicts nothing that is scored: `[window - 1, hidden]`.
+fn scored_hidden(model: &Model, device: &dyn Device, window: &[u32]) -> Matrix {
+    // The last token is never attended to by those before it, so leaving it out changes nothing.
+    model.hidden(device, &Batch::new([&window[..window.len() - 1]]), None)
+}
+
+fn compare_window(subject: &Subject<'_>, reference: &Subject<'_>, window: &[u32]) -> Vec<PairDivergence> {
+    let hidden = scored_hidden(subject.model, subject.device, window);
+    let reference_hidden = scored_hidden(reference.model, reference.device, window);
+    let mut rows: Vec<PairDivergence> = window[1..].iter().map(|id| PairDivergence::new(*id)).collect();
+    let mut logits = Vec::new();
+    reference.model.for_each_logits(reference.device, &reference_hidden, &mut |words, reference_logits| {
+        let n_words = words.len();
+        logits.resize(rows.len() * n_words, 0.0);
+        subject.device.linear_rows(hidden.data(), &subject.model.head, None, words.clone(), &mut logits);
+        let pairs = reference_logits.par_chunks(n_words).zip(logits.par_chunks(n_words));
+        rows.par_iter_mut().zip(pairs).for_each(|(row, (r, m))| row.add(words.start, r, m));
+    });
+    rows
+}
+
+fn report(progress: &mut Progress<'_>, done: usize, total: usize) -> Result<(), EvalError> {
+    if progress(done, total).is_break() { Err(EvalError::Interrupted) } else { Ok(()) }
+}
+
+fn finite(subject: &Subject<'_>, window: usize, value: f64) -> Result<f64, EvalError> {
+    if value.is_finite() { Ok(value) } else { Err(EvalError::NotFinite { model: subject.name.to_owned(), window }) }
+}
+
+fn summary(nll: f64, windows: &[&[u32]], tokens: &[u32], options: WindowOptions) -> Perplexity {
+    let targets: usize = windows.iter().map(|w| w.len() - 1).sum();
+    let mean_nll = nll / targets as f64;
+    Perplexity {
+        value: mean_nll.exp(),
+        mean_nll,
+        tokens: targets,
+        windows: windows.len(),
+        window: windows[0].len(),
+        tokens_in_text: tokens.len(),
+        shortened: windows[0].len() < options.window,
+        definition: "paper",
+    }
+}
+
+fn same_vocabulary(subject: &Subject<'_>, reference: &Subject<'_>) -> Result<(), EvalError> {
+    let (vocab, reference_vocab) = (subject.model.config.vocab, reference.model.config.vocab);
+    if vocab == reference_vocab {
+        return Ok(());
+    }
+    Err(EvalError::VocabularyDiffers {
+        model: subject.name.to_owned(),
+        vocab,
+        reference: reference.name.to_owned(),
+        reference_vocab,
+    })
+}
+
+fn check_windows(subject: &Subject<'_>, tokens: &[u32], window: usize) -> Result<(), EvalError> {
+    let config = &subject.model.config;
+    if window > config.max_positions {
+        let remedy =
+            format!("{} was trained for a context of {}: use at most that", subject.name, config.max_positions);
+        return Err(EvalError::BadOption { option: "window", value: window, remedy });
+    }
+    match tokens.iter().enumerate().find(|(_, id)| **id as usize >= config.vocab) {
+        None => Ok(()),
+        Some((position, &id)) => {
+            Err(EvalError::UnknownToken { id, position, model: subject.name.to_owned(), vocab: config.vocab })
+        }
+    }
+}
+
+/// [`perplexity`], and [`divergence`] when there is a reference, as a task.
+pub struct PerplexityTask;
+
+impl Task for PerplexityTask {
+    fn name(&self) -> &'static str {
+        "perplexity"
+    }
+
+    fn about(&self) -> &'static str {
+        "how surprised the model is by a text (lower is better); with a reference model also how far their predictions differ"
+    }
+
+    fn run(
+        &self,
+        subject: &Subject<'_>,
+        options: &TaskOptions<'_>,
+        progress: &mut Progress<'_>,
+    ) -> Result<TaskResult, EvalError> {
+        let input = "a text to score (--text FILE)";
+        let text = options.text.ok_or(EvalError::MissingInput { task: self.name(), input })?;
+        let (perplexity, divergence) = match &options.reference {
+            None => {
+                let tokens = subject.tokenizer.encode(text, true)?;
+                (self::perplexity(subject, &tokens, options.windows, progress)?, None)
+            }
+            Some(reference) => {
+                same_vocabulary(subject, reference)?;
+                let tokens = same_tokens(subject, reference, text)?;
+                let (perplexity, d) = self::divergence(subject, reference, &tokens, options.windows, progress)?;
+                (perplexity, Some((reference.name, d)))
+            }
+        };
+        let mut details = fields(&perplexity);
+        details.retain(|key, _| key != "value" && key != "tokens");
+        if let Some((name, divergence)) = divergence {
+            let mut compared = fields(&divergence);
+            compared.insert("reference".to_owned(), name.into());
+            details.insert("divergence".to_owned(), compared.into());
+        }
+        Ok(TaskResult { value: perplexity.value, tokens: perplexity.tokens, details })
+    }
+}
+
+/// The fields of a plain struct of numbers and words.
+fn fields(value: &impl Serialize) -> serde_json::Map<String, serde_json::Value> {
+    match serde_json::to_value(value) {
+        Ok(serde_json::Value::Object(map)) => map,
+        _ => serde_json::Map::new(),
+    }
+}

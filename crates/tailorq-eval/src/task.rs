@@ -1,0 +1,76 @@
+//! What a task is, and which there are.
+
+use crate::error::EvalError;
+use crate::perplexity::PerplexityTask;
+use crate::windows::WindowOptions;
+use serde::Serialize;
+use std::ops::ControlFlow;
+use tailorq_model::{ChatTemplate, Model, Tokenizer};
+use tailorq_runtime::Device;
+
+/// Hears how many of how many steps are done (from 0 of n on) and may stop the work.
+pub type Progress<'a> = dyn FnMut(usize, usize) -> ControlFlow<()> + 'a;
+
+/// A model under test.
+#[derive(Clone, Copy)]
+pub struct Subject<'a> {
+    /// For reports and errors: as the user wrote it.
+    pub name: &'a str,
+    /// The decoder.
+    pub model: &'a Model,
+    /// Its tokenizer.
+    pub tokenizer: &'a Tokenizer,
+    /// Its chat template, if it has one.
+    pub template: Option<&'a ChatTemplate>,
+    /// Where it runs.
+    pub device: &'a dyn Device,
+}
+
+/// What tasks may be told; each reads what concerns it.
+#[derive(Clone, Copy, Default)]
+pub struct TaskOptions<'a> {
+    /// The text that perplexity is measured on.
+    pub text: Option<&'a str>,
+    /// How that text is cut.
+    pub windows: WindowOptions,
+    /// The model that the subject is compared with.
+    pub reference: Option<Subject<'a>>,
+}
+
+/// A score, and everything that is worth telling beside it.
+#[derive(Clone, Debug, Serialize)]
+pub struct TaskResult {
+    /// The score.
+    pub value: f64,
+    /// Tokens that were scored.
+    pub tokens: usize,
+    /// Further numbers of the task, in the order in which they are shown.
+    #[serde(flatten)]
+    pub details: serde_json::Map<String, serde_json::Value>,
+}
+
+/// One way to score a model.
+pub trait Task: Sync {
+    /// As on the command line and in reports.
+    fn name(&self) -> &'static str;
+    /// One sentence for help texts.
+    fn about(&self) -> &'static str;
+    /// Scores the subject.
+    fn run(
+        &self,
+        subject: &Subject<'_>,
+        options: &TaskOptions<'_>,
+        progress: &mut Progress<'_>,
+    ) -> Result<TaskResult, EvalError>;
+}
+
+/// Every task.
+pub const ALL: &[&dyn Task] = &[&PerplexityTask];
+
+/// The task of this name, or an error that lists those that exist.
+pub fn find(name: &str) -> Result<&'static dyn Task, EvalError> {
+    ALL.iter().copied().find(|t| t.name() == name).ok_or_else(|| EvalError::UnknownTask {
+        name: name.to_owned(),
+        known: ALL.iter().map(|t| t.name()).collect::<Vec<_>>().join(", "),
+    })
+}
