@@ -1,4 +1,5 @@
 //! Real GGUF models, when TAILORQ_TEST_MODELS names the directory that holds them.
+#![allow(clippy::unwrap_used)]
 
 use std::path::PathBuf;
 use tailorq_format::GgufFile;

@@ -1,4 +1,5 @@
 //! Safetensors: what is written is read back, by this crate and by the reference library; damaged files are refused.
+#![allow(clippy::unwrap_used)]
 
 use proptest::prelude::*;
 use std::path::Path;
