@@ -164,6 +164,13 @@ pub struct Layout {
     pub symmetric: bool,
 }
 
+impl fmt::Display for Layout {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let grid = if self.symmetric { "symmetric" } else { "affine" };
+        write!(f, "{}-bit {grid}, group {}", self.bits.count(), self.group)
+    }
+}
+
 impl Layout {
     /// Bytes of a `[rows, cols]` matrix in this layout, all parts included.
     pub fn bytes(&self, rows: usize, cols: usize) -> usize {

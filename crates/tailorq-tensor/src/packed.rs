@@ -229,6 +229,9 @@ impl ReadRows for PackedMatrix {
             self.unpack_row(first + i, row);
         }
     }
+    fn encoding(&self) -> String {
+        self.layout().to_string()
+    }
 }
 
 /// The 16 codes of one tile.

@@ -17,6 +17,10 @@ pub trait ReadRows: Send + Sync {
     fn bytes(&self) -> usize;
     /// Reads `out.len() / cols` rows from row `first` on. `out` holds whole rows.
     fn read_rows(&self, first: usize, out: &mut [f32]);
+    /// How the elements are stored, for people: `BF16`, `Q4_1`, `2-bit affine, group 128`.
+    fn encoding(&self) -> String {
+        format!("{:.2}-bit", self.bytes() as f64 * 8.0 / (self.rows() * self.cols()).max(1) as f64)
+    }
 }
 
 impl ReadRows for Matrix {
@@ -32,6 +36,9 @@ impl ReadRows for Matrix {
     fn read_rows(&self, first: usize, out: &mut [f32]) {
         let at = first * Matrix::cols(self);
         out.copy_from_slice(&self.data()[at..at + out.len()]);
+    }
+    fn encoding(&self) -> String {
+        DType::F32.to_string()
     }
 }
 
@@ -72,6 +79,9 @@ impl ReadRows for DenseRows {
         let at = first * self.cols * size;
         self.dtype.decode(&self.bytes[at..at + out.len() * size], out);
     }
+    fn encoding(&self) -> String {
+        self.dtype.to_string()
+    }
 }
 
 /// The rows of another matrix in another order: row `r` is row `order[r]` of `inner`.
@@ -108,6 +118,9 @@ impl ReadRows for RowOrder {
         for (i, row) in out.chunks_exact_mut(self.cols().max(1)).enumerate() {
             self.inner.read_rows(self.order[first + i] as usize, row);
         }
+    }
+    fn encoding(&self) -> String {
+        self.inner.encoding()
     }
 }
 
