@@ -221,7 +221,7 @@ impl GgufTensor {
         };
         let (block_type, decode, bytes) = self.decoder()?;
         let row_bytes = cols / block_type.weights * block_type.bytes;
-        Ok(Arc::new(BlockRows { rows, cols, row_bytes, decode, bytes: bytes.clone() }))
+        Ok(Arc::new(BlockRows { rows, cols, row_bytes, block_type, decode, bytes: bytes.clone() }))
     }
 
     /// The whole tensor of one dimension as f32.
@@ -256,6 +256,7 @@ struct BlockRows {
     cols: usize,
     /// Stored bytes of a row, whole blocks.
     row_bytes: usize,
+    block_type: &'static BlockType,
     decode: Decode,
     bytes: SharedBytes,
 }
@@ -274,5 +275,8 @@ impl ReadRows for BlockRows {
         let n_rows = out.len().checked_div(self.cols).unwrap_or(0);
         assert_eq!(out.len(), n_rows * self.cols, "read_rows: whole rows");
         (self.decode)(&self.bytes[first * self.row_bytes..(first + n_rows) * self.row_bytes], out);
+    }
+    fn encoding(&self) -> String {
+        self.block_type.name.to_owned()
     }
 }

@@ -1,0 +1,136 @@
+//! `tailorq eval`: measure a model.
+
+use crate::console::Console;
+use crate::progress::Progress;
+use anyhow::{Context, ensure};
+use clap::Args;
+use serde_json::{Map, Value, json};
+use std::path::PathBuf;
+use tailorq::{Device, OpenedModel};
+use tailorq_eval::{Subject, Task, TaskOptions, TaskResult, WindowOptions, task};
+
+/// Measure a model: perplexity on a text, and how far it is from a reference.
+///
+/// Perplexity follows the definition of papers on quantization: the text is one stream of tokens, cut into windows
+/// without overlap (a shorter rest is dropped), each scored on its own; the value is exp of the mean negative
+/// log-likelihood. With `--reference`, the mean KL divergence of the model's predictions from the reference's (in nats a
+/// token) and the share of tokens on which both find the same word most likely, over the same tokens.
+#[derive(Args)]
+#[command(after_help = "Examples:
+  tailorq eval ./my-model --task perplexity --text wiki.test.raw
+  tailorq eval ./my-model --text wiki.test.raw --window 1024 --windows 8 --json
+  tailorq eval ./my-model --text held-out.txt --reference original.gguf")]
+pub struct EvalArgs {
+    /// Directory, GGUF file or hub id
+    model: String,
+    /// What to measure; several are separated by commas
+    #[arg(long, visible_alias = "tasks", value_name = "TASK", value_delimiter = ',', default_value = "perplexity")]
+    task: Vec<String>,
+    /// The text that perplexity is measured on (UTF-8)
+    #[arg(long, value_name = "FILE")]
+    text: Option<PathBuf>,
+    /// Tokens of a window, at least 2
+    #[arg(long, value_name = "N", default_value_t = 2048)]
+    window: usize,
+    /// Score only the first N windows [default: all]
+    #[arg(long, value_name = "N")]
+    windows: Option<usize>,
+    /// Compare with this model (usually the original)
+    #[arg(long, value_name = "MODEL")]
+    reference: Option<String>,
+}
+
+/// Runs the command.
+pub fn execute(args: &EvalArgs, console: &Console) -> anyhow::Result<()> {
+    let tasks = find_tasks(&args.task)?;
+    ensure!(
+        args.window >= 2,
+        "--window {}: use at least 2 tokens (the first of a window is never scored)",
+        args.window
+    );
+    ensure!(args.windows != Some(0), "--windows 0: score at least 1 window");
+    let text = args.text.as_deref().map(super::read_text).transpose()?;
+    if let (Some(text), Some(path)) = (&text, &args.text) {
+        ensure!(!text.is_empty(), "{} is empty: there is nothing to score", path.display());
+    }
+    let opened = super::open(&args.model, console)?;
+    let reference = args.reference.as_deref().map(|source| super::open(source, console)).transpose()?;
+    let device = tailorq::cpu();
+    let options = TaskOptions {
+        text: text.as_deref(),
+        windows: WindowOptions { window: args.window, windows: args.windows },
+        reference: reference.as_ref().map(|opened| subject(opened, device.as_ref())),
+    };
+    let mut results = Vec::new();
+    for task in tasks {
+        let progress = Progress::new(console, task.name(), 1);
+        let result = task
+            .run(&subject(&opened, device.as_ref()), &options, &mut |done, total| progress.step(done, total))
+            .with_context(|| format!("task {} on {}", task.name(), args.model))?;
+        results.push((task.name(), result));
+    }
+    for (_, result) in &results {
+        if result.details.get("shortened") == Some(&Value::Bool(true)) {
+            console.note("the text is shorter than a window: all of it was scored as one shorter window");
+        }
+    }
+    console.object(&object(&args.model, &results))?;
+    console.text(&table(&args.model, &results))
+}
+
+fn subject<'a>(opened: &'a OpenedModel, device: &'a dyn Device) -> Subject<'a> {
+    Subject {
+        name: &opened.files.source,
+        model: &opened.model,
+        tokenizer: &opened.tokenizer,
+        template: opened.template.as_ref(),
+        device,
+    }
+}
+
+fn find_tasks(names: &[String]) -> anyhow::Result<Vec<&'static dyn Task>> {
+    let mut tasks: Vec<&'static dyn Task> = Vec::new();
+    for name in names {
+        let task = task::find(name.trim())?;
+        // Asking twice gives one answer.
+        if !tasks.iter().any(|t| t.name() == task.name()) {
+            tasks.push(task);
+        }
+    }
+    Ok(tasks)
+}
+
+/// `{"model", "results": {TASK: {...}}}`; a lone perplexity stands at the top as well.
+fn object(model: &str, results: &[(&str, TaskResult)]) -> Value {
+    let mut object = Map::new();
+    object.insert("model".to_owned(), model.into());
+    if let [("perplexity", result)] = results {
+        object.insert("task".to_owned(), "perplexity".into());
+        object.insert("value".to_owned(), result.value.into());
+        object.insert("tokens".to_owned(), result.tokens.into());
+    }
+    let by_task: Map<String, Value> =
+        results.iter().map(|(name, result)| ((*name).to_owned(), json!(result))).collect();
+    object.insert("results".to_owned(), by_task.into());
+    object.into()
+}
+
+fn table(model: &str, results: &[(&str, TaskResult)]) -> String {
+    let mut text = format!("{model}\n");
+    for (name, result) in results {
+        let mut notes = vec![format!("{} tokens scored", result.tokens)];
+        let number = |key: &str| result.details.get(key).and_then(Value::as_u64);
+        if let (Some(windows), Some(window)) = (number("windows"), number("window")) {
+            notes.push(format!("{windows} windows of {window}"));
+        }
+        text.push_str(&format!("  {name:<18}{:>12.4}   ({})\n", result.value, notes.join(", ")));
+        let Some(divergence) = result.details.get("divergence") else { continue };
+        let number = |key: &str| divergence.get(key).and_then(Value::as_f64).unwrap_or(f64::NAN);
+        let reference = divergence.get("reference").and_then(Value::as_str).unwrap_or_default();
+        text.push_str(&format!("against {reference}\n"));
+        text.push_str(&format!("  {:<18}{:>12.4}\n", "its perplexity", number("reference_perplexity")));
+        text.push_str(&format!("  {:<18}{:>12.4}   nats a token\n", "mean KL", number("mean_kl")));
+        text.push_str(&format!("  {:<18}{:>10.2} %\n", "top-1 agreement", 100.0 * number("top1_agreement")));
+    }
+    text
+}
