@@ -32,8 +32,11 @@ impl SharedBytes {
         Some(SharedBytes { owner: Arc::clone(&self.owner), range: start..start + (range.end - range.start) })
     }
 
-    /// These bytes as numbers, or `None` when length or alignment do not fit `T`.
+    /// These bytes as numbers, or `None` when length or alignment do not fit `T`. No bytes are no numbers, wherever they lie.
     pub fn cast<T: bytemuck::AnyBitPattern>(&self) -> Option<&[T]> {
+        if self.is_empty() {
+            return Some(&[]);
+        }
         bytemuck::try_cast_slice(self).ok()
     }
 }

@@ -294,3 +294,44 @@ fn power<const FUSED: bool>(x: f32, exponent: f32) -> f32 {
     e = multiply_add::<FUSED>(e, g, 0.999_928_06);
     f32::from_bits(e.to_bits().wrapping_add(rounded.to_bits() << 23))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tailorq_tensor::Rng;
+
+    #[test]
+    fn power_is_close() {
+        for exponent in [1.0f32, 2.0, 2.4, 3.0, 4.0] {
+            for i in 0..40_000 {
+                let x = (2.0f32).powf(-24.0 + 34.0 * i as f32 / 40_000.0);
+                let exact = f64::from(x).powf(f64::from(exponent));
+                for found in [power::<true>(x, exponent), power::<false>(x, exponent)] {
+                    let relative = (f64::from(found) / exact - 1.0).abs();
+                    assert!(relative < 1.5e-4, "{x}^{exponent}: {found}, off by {relative}");
+                }
+            }
+            assert!(power::<true>(0.0, exponent) <= power::<true>(3e-8, exponent));
+        }
+    }
+
+    /// All instruction sets of this processor choose the same grids; the portable one may differ by rounding alone.
+    #[test]
+    fn instruction_sets_agree() {
+        let mut rng = Rng::new(5);
+        for n in [1usize, 15, 16, 17, 64, 100, 128, 576] {
+            let weights: Vec<f32> = (0..n).map(|_| rng.normal()).collect();
+            let rule = GridRule { bits: Bits::Three, symmetric: false, clip: Some(ClipSearch::default()) };
+            let (clip, range) = (ClipSearch::default(), rule.range(&weights));
+            let full = rule.grid(range, 1.0).unwrap().unwrap();
+            let run = |simd| search(simd, &rule, clip, range, &weights, &[], full);
+            let portable = run(Simd::Portable);
+            #[cfg(target_arch = "x86_64")]
+            if Simd::detect() == Simd::Avx512 {
+                assert_eq!(run(Simd::Avx512), run(Simd::Avx2), "{n} weights");
+            }
+            let ratio = run(Simd::detect()).scale.to_f32() / portable.scale.to_f32();
+            assert!((0.9..1.1).contains(&ratio), "{n} weights: {ratio}");
+        }
+    }
+}
