@@ -19,10 +19,10 @@ pub fn reference() -> Arc<dyn Device> {
 
 /// The fast CPU device, with the instructions that this processor has.
 pub fn cpu() -> Arc<dyn Device> {
-    Arc::new(cpu::Cpu)
+    Arc::new(cpu::Cpu::variants().swap_remove(0))
 }
 
 /// The CPU device once for each instruction set of this processor that it has code for, the best first. For tests.
 pub fn cpu_variants() -> Vec<Arc<dyn Device>> {
-    vec![cpu()]
+    cpu::Cpu::variants().into_iter().map(|cpu| Arc::new(cpu) as Arc<dyn Device>).collect()
 }

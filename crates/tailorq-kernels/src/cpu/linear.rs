@@ -1,37 +1,52 @@
 //! Linears: `y = x W^T + b` for dense, stored and packed weights.
+//!
+//! Many tokens: tiles of the output, each one sequential matrix product with a panel of weight rows, read to f32 on the
+//! way when they are not dense. Few tokens (decoding): each weight row is read once into the first-level cache and
+//! multiplied with every token there.
 
 use super::gemm::{View, gemm};
-use super::scratch;
+use super::simd::Isa;
 use super::tile::{Part, Tile};
+use super::{dot, scratch, unpack};
 use crate::shapes;
 use rayon::prelude::*;
 use std::ops::Range;
 use tailorq_tensor::Weight;
 
-/// Output rows a task.
-const PANEL: usize = 256;
-/// Tokens a task.
+/// Up to this many tokens are multiplied row by row.
+const FEW: usize = 4;
+/// Tokens a tile.
 const TOKENS: usize = 1024;
+/// Weight rows a tile.
+const PANEL: usize = 256;
+/// Weight elements a task of the row-by-row path.
+const ROW_TASK: usize = 1 << 15;
 
-pub(super) fn linear_rows(x: &[f32], w: &Weight, bias: Option<&[f32]>, rows: Range<usize>, y: &mut [f32]) {
+pub(super) fn linear_rows(isa: Isa, x: &[f32], w: &Weight, bias: Option<&[f32]>, rows: Range<usize>, y: &mut [f32]) {
     let n = shapes::linear(x, w, bias, &rows, y);
-    let parts = Tile::new(y, n, rows.len(), rows.len()).grid(TOKENS, PANEL);
-    parts.into_par_iter().for_each(|part| panel(x, w, bias, rows.start, part));
+    let y = Tile::new(y, n, rows.len(), rows.len());
+    if n <= FEW {
+        let task = (ROW_TASK / w.cols().max(1)).clamp(4, 512);
+        let parts = y.grid(FEW, task);
+        parts.into_par_iter().for_each(|part| row_by_row(isa, x, w, bias, rows.start, part));
+    } else {
+        let parts = y.grid(TOKENS, PANEL);
+        parts.into_par_iter().for_each(|part| panel(isa, x, w, bias, rows.start, part));
+    }
 }
 
-/// One tile of the output: some tokens, some output rows.
-fn panel(x: &[f32], w: &Weight, bias: Option<&[f32]>, first_row: usize, part: Part<'_>) {
+/// One tile of the output by a matrix product.
+fn panel(isa: Isa, x: &[f32], w: &Weight, bias: Option<&[f32]>, first_row: usize, part: Part<'_>) {
     let Part { row: token, col, mut tile } = part;
-    let (cols, n_rows) = (w.cols(), tile.cols());
-    let first = first_row + col;
+    let (cols, n_rows, first) = (w.cols(), tile.cols(), first_row + col);
     let x = View::new(&x[token * cols..], tile.rows(), cols, cols);
+    let mut multiply = |panel: &[f32]| gemm(1.0, x, View::new(panel, n_rows, cols, cols).transposed(), 0.0, &mut tile);
     if let Weight::Dense(m) = w {
-        let panel = View::new(&m.data()[first * cols..], n_rows, cols, cols);
-        gemm(1.0, x, panel.transposed(), 0.0, &mut tile);
+        multiply(&m.data()[first * cols..(first + n_rows) * cols]);
     } else {
         scratch::with(n_rows * cols, |panel| {
-            w.reader().read_rows(first, panel);
-            gemm(1.0, x, View::new(panel, n_rows, cols, cols).transposed(), 0.0, &mut tile);
+            unpack::read_rows(isa, w, first, panel);
+            multiply(panel);
         });
     }
     if let Some(bias) = bias {
@@ -41,4 +56,25 @@ fn panel(x: &[f32], w: &Weight, bias: Option<&[f32]>, first_row: usize, part: Pa
             }
         }
     }
+}
+
+/// Some output rows for all of a few tokens.
+fn row_by_row(isa: Isa, x: &[f32], w: &Weight, bias: Option<&[f32]>, first_row: usize, part: Part<'_>) {
+    let Part { col, mut tile, .. } = part;
+    let cols = w.cols();
+    scratch::with(cols, |buffer| {
+        for i in 0..tile.cols() {
+            let r = first_row + col + i;
+            let row: &[f32] = if let Weight::Dense(m) = w {
+                m.row(r)
+            } else {
+                unpack::read_rows(isa, w, r, buffer);
+                buffer
+            };
+            let bias = bias.map_or(0.0, |b| b[r]);
+            for t in 0..tile.rows() {
+                tile.row_mut(t)[i] = dot::dot(isa, &x[t * cols..(t + 1) * cols], row) + bias;
+            }
+        }
+    });
 }

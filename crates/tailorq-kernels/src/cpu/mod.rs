@@ -5,47 +5,62 @@
 
 mod attention;
 mod cholesky;
+mod dot;
 mod elementwise;
+mod exp;
 mod gemm;
 mod gram;
 mod linear;
+mod norm;
+mod rope;
 mod scratch;
+mod simd;
 mod tile;
+mod unpack;
 
 use crate::{AttentionShape, AttentionSpan, Device, NotPositiveDefinite, RopeTable, Strided, StridedMut};
 use std::ops::Range;
 use tailorq_tensor::{Matrix, Weight};
 
 /// See the module.
-pub(crate) struct Cpu;
+pub(crate) struct Cpu {
+    isa: simd::Isa,
+}
+
+impl Cpu {
+    /// One device for each instruction set that this processor has, the best first; there is always one.
+    pub(crate) fn variants() -> Vec<Cpu> {
+        simd::Isa::available().into_iter().map(|isa| Cpu { isa }).collect()
+    }
+}
 
 impl Device for Cpu {
     fn name(&self) -> String {
-        "cpu".into()
+        format!("cpu {}", self.isa.name())
     }
 
     fn linear_rows(&self, x: &[f32], w: &Weight, bias: Option<&[f32]>, rows: Range<usize>, y: &mut [f32]) {
-        linear::linear_rows(x, w, bias, rows, y);
+        linear::linear_rows(self.isa, x, w, bias, rows, y);
     }
 
     fn embed(&self, ids: &[u32], table: &Weight, y: &mut [f32]) {
-        elementwise::embed(ids, table, y);
+        elementwise::embed(self.isa, ids, table, y);
     }
 
     fn rms_norm(&self, x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]) {
-        elementwise::rms_norm(x, weight, eps, y);
+        norm::rms_norm(self.isa, x, weight, eps, y);
     }
 
     fn rope(&self, x: &mut [f32], table: &RopeTable, positions: &[u32]) {
-        elementwise::rope(x, table, positions);
+        rope::rope(self.isa, x, table, positions);
     }
 
     fn attention(&self, shape: AttentionShape, q: &[f32], spans: &[AttentionSpan<'_>], y: &mut [f32]) {
-        attention::attention(shape, q, spans, y);
+        attention::attention(self.isa, shape, q, spans, y);
     }
 
     fn swiglu(&self, gate: &mut [f32], up: &[f32]) {
-        elementwise::swiglu(gate, up);
+        elementwise::swiglu(self.isa, gate, up);
     }
 
     fn add(&self, x: &[f32], y: &mut [f32]) {

@@ -1,5 +1,6 @@
 //! Random inputs of the kernel tests.
 #![allow(dead_code, reason = "each test binary uses some of them")]
+#![allow(clippy::unwrap_used, reason = "a test may stop where it stands")]
 
 use half::{bf16, f16};
 use std::ops::Range;

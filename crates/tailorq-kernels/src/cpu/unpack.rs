@@ -1,0 +1,114 @@
+//! Rows of any weight as f32.
+
+use super::simd::{Isa, LANES, Simd, per_isa};
+use tailorq_tensor::{Bits, PackedMatrix, TILE, Weight};
+
+/// Reads `out.len() / cols` rows from row `first` on, as [`tailorq_tensor::ReadRows::read_rows`] does.
+pub(super) fn read_rows(isa: Isa, w: &Weight, first: usize, out: &mut [f32]) {
+    match w {
+        Weight::Packed(m) => {
+            for (i, row) in out.chunks_exact_mut(m.cols().max(1)).enumerate() {
+                unpack_row(isa, m, first + i, row);
+            }
+        }
+        _ => w.reader().read_rows(first, out),
+    }
+}
+
+per_isa! {
+    /// Row `r` of a packed matrix, bit for bit what [`PackedMatrix::unpack_row`] gives: `(code - zero) * scale` is exact.
+    pub(super) fn unpack_row(m: &PackedMatrix, r: usize, out: &mut [f32]) = unpack_body
+}
+
+#[inline(always)]
+fn unpack_body<S: Simd>(simd: S, m: &PackedMatrix, r: usize, out: &mut [f32]) {
+    assert_eq!(out.len(), m.cols(), "unpack_row: output length");
+    let words = m.code_words(r);
+    match m.layout().bits {
+        Bits::Two => unpack_tiles(simd, m, r, out, |tile| simd.codes2(words[tile])),
+        Bits::Three => {
+            let highs = m.code_highs(r);
+            unpack_tiles(simd, m, r, out, |tile| simd.codes3(words[tile], highs[tile]));
+        }
+        Bits::Four => {
+            let (words, _) = words.as_chunks::<2>();
+            unpack_tiles(simd, m, r, out, |tile| simd.codes4(words[tile]));
+        }
+        Bits::Eight => {
+            let (words, _) = words.as_chunks::<4>();
+            unpack_tiles(simd, m, r, out, |tile| simd.codes8(words[tile]));
+        }
+    }
+}
+
+/// Scales the codes of tile after tile, group by group.
+#[inline(always)]
+fn unpack_tiles<S: Simd>(simd: S, m: &PackedMatrix, r: usize, out: &mut [f32], codes: impl Fn(usize) -> S::F) {
+    const { assert!(TILE == LANES, "a tile is a vector") };
+    let (layout, scales, zeros) = (m.layout(), m.scales(r), zero_bytes(m, r));
+    let group = layout.group.len(m.cols());
+    for (g, values) in out.chunks_mut(group).enumerate() {
+        let zero = simd.splat(f32::from(zero_point(layout.bits, zeros, g)));
+        let scale = simd.splat(scales[g].to_f32());
+        let first = g * group / TILE;
+        let (tiles, tail) = values.as_chunks_mut::<LANES>();
+        let n = tiles.len();
+        for (i, tile) in tiles.iter_mut().enumerate() {
+            simd.store(simd.mul(simd.sub(codes(first + i), zero), scale), tile);
+        }
+        if !tail.is_empty() {
+            simd.store_partial(simd.mul(simd.sub(codes(first + n), zero), scale), tail);
+        }
+    }
+}
+
+/// The packed zeros of row `r`; `None` when the layout is symmetric.
+#[inline(always)]
+fn zero_bytes(m: &PackedMatrix, r: usize) -> Option<&[u8]> {
+    let n = m.layout().zero_bytes_per_row(m.cols());
+    m.parts().zeros.as_ref().map(|zeros| &zeros[r * n..(r + 1) * n])
+}
+
+/// Zero `g` of a row: a field of a little-endian bit stream that touches two bytes at most.
+#[inline(always)]
+fn zero_point(bits: Bits, zeros: Option<&[u8]>, g: usize) -> u8 {
+    let Some(zeros) = zeros else { return bits.middle() };
+    let at = g * bits.count() as usize;
+    let low = u16::from(zeros[at / 8]);
+    let high = zeros.get(at / 8 + 1).map_or(0, |&b| u16::from(b));
+    ((low | high << 8) >> (at % 8)) as u8 & bits.max_code()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use half::f16;
+    use tailorq_tensor::{Group, Layout, Rng};
+
+    #[test]
+    fn every_layout_unpacks_to_its_definition() {
+        let mut rng = Rng::new(3);
+        for bits in Bits::ALL {
+            for group in [Group::Inputs(32), Group::Inputs(64), Group::Inputs(128), Group::Row] {
+                for (symmetric, cols) in
+                    [true, false].into_iter().flat_map(|s| [0, 1, 16, 33, 576, 600].map(|c| (s, c)))
+                {
+                    let layout = Layout { bits, group, symmetric };
+                    let (rows, levels) = (3, usize::from(bits.max_code()) + 1);
+                    let groups = rows * group.count(cols);
+                    let codes: Vec<u8> = (0..rows * cols).map(|_| rng.below(levels) as u8).collect();
+                    let scales: Vec<f16> = (0..groups).map(|_| f16::from_f32(rng.uniform() as f32)).collect();
+                    let n_zeros = if symmetric { 0 } else { groups };
+                    let zeros: Vec<u8> = (0..n_zeros).map(|_| rng.below(levels) as u8).collect();
+                    let m = PackedMatrix::pack(rows, cols, layout, &codes, &scales, &zeros).unwrap();
+                    for (r, isa) in (0..rows).flat_map(|r| Isa::available().into_iter().map(move |isa| (r, isa))) {
+                        let (mut expected, mut found) = (vec![0.0; cols], vec![f32::NAN; cols]);
+                        m.unpack_row(r, &mut expected);
+                        unpack_row(isa, &m, r, &mut found);
+                        assert_eq!(found, expected, "{} {layout:?} [{rows}, {cols}]", isa.name());
+                    }
+                }
+            }
+        }
+    }
+}
