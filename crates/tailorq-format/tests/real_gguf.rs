@@ -1,5 +1,5 @@
 //! Real GGUF models, when TAILORQ_TEST_MODELS names the directory that holds them.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::print_stdout)]
 
 use std::path::PathBuf;
 use tailorq_format::GgufFile;
