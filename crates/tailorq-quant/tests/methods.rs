@@ -425,25 +425,40 @@ fn settings_as_files_write_them() {
     assert!(read(r#"{"layout":{"bits":5,"group":128,"symmetric":false}}"#).is_err());
 }
 
+/// Seconds of processor time of this process so far; on a busy machine they say more than the clock.
+fn cpu_seconds() -> f64 {
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
+    // Fields 14 and 15, counted behind the command's closing bracket; 100 ticks a second on Linux.
+    let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
+    fields.iter().skip(11).take(2).filter_map(|t| t.parse::<f64>().ok()).sum::<f64>() / 100.0
+}
+
 /// Times, on demand: `cargo test -p tailorq-quant --test methods -- --ignored --nocapture timing`.
 #[test]
 #[ignore = "a measurement"]
 fn timing() {
+    let report = |what: String, work: &mut dyn FnMut()| {
+        let (clock, cpu) = (std::time::Instant::now(), cpu_seconds());
+        work();
+        println!("{what}: {:.3} s, {:.2} cpu-s", clock.elapsed().as_secs_f64(), cpu_seconds() - cpu);
+    };
     for (rows, cols) in [(896, 896), (4864, 896), (896, 4864)] {
         let w = normal(rows, cols, 91);
-        let h = hessian(cols, cols / 2 + 2000, 92);
+        let n_tokens = cols / 2 + 2000;
+        let h = hessian(cols, n_tokens, 92);
+        report(format!("factor {cols}"), &mut || {
+            let mut damped = h.clone();
+            (0..cols).for_each(|i| damped.row_mut(i)[i] *= 1.01);
+            cpu().inverse_cholesky_upper(&mut damped).unwrap();
+        });
         for bits in [Bits::Two, Bits::Three] {
             for q in ALL {
                 for clip_search in [false, true] {
                     let s = LayerSettings { clip_search, ..settings(bits, Group::Inputs(128)) };
-                    let stats = LayerStats { hessian: q.needs().hessian.then_some(&h), n_tokens: 1 };
-                    let start = std::time::Instant::now();
-                    q.quantize(cpu().as_ref(), &w, &stats, &s).unwrap();
-                    println!(
-                        "{rows}x{cols} {bits:?} {} clip {clip_search}: {:.3} s",
-                        q.name(),
-                        start.elapsed().as_secs_f64()
-                    );
+                    let stats = LayerStats { hessian: q.needs().hessian.then_some(&h), n_tokens };
+                    report(format!("{rows}x{cols} {bits:?} {} clip {clip_search}", q.name()), &mut || {
+                        q.quantize(cpu().as_ref(), &w, &stats, &s).unwrap();
+                    });
                 }
             }
         }

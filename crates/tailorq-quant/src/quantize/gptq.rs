@@ -397,13 +397,11 @@ fn columns_loop<const FUSED: bool>(
         state.codes[j] = (q - grid.low) as u8;
         state.values[j] = value;
         state.errors[j] = error;
-        // From the vector that holds column j on: the factor is zero up to j itself.
+        // From the vector that holds column j on: the factor is zero up to j itself. One flat loop over whole vectors;
+        // a loop over vectors with a loop over lanes inside gets vectorized the wrong way round, with gathers.
         let from = j / LANES * LANES;
-        let factors = factor_block[j * BLOCK + from..(j + 1) * BLOCK].chunks_exact(LANES);
-        for (weights, factors) in state.weights[from..].chunks_exact_mut(LANES).zip(factors) {
-            for (w, u) in weights.iter_mut().zip(factors) {
-                *w = multiply_add::<FUSED>(-error, *u, *w);
-            }
+        for (w, u) in state.weights[from..].iter_mut().zip(&factor_block[j * BLOCK + from..(j + 1) * BLOCK]) {
+            *w = multiply_add::<FUSED>(-error, *u, *w);
         }
     }
 }
