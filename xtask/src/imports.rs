@@ -185,6 +185,24 @@ mod tests {
     }
 
     #[test]
+    fn the_architecture_page_shows_this_table() {
+        let page = std::fs::read_to_string(crate::workspace_root().join("ARCHITECTURE.md")).unwrap();
+        let quoted = |cell: &str| cell.split('`').skip(1).step_by(2).map(String::from).collect::<Vec<_>>();
+        let shown: Vec<(Vec<String>, String, Vec<String>)> = page
+            .lines()
+            .filter_map(|line| {
+                let cells: Vec<&str> = line.split('|').collect();
+                let floor = cells.get(2)?.trim();
+                floor.parse::<u8>().is_ok().then(|| (quoted(cells[1]), floor.to_string(), quoted(cells[3])))
+            })
+            .collect();
+        let strings = |names: &[&str]| names.iter().map(|n| (*n).to_string()).collect::<Vec<_>>();
+        let kept: Vec<_> =
+            HOUSE.iter().map(|r| (strings(&[r.name]), r.floor.to_string(), strings(r.imports))).collect();
+        assert_eq!(shown, kept, "ARCHITECTURE.md and xtask/src/imports.rs disagree");
+    }
+
+    #[test]
     fn what_the_table_allows_passes() {
         let manifest =
             "[dependencies]\ntailorq-tensor.workspace = true\nrayon = \"1\"\n[dev-dependencies]\nproptest = \"1\"\n";
