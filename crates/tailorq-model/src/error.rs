@@ -7,7 +7,7 @@ use thiserror::Error;
 #[derive(Debug, Error)]
 pub enum ModelError {
     /// A file could not be read as what it should be.
-    #[error("{path}: {problem}")]
+    #[error("{}: {problem}", path.display())]
     File {
         /// The file.
         path: PathBuf,
@@ -15,17 +15,20 @@ pub enum ModelError {
         problem: String,
     },
     /// A tensor is missing, has the wrong shape or type, or holds NaN or infinity.
-    #[error("{path}: tensor {tensor}: {problem}")]
+    #[error("{}: tensor '{tensor}' {problem}", path.display())]
     Tensor {
         /// The file.
         path: PathBuf,
         /// The tensor's name in that file.
         tensor: String,
-        /// What is wrong and what to do about it.
+        /// What is wrong, as the rest of a sentence about the tensor, and what to do about it.
         problem: String,
     },
+    /// A file is damaged or not what its name says.
+    #[error(transparent)]
+    Format(#[from] tailorq_format::FormatError),
     /// The architecture is not one that tailorq declares.
-    #[error("{path}: architecture '{found}' is not supported (supported: {supported})")]
+    #[error("{}: architecture '{found}' is not supported (supported: {supported})", path.display())]
     UnknownArchitecture {
         /// The file that names it.
         path: PathBuf,

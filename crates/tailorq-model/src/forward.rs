@@ -1,10 +1,13 @@
 //! The forward pass of a decoder, whole or in the stages that a streaming quantizer needs.
 
-use crate::kv::KvCache;
-use crate::model::{Block, Model};
+use crate::kv::{BlockKv, KvCache};
+use crate::model::{Block, Linear, Model};
 use std::ops::Range;
-use tailorq_kernels::Device;
-use tailorq_tensor::{InputGroup, Matrix};
+use tailorq_kernels::{AttentionShape, AttentionSpan, Device};
+use tailorq_tensor::{InputGroup, Matrix, Slot};
+
+/// Words of the vocabulary whose logits are computed at once: with 2048 tokens, 32 MiB.
+const LOGITS_CHUNK: usize = 4096;
 
 /// A ragged batch: several sequences laid end to end.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -43,65 +46,228 @@ pub struct BlockStage<'a> {
 
 impl BlockStage<'_> {
     /// `norm(residual)`: the input of q, k and v. `[n, hidden]`.
-    pub fn attention_input(&self, _residual: &Matrix) -> Matrix {
-        todo!()
+    pub fn attention_input(&self, residual: &Matrix) -> Matrix {
+        self.norm(residual, &self.block.attention_norm)
     }
+
     /// The mixed heads from the input of q, k and v: the input of o. Positions start at 0 in every span. `[n, heads * head_dim]`.
-    pub fn attention_mix(&self, _attention_input: &Matrix, _spans: &[Range<usize>]) -> Matrix {
-        todo!()
+    pub fn attention_mix(&self, attention_input: &Matrix, spans: &[Range<usize>]) -> Matrix {
+        let (q, k, v) = self.rotated(attention_input, spans, |_| 0);
+        let width = k.cols();
+        let spans: Vec<_> = spans.iter().map(|rows| fresh_span(rows, width, &k, &v)).collect();
+        self.attend(&q, &spans)
     }
+
+    /// As [`BlockStage::attention_mix`], with one cache a span: its keys and values come first and grow by the new ones.
+    fn attention_mix_cached(
+        &self,
+        attention_input: &Matrix,
+        spans: &[Range<usize>],
+        past: &[usize],
+        caches: &mut [&mut BlockKv],
+    ) -> Matrix {
+        let (q, k, v) = self.rotated(attention_input, spans, |span_idx| past[span_idx]);
+        let width = k.cols();
+        for (rows, cache) in spans.iter().zip(caches.iter_mut()) {
+            cache.keys.extend_from_slice(&k.data()[rows.start * width..rows.end * width]);
+            cache.values.extend_from_slice(&v.data()[rows.start * width..rows.end * width]);
+        }
+        let spans: Vec<_> = (spans.iter().zip(past))
+            .zip(caches.iter())
+            .map(|((rows, &past), cache)| AttentionSpan {
+                rows: rows.clone(),
+                keys: &cache.keys,
+                values: &cache.values,
+                past,
+            })
+            .collect();
+        self.attend(&q, &spans)
+    }
+
     /// `residual += o(mixed)`.
-    pub fn add_attention(&self, _mixed: &Matrix, _residual: &mut Matrix) {
-        todo!()
+    pub fn add_attention(&self, mixed: &Matrix, residual: &mut Matrix) {
+        let y = self.apply(Slot::O, mixed);
+        self.device.add(y.data(), residual.data_mut());
     }
+
     /// `norm(residual)`: the input of gate and up. `[n, hidden]`.
-    pub fn mlp_input(&self, _residual: &Matrix) -> Matrix {
-        todo!()
+    pub fn mlp_input(&self, residual: &Matrix) -> Matrix {
+        self.norm(residual, &self.block.mlp_norm)
     }
+
     /// `silu(gate(x)) * up(x)`: the input of down. `[n, intermediate]`.
-    pub fn mlp_hidden(&self, _mlp_input: &Matrix) -> Matrix {
-        todo!()
+    pub fn mlp_hidden(&self, mlp_input: &Matrix) -> Matrix {
+        let mut gate = self.apply(Slot::Gate, mlp_input);
+        let up = self.apply(Slot::Up, mlp_input);
+        self.device.swiglu(gate.data_mut(), up.data());
+        gate
     }
+
     /// `residual += down(hidden)`.
-    pub fn add_mlp(&self, _hidden: &Matrix, _residual: &mut Matrix) {
-        todo!()
+    pub fn add_mlp(&self, hidden: &Matrix, residual: &mut Matrix) {
+        let y = self.apply(Slot::Down, hidden);
+        self.device.add(y.data(), residual.data_mut());
+    }
+
+    /// The feed-forward, all stages.
+    fn mlp(&self, residual: &mut Matrix) {
+        let hidden = self.mlp_hidden(&self.mlp_input(residual));
+        self.add_mlp(&hidden, residual);
+    }
+
+    /// Queries, keys and values, heads normalised (if the architecture does) and rotated; span `i` begins at position `first(i)`.
+    fn rotated(&self, x: &Matrix, spans: &[Range<usize>], first: impl Fn(usize) -> usize) -> (Matrix, Matrix, Matrix) {
+        let (mut q, mut k, v) = (self.apply(Slot::Q, x), self.apply(Slot::K, x), self.apply(Slot::V, x));
+        if let Some((q_norm, k_norm)) = &self.block.qk_norm {
+            // A head is a row of `head_dim` elements, so the norm of rows is the norm of heads.
+            let eps = self.model.config.rms_eps;
+            for (heads, norm) in [(&mut q, q_norm), (&mut k, k_norm)] {
+                let before = heads.data().to_vec();
+                self.device.rms_norm(&before, norm, eps, heads.data_mut());
+            }
+        }
+        let positions = positions(x.rows(), spans, first);
+        let n_positions = positions.iter().max().map_or(0, |&p| p as usize + 1);
+        let table = self.model.rope.table(n_positions);
+        self.device.rope(q.data_mut(), &table, &positions);
+        self.device.rope(k.data_mut(), &table, &positions);
+        (q, k, v)
+    }
+
+    fn attend(&self, q: &Matrix, spans: &[AttentionSpan<'_>]) -> Matrix {
+        let config = &self.model.config;
+        let shape = AttentionShape {
+            heads: config.n_heads,
+            kv_heads: config.n_kv_heads,
+            head_dim: config.head_dim,
+            window: config.sliding_window,
+        };
+        let mut y = Matrix::zeros(q.rows(), q.cols());
+        self.device.attention(shape, q.data(), spans, y.data_mut());
+        y
+    }
+
+    fn apply(&self, slot: Slot, x: &Matrix) -> Matrix {
+        apply_linear(self.device, self.block.linear(slot), x)
+    }
+
+    fn norm(&self, x: &Matrix, weight: &[f32]) -> Matrix {
+        let mut y = Matrix::zeros(x.rows(), x.cols());
+        self.device.rms_norm(x.data(), weight, self.model.config.rms_eps, y.data_mut());
+        y
     }
 }
 
+fn apply_linear(device: &dyn Device, linear: &Linear, x: &Matrix) -> Matrix {
+    let mut y = Matrix::zeros(x.rows(), linear.weight.rows());
+    device.linear(x.data(), &linear.weight, linear.bias.as_deref(), y.data_mut());
+    y
+}
+
+/// The keys and values of a sequence that has no past: its own rows.
+fn fresh_span<'a>(rows: &Range<usize>, width: usize, k: &'a Matrix, v: &'a Matrix) -> AttentionSpan<'a> {
+    let part = rows.start * width..rows.end * width;
+    AttentionSpan { rows: rows.clone(), keys: &k.data()[part.clone()], values: &v.data()[part], past: 0 }
+}
+
+/// The position of every row: counted up from `first(i)` in span `i`.
+fn positions(n_rows: usize, spans: &[Range<usize>], first: impl Fn(usize) -> usize) -> Vec<u32> {
+    let mut positions = vec![0; n_rows];
+    for (span_idx, rows) in spans.iter().enumerate() {
+        for (i, position) in positions[rows.clone()].iter_mut().enumerate() {
+            *position = u32::try_from(first(span_idx) + i).expect("a sequence of more than 2^32 tokens does not fit memory");
+        }
+    }
+    positions
+}
+
 impl Model {
-    /// Embeds the tokens: `[ids.len(), hidden]`.
-    pub fn embed(&self, _device: &dyn Device, _ids: &[u32]) -> Matrix {
-        todo!()
+    /// Embeds the tokens: `[ids.len(), hidden]`. Every id is below the vocabulary's size.
+    pub fn embed(&self, device: &dyn Device, ids: &[u32]) -> Matrix {
+        let mut y = Matrix::zeros(ids.len(), self.config.hidden);
+        device.embed(ids, &self.embedding, y.data_mut());
+        y
     }
 
     /// One block over a batch of fresh sequences (positions from 0, no cache), in place.
-    pub fn forward_block(&self, _device: &dyn Device, _block: &Block, _spans: &[Range<usize>], _residual: &mut Matrix) {
-        todo!()
+    pub fn forward_block(&self, device: &dyn Device, block: &Block, spans: &[Range<usize>], residual: &mut Matrix) {
+        let stage = BlockStage { model: self, block, device };
+        let mixed = stage.attention_mix(&stage.attention_input(residual), spans);
+        stage.add_attention(&mixed, residual);
+        stage.mlp(residual);
     }
 
     /// All blocks and the final norm; appends to each sequence's cache when caches are given (one a span; positions go
     /// on from what a cache holds). Returns `[batch.ids.len(), hidden]`.
-    pub fn hidden(&self, _device: &dyn Device, _batch: &Batch, _caches: Option<&mut [KvCache]>) -> Matrix {
-        todo!()
+    pub fn hidden(&self, device: &dyn Device, batch: &Batch, caches: Option<&mut [KvCache]>) -> Matrix {
+        let mut residual = self.embed(device, &batch.ids);
+        match caches {
+            None => {
+                for block in &self.blocks {
+                    self.forward_block(device, block, &batch.spans, &mut residual);
+                }
+            }
+            Some(caches) => self.forward_cached(device, &batch.spans, caches, &mut residual),
+        }
+        self.final_norm(device, &residual)
+    }
+
+    /// All blocks with caches, in place.
+    fn forward_cached(&self, device: &dyn Device, spans: &[Range<usize>], caches: &mut [KvCache], residual: &mut Matrix) {
+        assert_eq!(spans.len(), caches.len(), "one cache a sequence");
+        let past: Vec<usize> = caches.iter().map(KvCache::len).collect();
+        for cache in caches.iter_mut() {
+            cache.blocks.resize_with(self.blocks.len(), BlockKv::default);
+        }
+        for (block_idx, block) in self.blocks.iter().enumerate() {
+            let stage = BlockStage { model: self, block, device };
+            let mut parts: Vec<_> = caches.iter_mut().map(|c| &mut c.blocks[block_idx]).collect();
+            let mixed = stage.attention_mix_cached(&stage.attention_input(residual), spans, &past, &mut parts);
+            stage.add_attention(&mixed, residual);
+            stage.mlp(residual);
+        }
+        for (cache, rows) in caches.iter_mut().zip(spans) {
+            cache.len += rows.len();
+        }
+    }
+
+    /// The final norm of the residual stream: what the head reads. `[n, hidden]`.
+    pub fn final_norm(&self, device: &dyn Device, residual: &Matrix) -> Matrix {
+        let mut y = Matrix::zeros(residual.rows(), residual.cols());
+        device.rms_norm(residual.data(), &self.norm, self.config.rms_eps, y.data_mut());
+        y
     }
 
     /// Logits of chosen hidden rows in chunks of the vocabulary: calls `visit(words, logits)` with
     /// `logits: [hidden.rows(), words.len()]`, words ascending, a fixed chunk size, so that the logits of a long window are never held whole.
     pub fn for_each_logits(
         &self,
-        _device: &dyn Device,
-        _hidden: &Matrix,
-        _visit: &mut dyn FnMut(Range<usize>, &[f32]),
+        device: &dyn Device,
+        hidden: &Matrix,
+        visit: &mut dyn FnMut(Range<usize>, &[f32]),
     ) {
-        todo!()
+        let n_words = self.head.rows();
+        let mut chunk = vec![0.0; hidden.rows() * LOGITS_CHUNK.min(n_words)];
+        for start in (0..n_words).step_by(LOGITS_CHUNK) {
+            let words = start..(start + LOGITS_CHUNK).min(n_words);
+            let logits = &mut chunk[..hidden.rows() * words.len()];
+            device.linear_rows(hidden.data(), &self.head, None, words.clone(), logits);
+            visit(words, logits);
+        }
     }
 
     /// All logits of a few rows: `[hidden.rows(), vocab]`.
-    pub fn logits(&self, _device: &dyn Device, _hidden: &Matrix) -> Matrix {
-        todo!()
+    pub fn logits(&self, device: &dyn Device, hidden: &Matrix) -> Matrix {
+        let mut all = Matrix::zeros(hidden.rows(), self.head.rows());
+        self.for_each_logits(device, hidden, &mut |words, logits| {
+            for (r, row) in logits.chunks_exact(words.len()).enumerate() {
+                all.row_mut(r)[words.clone()].copy_from_slice(row);
+            }
+        });
+        all
     }
 
-    /// Which activations a group of linears reads, for messages: `attention`, ...
+    /// Elements that a group of linears reads for one token.
     pub fn input_width(&self, group: InputGroup) -> usize {
         match group {
             InputGroup::Attention | InputGroup::Mlp => self.config.hidden,

@@ -1,16 +1,17 @@
 //! Language models as declarations: configuration, weights, tokenizer, chat template, forward.
 
-mod arch;
+pub mod arch;
 mod config;
 mod error;
 mod forward;
 mod kv;
 mod load;
 mod model;
+mod rope;
 mod template;
 mod tokenizer;
 
-pub use arch::{Architecture, LinearDecl};
+pub use arch::{Architecture, Bias, LinearDecl};
 pub use config::{ModelConfig, RopeScaling};
 pub use error::ModelError;
 pub use forward::{Batch, BlockStage};
@@ -18,4 +19,4 @@ pub use kv::KvCache;
 pub use load::{ModelFiles, OpenedModel, open};
 pub use model::{Block, Linear, Model};
 pub use template::{ChatMessage, ChatTemplate};
-pub use tokenizer::Tokenizer;
+pub use tokenizer::{TokenStream, Tokenizer};

@@ -2,6 +2,7 @@
 
 use crate::arch::Architecture;
 use crate::config::ModelConfig;
+use crate::rope::Rope;
 use tailorq_tensor::{Slot, Weight};
 
 /// A linear `y = x W^T + b`.
@@ -40,7 +41,7 @@ impl Block {
     }
 }
 
-/// A decoder-only language model.
+/// A decoder-only language model. Cheap to clone as long as its weights are stored or packed.
 #[derive(Clone, Debug)]
 pub struct Model {
     /// Sizes and constants.
@@ -55,4 +56,21 @@ pub struct Model {
     pub norm: Vec<f32>,
     /// `[vocab, hidden]`; a clone of the embedding's handle when tied.
     pub head: Weight,
+    /// Rotary tables, shared by clones.
+    pub(crate) rope: Rope,
+}
+
+impl Model {
+    /// A model of given parts; their shapes are the caller's promise.
+    pub fn new(
+        config: ModelConfig,
+        architecture: &'static Architecture,
+        embedding: Weight,
+        blocks: Vec<Block>,
+        norm: Vec<f32>,
+        head: Weight,
+    ) -> Self {
+        let rope = Rope::new(&config);
+        Model { config, architecture, embedding, blocks, norm, head, rope }
+    }
 }
