@@ -175,7 +175,8 @@ fn positions(n_rows: usize, spans: &[Range<usize>], first: impl Fn(usize) -> usi
     let mut positions = vec![0; n_rows];
     for (span_idx, rows) in spans.iter().enumerate() {
         for (i, position) in positions[rows.clone()].iter_mut().enumerate() {
-            *position = u32::try_from(first(span_idx) + i).expect("a sequence of more than 2^32 tokens does not fit memory");
+            *position =
+                u32::try_from(first(span_idx) + i).expect("a sequence of more than 2^32 tokens does not fit memory");
         }
     }
     positions
@@ -213,7 +214,13 @@ impl Model {
     }
 
     /// All blocks with caches, in place.
-    fn forward_cached(&self, device: &dyn Device, spans: &[Range<usize>], caches: &mut [KvCache], residual: &mut Matrix) {
+    fn forward_cached(
+        &self,
+        device: &dyn Device,
+        spans: &[Range<usize>],
+        caches: &mut [KvCache],
+        residual: &mut Matrix,
+    ) {
         assert_eq!(spans.len(), caches.len(), "one cache a sequence");
         let past: Vec<usize> = caches.iter().map(KvCache::len).collect();
         for cache in caches.iter_mut() {
@@ -240,12 +247,7 @@ impl Model {
 
     /// Logits of chosen hidden rows in chunks of the vocabulary: calls `visit(words, logits)` with
     /// `logits: [hidden.rows(), words.len()]`, words ascending, a fixed chunk size, so that the logits of a long window are never held whole.
-    pub fn for_each_logits(
-        &self,
-        device: &dyn Device,
-        hidden: &Matrix,
-        visit: &mut dyn FnMut(Range<usize>, &[f32]),
-    ) {
+    pub fn for_each_logits(&self, device: &dyn Device, hidden: &Matrix, visit: &mut dyn FnMut(Range<usize>, &[f32])) {
         let n_words = self.head.rows();
         let mut chunk = vec![0.0; hidden.rows() * LOGITS_CHUNK.min(n_words)];
         for start in (0..n_words).step_by(LOGITS_CHUNK) {

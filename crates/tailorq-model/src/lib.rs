@@ -9,6 +9,8 @@ mod load;
 mod model;
 mod rope;
 mod template;
+#[doc(hidden)]
+pub mod testing;
 mod tokenizer;
 
 pub use arch::{Architecture, Bias, LinearDecl};

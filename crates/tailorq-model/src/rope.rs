@@ -16,7 +16,9 @@ pub(crate) fn frequencies(config: &ModelConfig) -> Vec<f64> {
         RopeScaling::None => (0..half).map(plain).collect(),
         RopeScaling::Linear { factor } => (0..half).map(|i| plain(i) / factor).collect(),
         RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => (0..half)
-            .map(|i| plain(i) / llama3_divisor(plain(i), *factor, *low_freq_factor, *high_freq_factor, *original_context))
+            .map(|i| {
+                plain(i) / llama3_divisor(plain(i), *factor, *low_freq_factor, *high_freq_factor, *original_context)
+            })
             .collect(),
         RopeScaling::Divisors(divisors) => (0..half).map(|i| plain(i) / f64::from(divisors[i])).collect(),
     }
@@ -56,7 +58,10 @@ pub(crate) struct Rope {
 
 impl Rope {
     pub(crate) fn new(config: &ModelConfig) -> Self {
-        let frequencies: Arc<[f64]> = frequencies(config).into();
+        Rope::of(frequencies(config).into())
+    }
+
+    fn of(frequencies: Arc<[f64]>) -> Self {
         let empty = RopeTable { half: frequencies.len(), cos: Vec::new(), sin: Vec::new() };
         Rope { frequencies, table: Arc::new(RwLock::new(Arc::new(empty))) }
     }
@@ -99,7 +104,7 @@ mod tests {
 
     #[test]
     fn tables_grow_without_changing() {
-        let rope = Rope { frequencies: [1.0, 0.25].into(), table: Arc::new(RwLock::new(Arc::new(table(&[], 0)))) };
+        let rope = Rope::of([1.0, 0.25].into());
         let short = rope.table(3);
         let long = rope.table(FIRST_POSITIONS + 1);
         assert_eq!(long.cos.len(), 2 * 2 * FIRST_POSITIONS);

@@ -35,7 +35,8 @@ pub(crate) fn from_gguf(
     let head_dim = fields.optional_size("attention.key_length")?.unwrap_or(hidden / n_heads);
     for key in ["attention.value_length", "rope.dimension_count"] {
         if let Some(n) = fields.optional_size(key)?.filter(|&n| n != head_dim) {
-            let problem = format!("{}.{key} is {n}, but heads have {head_dim} elements; that is not supported", fields.prefix);
+            let problem =
+                format!("{}.{key} is {n}, but heads have {head_dim} elements; that is not supported", fields.prefix);
             return Err(meta.problem(&problem));
         }
     }
@@ -49,9 +50,10 @@ pub(crate) fn from_gguf(
         head_dim,
         vocab: facts.vocab,
         max_positions: fields.size("context_length")?,
-        rms_eps: fields.float("attention.layer_norm_rms_epsilon")?.ok_or_else(|| {
-            meta.problem(&format!("{}.attention.layer_norm_rms_epsilon is missing", fields.prefix))
-        })? as f32,
+        rms_eps: fields
+            .float("attention.layer_norm_rms_epsilon")?
+            .ok_or_else(|| meta.problem(&format!("{}.attention.layer_norm_rms_epsilon is missing", fields.prefix)))?
+            as f32,
         rope_theta: fields.float("rope.freq_base")?.unwrap_or(10_000.0),
         rope_scaling: fields.rope_scaling()?,
         sliding_window: fields.optional_size("attention.sliding_window")?.filter(|&n| n > 0),

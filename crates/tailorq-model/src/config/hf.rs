@@ -93,7 +93,9 @@ impl<'a> Fields<'a> {
             return Err(self.problem(&format!("\"hidden_act\" is {act}; only \"silu\" is supported")));
         }
         if let Some(part) = self.optional_f64("partial_rotary_factor")?.filter(|&p| p != 1.0) {
-            return Err(self.problem(&format!("\"partial_rotary_factor\" is {part}; only whole heads (1) are supported")));
+            return Err(
+                self.problem(&format!("\"partial_rotary_factor\" is {part}; only whole heads (1) are supported"))
+            );
         }
         Ok(())
     }
@@ -111,9 +113,8 @@ impl<'a> Fields<'a> {
 
     fn rope_scaling(&self, head_dim: usize) -> Result<RopeScaling, ModelError> {
         let Some(rope) = self.rope() else { return Ok(RopeScaling::None) };
-        let need = |key: &str| {
-            rope.optional_f64(key)?.ok_or_else(|| self.problem(&format!("rotary scaling lacks \"{key}\"")))
-        };
+        let need =
+            |key: &str| rope.optional_f64(key)?.ok_or_else(|| self.problem(&format!("rotary scaling lacks \"{key}\"")));
         let kind = rope.get("rope_type").or_else(|| rope.get("type"));
         match kind.and_then(Value::as_str).unwrap_or("default") {
             "default" => Ok(RopeScaling::None),
@@ -172,9 +173,10 @@ impl<'a> Fields<'a> {
         match n_sliding {
             0 => Ok(None),
             n if n == n_blocks => Ok(Some(window)),
-            n => Err(self.problem(&format!(
-                "{n} of {n_blocks} blocks use a sliding window; only all or none is supported"
-            ))),
+            n => {
+                Err(self
+                    .problem(&format!("{n} of {n_blocks} blocks use a sliding window; only all or none is supported")))
+            }
         }
     }
 }
@@ -279,7 +281,8 @@ mod tests {
         let llama3 = json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                             "original_max_position_embeddings": 8192});
         let divisors: Vec<f32> = (0..32).map(|i| 1.0 + i as f32 / 7.0).collect();
-        let own = json!({"type": "longrope", "short_factor": divisors, "long_factor": divisors, "attention_factor": 1.0});
+        let own =
+            json!({"type": "longrope", "short_factor": divisors, "long_factor": divisors, "attention_factor": 1.0});
         let cases = [
             smollm(),
             with(smollm(), "rope_scaling", llama3),
@@ -301,7 +304,8 @@ mod tests {
     fn sizes_and_defaults() {
         let config = read(&smollm()).unwrap();
         assert_eq!((config.head_dim, config.n_kv_heads, config.rope_theta), (64, 3, 100_000.0));
-        let config = read(&with(smollm(), "rope_parameters", json!({"rope_theta": 5e5, "rope_type": "default"}))).unwrap();
+        let config =
+            read(&with(smollm(), "rope_parameters", json!({"rope_theta": 5e5, "rope_type": "default"}))).unwrap();
         assert_eq!(config.rope_theta, 100_000.0);
     }
 

@@ -13,7 +13,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tailorq_format::{FORMAT_VERSION, TensorSet, read_packed};
-use tailorq_tensor::{Layout, Slot, Weight};
+use tailorq_tensor::{Layout, Weight};
 
 /// Files beside weights, configuration and tokenizer that belong to a model and are copied with it.
 pub(super) const EXTRA_FILES: [&str; 6] =
@@ -42,11 +42,8 @@ pub(super) fn open(dir: &Path, source: &str) -> Result<OpenedModel, ModelError> 
     if !tokenizer_path.exists() {
         return Err(no_tokenizer(dir, &tokenizer_path));
     }
-    let settings = SpecialTokens {
-        config: &config_json,
-        generation: &generation_config_json,
-        tokenizer: &tokenizer_config_json,
-    };
+    let settings =
+        SpecialTokens { config: &config_json, generation: &generation_config_json, tokenizer: &tokenizer_config_json };
     let tokenizer = settings.tokenizer(&tokenizer_path, model.config.vocab)?;
     let template = settings.template(dir, &tokenizer)?;
     let weight_files: Vec<PathBuf> = set.files().iter().map(|f| f.path().to_owned()).collect();
@@ -146,7 +143,8 @@ impl Quantization {
     fn check_names(&self, model: &crate::Model, path: &Path) -> Result<(), ModelError> {
         let linears = model.blocks.iter().flat_map(|b| b.linears.iter().map(|l| l.name.as_str()));
         let known: HashSet<&str> = linears.chain([EMBEDDING, HEAD]).collect();
-        let stray = self.layers.keys().find(|name| !known.contains(name.as_str()) || (*name == HEAD && model.config.tied_head));
+        let stray =
+            self.layers.keys().find(|name| !known.contains(name.as_str()) || (*name == HEAD && model.config.tied_head));
         match stray {
             None => Ok(()),
             Some(name) => Err(ModelError::File {
@@ -181,7 +179,10 @@ impl Tensors for Checkpoint<'_> {
             return Err(ModelError::Tensor {
                 path: self.config_path.to_owned(),
                 tensor: layer.to_owned(),
-                problem: format!("is packed as [{}, {}], but the model needs [{rows}, {cols}]", packed.rows, packed.cols),
+                problem: format!(
+                    "is packed as [{}, {}], but the model needs [{rows}, {cols}]",
+                    packed.rows, packed.cols
+                ),
             });
         }
         Ok(read_packed(self.set, layer, rows, cols, packed.layout)?.into())
@@ -211,9 +212,12 @@ struct SpecialTokens<'a> {
 impl SpecialTokens<'_> {
     fn tokenizer(&self, path: &Path, vocab: usize) -> Result<Tokenizer, ModelError> {
         let mut eos = token_ids(&self.generation["eos_token_id"]);
-        eos.extend(token_ids(&self.config["eos_token_id"]).into_iter().filter(|id| !eos.contains(id)).collect::<Vec<_>>());
+        eos.extend(
+            token_ids(&self.config["eos_token_id"]).into_iter().filter(|id| !eos.contains(id)).collect::<Vec<_>>(),
+        );
         let mut tokenizer = Tokenizer::from_file(path, None, eos)?;
-        if let Some(id) = self.text("eos_token").and_then(|t| tokenizer.id(&t)).filter(|id| !tokenizer.eos.contains(id)) {
+        if let Some(id) = self.text("eos_token").and_then(|t| tokenizer.id(&t)).filter(|id| !tokenizer.eos.contains(id))
+        {
             tokenizer.eos.push(id);
         }
         // A tokenizer_config.json knows best, even if it says that there is no BOS.

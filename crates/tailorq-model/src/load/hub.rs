@@ -202,7 +202,9 @@ fn fetch_error(id: &HubId, settings: &Settings, file: &str, error: &ApiError) ->
     let remedy = if text.contains("404") {
         "there is no such model or revision (nor a file or directory of this name); check the spelling".to_owned()
     } else if text.contains("401") || text.contains("403") {
-        format!("there is no such model, or it is private or gated: accept its terms on that page and set HF_TOKEN ({token})")
+        format!(
+            "there is no such model, or it is private or gated: accept its terms on that page and set HF_TOKEN ({token})"
+        )
     } else {
         "check the network, or set HF_HUB_OFFLINE=1 to use only what the cache holds".to_owned()
     };
@@ -229,7 +231,18 @@ mod tests {
     fn ids_and_paths() {
         assert_eq!(id("org/name"), HubId { repo: "org/name".into(), revision: "main".into() });
         assert_eq!(id("org/na.me-1@refs/pr/3").revision, "refs/pr/3");
-        for path in ["name", "./org/name", "/org/name", "a/b/c", "org/", "../name", "org/name@", "a/b@../x", "a/b.gguf", "a b/c"] {
+        for path in [
+            "name",
+            "./org/name",
+            "/org/name",
+            "a/b/c",
+            "org/",
+            "../name",
+            "org/name@",
+            "a/b@../x",
+            "a/b.gguf",
+            "a b/c",
+        ] {
             assert_eq!(HubId::parse(path), None, "{path}");
         }
     }
@@ -238,7 +251,12 @@ mod tests {
     fn environment_of_the_hugging_face_libraries() {
         let s = settings(&[("HOME", "/u")]);
         assert_eq!((s.cache, s.token_file), ("/u/.cache/huggingface/hub".into(), "/u/.cache/huggingface/token".into()));
-        let s = settings(&[("HF_HOME", "/h"), ("HF_TOKEN", " t\n"), ("HF_HUB_OFFLINE", "true"), ("HF_ENDPOINT", "http://m/")]);
+        let s = settings(&[
+            ("HF_HOME", "/h"),
+            ("HF_TOKEN", " t\n"),
+            ("HF_HUB_OFFLINE", "true"),
+            ("HF_ENDPOINT", "http://m/"),
+        ]);
         assert_eq!((s.cache, s.token.as_deref(), s.offline), ("/h/hub".into(), Some("t"), true));
         assert_eq!(s.endpoint, "http://m");
         let s = settings(&[("HF_HOME", "/h"), ("HF_HUB_CACHE", "/c"), ("HUGGING_FACE_HUB_TOKEN", "u")]);
@@ -267,7 +285,8 @@ mod tests {
         for file in REQUIRED {
             std::fs::write(snapshot.join(file), "{}").unwrap();
         }
-        std::fs::write(snapshot.join(INDEX), r#"{"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}"#).unwrap();
+        std::fs::write(snapshot.join(INDEX), r#"{"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}"#)
+            .unwrap();
         std::fs::write(snapshot.join("1.safetensors"), "").unwrap();
         assert!(resolve(&id("org/name"), &settings).is_err(), "one shard is missing");
         std::fs::write(snapshot.join("2.safetensors"), "").unwrap();
@@ -285,7 +304,8 @@ mod tests {
                 let mut stream = stream.unwrap();
                 let mut lines = BufReader::new(stream.try_clone().unwrap()).lines();
                 while lines.next().is_some_and(|l| l.is_ok_and(|l| !l.is_empty())) {}
-                let answer = format!("HTTP/1.1 {status}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}", body.len());
+                let answer =
+                    format!("HTTP/1.1 {status}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}", body.len());
                 stream.write_all(answer.as_bytes()).unwrap();
             }
         });
@@ -308,7 +328,10 @@ mod tests {
         assert!(gated.contains("gated") && gated.contains("HF_TOKEN") && gated.contains("token"), "{gated}");
         let gguf = failure("200 OK", r#"{"siblings": [{"rfilename": "m.Q4_0.gguf"}], "sha": "abc"}"#);
         assert!(gguf.contains("m.Q4_0.gguf"), "{gguf}");
-        let slow = failure("200 OK", r#"{"siblings": [{"rfilename": "config.json"}, {"rfilename": "model.safetensors"}], "sha": "abc"}"#);
+        let slow = failure(
+            "200 OK",
+            r#"{"siblings": [{"rfilename": "config.json"}, {"rfilename": "model.safetensors"}], "sha": "abc"}"#,
+        );
         assert!(slow.contains("no tokenizer.json"), "{slow}");
     }
 }

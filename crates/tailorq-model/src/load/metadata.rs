@@ -15,11 +15,6 @@ impl<'a> Metadata<'a> {
         Metadata { inner: file.metadata(), path: file.path() }
     }
 
-    /// The file.
-    pub(crate) fn path(&self) -> &'a Path {
-        self.path
-    }
-
     /// An error about the file as a whole.
     pub(crate) fn problem(&self, problem: &str) -> ModelError {
         ModelError::File { path: self.path.to_owned(), problem: problem.to_owned() }

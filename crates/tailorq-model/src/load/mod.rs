@@ -77,7 +77,8 @@ fn open_file(path: &Path, source: &str) -> Result<OpenedModel, ModelError> {
     if is_gguf {
         return gguf::open(path, source);
     }
-    let problem = "is neither a directory nor a GGUF file; for a safetensors model give the directory with its config.json";
+    let problem =
+        "is neither a directory nor a GGUF file; for a safetensors model give the directory with its config.json";
     Err(ModelError::File { path: path.to_owned(), problem: problem.into() })
 }
 

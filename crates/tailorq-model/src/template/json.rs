@@ -26,13 +26,29 @@ fn write(value: &Value, indent: Option<usize>, depth: usize, out: &mut String) -
             write_items(('{', '}'), items.collect::<Result<_, Error>>()?, indent, depth, out)
         }
         ValueKind::Undefined => Err(Error::new(ErrorKind::UndefinedError, "tojson of an undefined value")),
-        _ => {
-            let json = serde_json::to_string(value)
-                .map_err(|e| Error::new(ErrorKind::BadSerialization, "tojson").with_source(e))?;
-            out.push_str(&json);
+        ValueKind::None => {
+            out.push_str("null");
             Ok(())
         }
+        ValueKind::Bool => {
+            out.push_str(if value.is_true() { "true" } else { "false" });
+            Ok(())
+        }
+        ValueKind::Number => {
+            out.push_str(&value.to_string());
+            Ok(())
+        }
+        ValueKind::String => {
+            out.push_str(&quoted(value.as_str().unwrap_or_default()));
+            Ok(())
+        }
+        other => Err(Error::new(ErrorKind::BadSerialization, format!("tojson of a value of kind {other}"))),
     }
+}
+
+/// A JSON string literal.
+fn quoted(text: &str) -> String {
+    serde_json::Value::from(text).to_string()
 }
 
 fn write_items(
@@ -56,7 +72,7 @@ fn write_items(
         }
         new_line(depth + 1, out);
         if let Some(key) = key {
-            out.push_str(&serde_json::Value::from(key).to_string());
+            out.push_str(&quoted(&key));
             out.push_str(": ");
         }
         write(&item, indent, depth + 1, out)?;
@@ -75,14 +91,16 @@ mod tests {
     fn render(source: &str) -> String {
         let mut environment = Environment::new();
         environment.add_filter("tojson", super::to_python_json);
-        let json: serde_json::Value = serde_json::from_str(r#"{"b": [1, 2.5, null], "a": {"<": "é\n"}, "e": []}"#).unwrap();
-        environment.render_str(source, minijinja::context! { x => Value::from_serialize(json) }).unwrap()
+        let b = Value::from(vec![Value::from(1), Value::from(2.5), Value::from(()), Value::from(true)]);
+        let (inner, empty) = (Value::from_pairs([("<", "é\n\"")]), Value::from(Vec::<Value>::new()));
+        let x = Value::from_pairs([("b", b), ("a", inner), ("e", empty)]);
+        environment.render_str(source, minijinja::context! { x }).unwrap()
     }
 
     #[test]
     fn as_python_writes_it() {
-        assert_eq!(render("{{ x | tojson }}"), r#"{"b": [1, 2.5, null], "a": {"<": "é\n"}, "e": []}"#);
+        assert_eq!(render("{{ x | tojson }}"), r#"{"b": [1, 2.5, null, true], "a": {"<": "é\n\""}, "e": []}"#);
         let lines = render("{{ x.a | tojson(indent=2) }}");
-        assert_eq!(lines, "{\n  \"<\": \"é\\n\"\n}");
+        assert_eq!(lines, "{\n  \"<\": \"é\\n\\\"\"\n}");
     }
 }

@@ -7,6 +7,7 @@ mod date;
 mod json;
 
 use crate::error::ModelError;
+use minijinja::syntax::SyntaxConfig;
 use minijinja::{Environment, ErrorKind, Value, context};
 use serde::{Deserialize, Serialize};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -47,8 +48,7 @@ impl ChatTemplate {
         unix_seconds: u64,
     ) -> Result<String, ModelError> {
         let mut environment = Environment::new();
-        environment.set_trim_blocks(true);
-        environment.set_lstrip_blocks(true);
+        environment.set_syntax(jinja_syntax()?);
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_filter("tojson", json::to_python_json);
         environment.add_function("raise_exception", |message: String| -> Result<Value, minijinja::Error> {
@@ -59,16 +59,26 @@ impl ChatTemplate {
         let template = environment.template_from_str(&source).map_err(template_error)?;
         template
             .render(context! {
-                messages => messages,
+                messages => messages.iter().map(turn).collect::<Vec<_>>(),
                 add_generation_prompt => generation_prompt,
-                bos_token => self.bos_token,
-                eos_token => self.eos_token,
+                bos_token => self.bos_token.as_str(),
+                eos_token => self.eos_token.as_str(),
                 // transformers passes these as None, and templates ask for that.
                 tools => Value::from(()),
                 documents => Value::from(()),
             })
             .map_err(template_error)
     }
+}
+
+/// A message as templates see it.
+fn turn(message: &ChatMessage) -> Value {
+    Value::from_pairs([("role", message.role.as_str()), ("content", message.content.as_str())])
+}
+
+/// Jinja with the white space rules of transformers.
+fn jinja_syntax() -> Result<SyntaxConfig, ModelError> {
+    SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().map_err(template_error)
 }
 
 fn template_error(error: minijinja::Error) -> ModelError {

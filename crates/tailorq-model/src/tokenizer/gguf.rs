@@ -164,11 +164,15 @@ fn byte_level(meta: &Metadata<'_>, vocabulary: &GgufVocabulary<'_>) -> Result<Pa
     for pair in joined {
         // A token may begin with the separator, so the first character is never one.
         let first = pair.chars().next().map_or(0, char::len_utf8);
-        let parts = pair[first..].find(' ').map(|at| (pair[..first + at].to_owned(), pair[first + at + 1..].to_owned()));
-        let whole = parts.filter(|(a, b)| ids.contains_key(a) && ids.contains_key(b) && ids.contains_key(&format!("{a}{b}")));
+        let parts =
+            pair[first..].find(' ').map(|at| (pair[..first + at].to_owned(), pair[first + at + 1..].to_owned()));
+        let whole =
+            parts.filter(|(a, b)| ids.contains_key(a) && ids.contains_key(b) && ids.contains_key(&format!("{a}{b}")));
         let Some(merge) = whole else {
             let pair = pair.escape_debug();
-            return Err(meta.problem(&format!("tokenizer.ggml.merges has '{pair}', whose parts or whole are no tokens")));
+            return Err(
+                meta.problem(&format!("tokenizer.ggml.merges has '{pair}', whose parts or whole are no tokens"))
+            );
         };
         merges.push(merge);
     }

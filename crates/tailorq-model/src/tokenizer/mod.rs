@@ -46,7 +46,9 @@ impl Tokenizer {
         let _ = inner.with_truncation(None);
         inner.with_padding(None);
         for name in END_OF_TURN {
-            let id = inner.token_to_id(name).filter(|id| inner.get_added_tokens_decoder().get(id).is_some_and(|t| t.special));
+            let id = inner
+                .token_to_id(name)
+                .filter(|id| inner.get_added_tokens_decoder().get(id).is_some_and(|t| t.special));
             if let Some(id) = id.filter(|id| !eos.contains(id)) {
                 eos.push(id);
             }

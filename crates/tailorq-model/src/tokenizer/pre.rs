@@ -27,7 +27,8 @@ enum Cut {
 }
 
 /// Qwen2: as Llama 3, but digits stand alone.
-const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const QWEN2: &str =
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 /// What llama.cpp does for files that name no pattern.
@@ -74,13 +75,7 @@ const KNOWN: &[PreTokenizer] = &[
         ignore_merges: true,
         add_bos: true,
     },
-    PreTokenizer {
-        names: &["tekken"],
-        cut: Cut::Patterns(&[TEKKEN]),
-        nfc: false,
-        ignore_merges: true,
-        add_bos: true,
-    },
+    PreTokenizer { names: &["tekken"], cut: Cut::Patterns(&[TEKKEN]), nfc: false, ignore_merges: true, add_bos: true },
 ];
 
 /// The pre-tokenizer called `name`, or a message that lists what exists.
@@ -97,8 +92,7 @@ pub(super) fn find(name: &str) -> Result<&'static PreTokenizer, String> {
 impl PreTokenizer {
     /// The `pre_tokenizer` of a tokenizer.json.
     pub(super) fn to_json(&self) -> Value {
-        let byte_level =
-            |use_regex| json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": use_regex});
+        let byte_level = |use_regex| json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": use_regex});
         match self.cut {
             Cut::Gpt2 { single_digits: false } => byte_level(true),
             Cut::Gpt2 { single_digits: true } => {
