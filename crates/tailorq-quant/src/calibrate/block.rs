@@ -100,7 +100,19 @@ impl BlockQuantizer<'_> {
         acts: Option<&mut Activations>,
         watch: &mut dyn FnMut(LayerId) -> ControlFlow<()>,
     ) -> Result<QuantizedBlock, QuantError> {
-        let mut work = Work { run: self, block_idx, block: self.model.blocks[block_idx].clone(), layers: Vec::new() };
+        self.quantize_keeping(KEPT_INPUT_BYTES, block_idx, acts, watch)
+    }
+
+    /// [`BlockQuantizer::quantize_block`] with a bound on the inputs that are kept.
+    fn quantize_keeping(
+        &self,
+        kept_bytes: usize,
+        block_idx: usize,
+        acts: Option<&mut Activations>,
+        watch: &mut Watch<'_>,
+    ) -> Result<QuantizedBlock, QuantError> {
+        let block = self.model.blocks[block_idx].clone();
+        let mut work = Work { run: self, kept_bytes, block_idx, block, layers: Vec::new() };
         match acts {
             None => work.quantize_all(&no_stats, watch)?,
             Some(acts) => {
@@ -134,6 +146,7 @@ fn hessians_of(hessians: &[(InputGroup, Matrix)], group: InputGroup) -> Option<&
 /// A block in the middle of its quantization.
 struct Work<'a> {
     run: &'a BlockQuantizer<'a>,
+    kept_bytes: usize,
     block_idx: usize,
     /// The original block, in which packed weights take their places one by one.
     block: Block,
@@ -239,7 +252,7 @@ impl Work<'_> {
             return Ok(kept);
         }
         let is_reused = matches!(group, InputGroup::AttentionOutput | InputGroup::MlpOutput);
-        let mut room = if is_reused { KEPT_INPUT_BYTES } else { 0 };
+        let mut room = if is_reused { self.kept_bytes } else { 0 };
         let mut hessian = self.empty_hessian(group);
         for (i, place) in kept.iter_mut().enumerate() {
             let x = input(&self.stage(), acts, i);
@@ -282,3 +295,6 @@ impl Work<'_> {
         hessians
     }
 }
+
+#[cfg(test)]
+mod tests;

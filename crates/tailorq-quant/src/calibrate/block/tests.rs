@@ -1,0 +1,225 @@
+//! The streaming step on a small random model.
+
+use super::*;
+use crate::quantize::{Gptq, Rtn, proxy_loss};
+use std::path::Path;
+use std::sync::Arc;
+use tailorq_model::{Architecture, Linear, ModelConfig, RopeScaling};
+use tailorq_tensor::{Bits, Group, Rng};
+
+const HIDDEN: usize = 48;
+const INTERMEDIATE: usize = 80;
+const HEAD_DIM: usize = 16;
+
+fn random(rows: usize, cols: usize, rng: &mut Rng) -> Weight {
+    let scale = (cols as f32).sqrt().recip();
+    Matrix::from_vec(rows, cols, (0..rows * cols).map(|_| rng.normal() * scale).collect()).into()
+}
+
+fn block(architecture: &Architecture, block_idx: usize, rng: &mut Rng) -> Block {
+    let linears = Slot::ALL.map(|slot| {
+        let (rows, cols) = match slot {
+            Slot::Q => (3 * HEAD_DIM, HIDDEN),
+            Slot::K | Slot::V => (HEAD_DIM, HIDDEN),
+            Slot::O => (HIDDEN, 3 * HEAD_DIM),
+            Slot::Gate | Slot::Up => (INTERMEDIATE, HIDDEN),
+            Slot::Down => (HIDDEN, INTERMEDIATE),
+        };
+        let name = architecture.linear_name(block_idx, slot);
+        Linear { name, weight: random(rows, cols, rng), bias: None }
+    });
+    let norm = |rng: &mut Rng| (0..HIDDEN).map(|_| 1.0 + 0.1 * rng.normal()).collect();
+    Block { attention_norm: norm(rng), mlp_norm: norm(rng), qk_norm: None, linears }
+}
+
+fn model() -> Model {
+    let mut rng = Rng::new(1);
+    let architecture = Architecture::find("llama", Path::new("")).unwrap();
+    let config = ModelConfig {
+        architecture: "llama",
+        hidden: HIDDEN,
+        intermediate: INTERMEDIATE,
+        n_blocks: 2,
+        n_heads: 3,
+        n_kv_heads: 1,
+        head_dim: HEAD_DIM,
+        vocab: 100,
+        max_positions: 4096,
+        rms_eps: 1e-5,
+        rope_theta: 10_000.0,
+        rope_scaling: RopeScaling::None,
+        sliding_window: None,
+        tied_head: true,
+        attention_bias: false,
+        mlp_bias: false,
+    };
+    let embedding = random(100, HIDDEN, &mut rng);
+    let blocks = (0..2).map(|i| block(architecture, i, &mut rng)).collect();
+    Model::new(config, architecture, embedding.clone(), blocks, vec![1.0; HIDDEN], embedding)
+}
+
+/// Several micro-batches, one of them a long sequence.
+fn samples() -> Vec<Vec<u32>> {
+    let mut rng = Rng::new(2);
+    [700, 900, 600, 2100, 5].iter().map(|&n| (0..n).map(|_| rng.below(100) as u32).collect()).collect()
+}
+
+fn settings(_: LayerId) -> LayerSettings {
+    LayerSettings::new(Bits::Three, Group::Inputs(32))
+}
+
+fn go_on(_: LayerId) -> ControlFlow<()> {
+    ControlFlow::Continue(())
+}
+
+struct Fixture {
+    device: Arc<dyn Device>,
+    model: Model,
+}
+
+impl Fixture {
+    fn new() -> Self {
+        Fixture { device: tailorq_kernels::cpu(), model: model() }
+    }
+
+    fn acts(&self) -> Activations {
+        Activations::embed(self.device.as_ref(), &self.model, &samples()).unwrap()
+    }
+
+    fn run<'a>(&'a self, quantizer: &'a dyn Quantizer, true_sequential: bool) -> BlockQuantizer<'a> {
+        let (device, model) = (self.device.as_ref(), &self.model);
+        BlockQuantizer { device, model, quantizer, settings_of: &settings, true_sequential }
+    }
+}
+
+fn codes(block: &QuantizedBlock) -> Vec<Vec<u8>> {
+    block.layers.iter().map(|l| l.matrix.parts().codes.to_vec()).collect()
+}
+
+fn residuals(acts: &Activations) -> Vec<&[f32]> {
+    acts.batches.iter().map(|b| b.residual.data()).collect()
+}
+
+/// However a block is quantized, a resumed run that replays it continues with the same bits.
+#[test]
+fn replay_gives_the_same_bits() {
+    let f = Fixture::new();
+    let methods: [(&dyn Quantizer, bool); 3] = [(&Gptq, true), (&Gptq, false), (&Rtn, true)];
+    for (quantizer, true_sequential) in methods {
+        let run = f.run(quantizer, true_sequential);
+        let (mut acts, mut replayed) = (f.acts(), f.acts());
+        for block_idx in 0..2 {
+            let done = run.quantize_block(block_idx, Some(&mut acts), &mut go_on).unwrap();
+            let slots: Vec<Slot> = done.layers.iter().map(|l| l.id.slot).collect();
+            assert_eq!(slots, Slot::ALL);
+            let installed = done.install(&f.model.blocks[block_idx]);
+            assert!(installed.linears.iter().all(|l| matches!(l.weight, Weight::Packed(_))));
+            advance(f.device.as_ref(), &f.model, &installed, &mut replayed);
+            assert_eq!(residuals(&acts), residuals(&replayed), "{} {true_sequential}", quantizer.name());
+        }
+    }
+}
+
+#[test]
+fn keeping_inputs_changes_nothing() {
+    let f = Fixture::new();
+    let run = f.run(&Gptq, true);
+    // Nothing, one batch of one input, everything.
+    let results = [0, 2200 * 48 * 4, KEPT_INPUT_BYTES].map(|kept| {
+        let mut acts = f.acts();
+        let done = run.quantize_keeping(kept, 0, Some(&mut acts), &mut go_on).unwrap();
+        (codes(&done), acts)
+    });
+    for (codes, acts) in &results[1..] {
+        assert_eq!(codes, &results[0].0);
+        assert_eq!(residuals(acts), residuals(&results[0].1));
+    }
+}
+
+/// The Hessian of each input is that of the block with all earlier linears quantized, and only with `true_sequential`.
+#[test]
+fn inputs_see_quantized_predecessors() {
+    let f = Fixture::new();
+    for true_sequential in [true, false] {
+        let done = f.run(&Gptq, true_sequential).quantize_block(0, Some(&mut f.acts()), &mut go_on).unwrap();
+        // Rebuild the input of down from scratch, with or without the six others quantized.
+        let original = &f.model.blocks[0];
+        let mut before = if true_sequential { done.install(original) } else { original.clone() };
+        before.linear_mut(Slot::Down).weight = original.linear(Slot::Down).weight.clone();
+        let stage = BlockStage { model: &f.model, block: &before, device: f.device.as_ref() };
+        let mut hessian = Matrix::zeros(INTERMEDIATE, INTERMEDIATE);
+        let acts = f.acts();
+        for batch in &acts.batches {
+            let mut residual = batch.residual.clone();
+            stage.add_attention(&mixed(&stage, &residual, &batch.spans), &mut residual);
+            f.device.gram(hidden(&stage, &residual).data(), &mut hessian);
+        }
+        let down = &done.layers[Slot::Down.index()];
+        let weights = original.linear(Slot::Down).weight.to_matrix();
+        let measured = proxy_loss(f.device.as_ref(), &weights, &down.matrix, &hessian, acts.n_tokens());
+        let claimed = down.proxy_loss.unwrap();
+        assert!((claimed / measured - 1.0).abs() < 2e-3, "{true_sequential}: {claimed} against {measured}");
+    }
+}
+
+#[test]
+fn methods_without_statistics_run_nothing() {
+    let f = Fixture::new();
+    let alone = f.run(&Rtn, true).quantize_block(1, None, &mut go_on).unwrap();
+    let along = f.run(&Rtn, true).quantize_block(1, Some(&mut f.acts()), &mut go_on).unwrap();
+    assert_eq!(codes(&alone), codes(&along));
+    assert!(alone.layers.iter().all(|l| l.proxy_loss.is_none() && l.relative_error > 0.0));
+    let error = f.run(&Gptq, true).quantize_block(1, None, &mut go_on).unwrap_err();
+    assert!(error.to_string().contains("block 1 q"), "{error}");
+    let mut nothing = Activations { batches: Vec::new() };
+    let error = f.run(&Gptq, true).quantize_block(1, Some(&mut nothing), &mut go_on).unwrap_err();
+    assert!(matches!(error, QuantError::NoCalibration));
+    assert!(Activations::embed(f.device.as_ref(), &f.model, &[vec![]]).is_err());
+}
+
+#[test]
+fn watchers_see_every_layer_and_may_stop() {
+    let f = Fixture::new();
+    let mut seen = Vec::new();
+    let mut watch = |id: LayerId| {
+        seen.push(id.slot);
+        if seen.len() == 5 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    };
+    let error = f.run(&Gptq, true).quantize_block(0, Some(&mut f.acts()), &mut watch).unwrap_err();
+    assert!(matches!(error, QuantError::Interrupted));
+    assert_eq!(seen, Slot::ALL[..5]);
+}
+
+#[test]
+fn bad_tensors_are_named() {
+    let mut f = Fixture::new();
+    let mut weights = f.model.blocks[1].linear(Slot::Up).weight.to_matrix();
+    weights.row_mut(3)[7] = f32::NAN;
+    f.model.blocks[1].linear_mut(Slot::Up).weight = weights.into();
+    for acts in [None, Some(&mut f.acts())] {
+        let error = f.run(&Rtn, true).quantize_block(1, acts, &mut go_on).unwrap_err().to_string();
+        assert!(error.contains("model.layers.1.mlp.up_proj.weight") && error.contains("row 3, column 7"), "{error}");
+    }
+    // Activations that overflow are reported as such, at the first layer that would use them.
+    let mut acts = f.acts();
+    acts.batches[1].residual.row_mut(5)[0] = f32::NAN;
+    let error = f.run(&Gptq, true).quantize_block(0, Some(&mut acts), &mut go_on).unwrap_err().to_string();
+    assert!(error.contains("q_proj") && error.contains("activations overflowed"), "{error}");
+}
+
+#[test]
+fn threads_do_not_matter() {
+    let f = Fixture::new();
+    let results = [1, 2, 3].map(|n| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(n).build().unwrap();
+        pool.install(|| {
+            let mut acts = f.acts();
+            let done = f.run(&Gptq, true).quantize_block(0, Some(&mut acts), &mut go_on).unwrap();
+            (codes(&done), acts)
+        })
+    });
+    for (codes, acts) in &results[1..] {
+        assert_eq!(codes, &results[0].0);
+        assert_eq!(residuals(acts), residuals(&results[0].1));
+    }
+}
