@@ -33,9 +33,9 @@ const HOUSE: &[Room] = &[
     Room { name: MODEL, floor: 3, imports: &[TENSOR, KERNELS, FORMAT], dev_imports: &[] },
     Room { name: QUANT, floor: 4, imports: &[TENSOR, KERNELS, MODEL], dev_imports: &[] },
     Room { name: RUNTIME, floor: 4, imports: &[TENSOR, KERNELS, MODEL], dev_imports: &[] },
-    Room { name: EVAL, floor: 5, imports: &[TENSOR, MODEL, RUNTIME], dev_imports: &[] },
+    Room { name: EVAL, floor: 5, imports: &[TENSOR, MODEL, RUNTIME], dev_imports: &[KERNELS] },
     Room { name: FACE, floor: 6, imports: &[TENSOR, KERNELS, FORMAT, MODEL, QUANT, RUNTIME, EVAL], dev_imports: &[] },
-    Room { name: "tailorq-cli", floor: 7, imports: &[FACE, EVAL, RUNTIME], dev_imports: &[] },
+    Room { name: "tailorq-cli", floor: 7, imports: &[FACE, EVAL, RUNTIME], dev_imports: &[MODEL] },
     Room { name: "xtask", floor: 8, imports: &[], dev_imports: &[] },
     Room {
         name: "oracle",

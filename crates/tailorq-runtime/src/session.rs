@@ -50,10 +50,9 @@ impl<'a> Session<'a> {
     pub fn rewind_to(&mut self, ids: &[u32]) -> usize {
         let common = self.tokens.iter().zip(ids).take_while(|(a, b)| a == b).count();
         let kept = common.min(ids.len().saturating_sub(1));
-        if kept < self.tokens.len() {
-            self.reset();
-        }
-        self.tokens.len()
+        self.cache.truncate(kept);
+        self.tokens.truncate(kept);
+        kept
     }
 
     /// Reads `ids` after what was read before, [`PREFILL_CHUNK`] tokens at a time, and returns the logits `[vocab]` that

@@ -118,10 +118,11 @@ fn object(model: &str, results: &[(&str, TaskResult)]) -> Value {
 fn table(model: &str, results: &[(&str, TaskResult)]) -> String {
     let mut text = format!("{model}\n");
     for (name, result) in results {
-        let mut notes = vec![format!("{} tokens scored", result.tokens)];
+        let mut notes = vec![format!("{} scored", result.tokens)];
         let number = |key: &str| result.details.get(key).and_then(Value::as_u64);
         if let (Some(windows), Some(window)) = (number("windows"), number("window")) {
-            notes.push(format!("{windows} windows of {window}"));
+            let plural = if windows == 1 { "" } else { "s" };
+            notes.push(format!("{windows} window{plural} of {window} tokens"));
         }
         text.push_str(&format!("  {name:<18}{:>12.4}   ({})\n", result.value, notes.join(", ")));
         let Some(divergence) = result.details.get("divergence") else { continue };

@@ -1,0 +1,243 @@
+//! The command from outside: help, exit codes, bad input, and the shapes of its JSON.
+
+use serde_json::Value;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use tailorq_model::testing::TinyModel;
+
+struct Place {
+    dir: tempfile::TempDir,
+}
+
+impl Place {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        for seed in [1, 2] {
+            let tiny = TinyModel::new("llama", seed).unwrap();
+            tiny.write_directory(&dir.path().join(format!("model-{seed}"))).unwrap();
+        }
+        std::fs::write(dir.path().join("text.txt"), "Some text that is long enough to be scored. ".repeat(4)).unwrap();
+        Place { dir }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn write(&self, name: &str, content: impl AsRef<[u8]>) {
+        std::fs::write(self.path(name), content).unwrap();
+    }
+
+    /// Runs the command in this place, with `input` on standard input.
+    fn run_with(&self, args: &[&str], input: &str) -> Output {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_tailorq"))
+            .args(args)
+            .current_dir(self.dir.path())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        // A command that fails early may not read its input.
+        let _ = child.stdin.take().unwrap().write_all(input.as_bytes());
+        child.wait_with_output().unwrap()
+    }
+
+    fn run(&self, args: &[&str]) -> Output {
+        self.run_with(args, "")
+    }
+
+    /// Runs the command, which must succeed, and reads its standard output as one JSON object.
+    fn json(&self, args: &[&str]) -> Value {
+        let output = self.run(&[args, &["--json"]].concat());
+        assert_eq!(output.status.code(), Some(0), "{args:?}: {}", text(&output.stderr));
+        serde_json::from_slice(&output.stdout).unwrap()
+    }
+
+    /// Runs the command, which must fail with this code, leave standard output empty and say `words`.
+    fn fails(&self, code: i32, args: &[&str], words: &[&str]) {
+        let output = self.run(args);
+        let message = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(code), "{args:?}: {message}");
+        assert!(output.stdout.is_empty(), "{args:?}: {}", text(&output.stdout));
+        assert!(message.starts_with("error: ") && !message.contains("panicked"), "{args:?}: {message}");
+        for word in words {
+            assert!(message.contains(word), "{args:?}: no '{word}' in: {message}");
+        }
+    }
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+fn safetensors_header(path: &Path) -> Value {
+    let bytes = std::fs::read(path).unwrap();
+    let len = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    serde_json::from_slice(&bytes[8..8 + len]).unwrap()
+}
+
+#[test]
+fn help_has_examples_and_bad_usage_exits_with_2() {
+    let place = Place::new();
+    for command in ["run", "chat", "eval", "inspect", "probe"] {
+        let output = place.run(&[command, "--help"]);
+        assert_eq!(output.status.code(), Some(0));
+        let help = text(&output.stdout);
+        assert!(help.contains("Example") && help.contains(&format!("tailorq {command}")), "{help}");
+        assert_eq!(place.run(&[command]).status.code(), Some(2), "{command} without a model");
+    }
+    assert_eq!(place.run(&["--version"]).status.code(), Some(0));
+    for bad in [
+        &["poem"][..],
+        &["run", "model-1", "x", "--bogus"],
+        &["run", "model-1", "x", "--max-tokens", "0"],
+        &["run", "model-1", "x", "--raw", "--system", "y"],
+        &["inspect", "model-1", "--threads", "0"],
+        &["probe", "model-1", "--output", "x"],
+        &["probe", "model-1", "--output", "x", "--text", "a", "--tokens", "b"],
+    ] {
+        assert_eq!(place.run(bad).status.code(), Some(2), "{bad:?}");
+    }
+}
+
+#[test]
+fn run_streams_text_and_gives_it_in_json() {
+    let place = Place::new();
+    let args = ["run", "model-1", "Hello", "--temperature", "0", "--max-tokens", "8"];
+    let object = place.json(&args);
+    let ids = object["token_ids"].as_array().unwrap();
+    assert_eq!(object["tokens"].as_u64().unwrap(), ids.len() as u64);
+    assert!(ids.len() <= 8 && object["tokens_per_second"].is_number() && object["finish_reason"].is_string());
+    let plain = place.run(&args);
+    assert_eq!(text(&plain.stdout), format!("{}\n", object["text"].as_str().unwrap()));
+    let piped = place.run_with(&["run", "model-1", "-", "--temperature", "0", "--max-tokens", "8"], "Hello");
+    assert_eq!(piped.stdout, plain.stdout);
+
+    let raw = place.json(&["run", "model-1", "Hello", "--raw", "--max-tokens", "4", "--seed", "3"]);
+    assert_eq!(raw["prompt_tokens"], 5, "a token a byte");
+    let again = place.json(&["run", "model-1", "Hello", "--raw", "--max-tokens", "4", "--seed", "3", "--threads", "1"]);
+    assert_eq!(raw["token_ids"], again["token_ids"]);
+}
+
+#[test]
+fn chat_answers_line_by_line() {
+    let place = Place::new();
+    let args = ["chat", "model-1", "--max-tokens", "4", "--temperature", "0", "--json"];
+    let output = place.run_with(&args, "Hi\n\n/help\n/nonsense\nAnd?\n");
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    let object: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let roles: Vec<&str> = object["messages"].as_array().unwrap().iter().map(|m| m["role"].as_str().unwrap()).collect();
+    assert_eq!(roles, ["user", "assistant", "user", "assistant"]);
+    assert!(text(&output.stderr).contains("/reset"));
+    let output = place.run_with(&[&args[..], &["--system", "Be brief."]].concat(), "Hi\n/reset\n/exit\nlost\n");
+    let object: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(object["messages"].as_array().unwrap().len(), 1, "only the system message is left");
+}
+
+#[test]
+fn eval_measures_and_compares() {
+    let place = Place::new();
+    let args = ["eval", "model-1", "--tasks", "perplexity", "--text", "text.txt", "--window", "32"];
+    let object = place.json(&args);
+    assert_eq!(object["model"], "model-1");
+    let result = &object["results"]["perplexity"];
+    assert!(result["value"].as_f64().unwrap() > 1.0);
+    assert_eq!(result["tokens"].as_u64().unwrap(), 31 * result["windows"].as_u64().unwrap());
+    assert_eq!(object["task"], "perplexity");
+    assert_eq!((&object["value"], &object["tokens"]), (&result["value"], &result["tokens"]));
+    let one = place.json(&[&args[..], &["--windows", "1", "--threads", "1"]].concat());
+    assert_eq!(one["tokens"], 31);
+
+    let compared = place.json(&[&args[..], &["--reference", "model-2"]].concat());
+    let divergence = &compared["results"]["perplexity"]["divergence"];
+    assert!(divergence["mean_kl"].as_f64().unwrap() > 0.0);
+    let itself = place.json(&[&args[..], &["--reference", "model-1"]].concat());
+    assert_eq!(itself["results"]["perplexity"]["divergence"]["top1_agreement"], 1.0);
+    let table = text(&place.run(&args).stdout);
+    assert!(table.contains("perplexity") && table.contains("windows of 32"), "{table}");
+    let short = place.run(&["eval", "model-1", "--text", "text.txt", "--window", "4096"]);
+    assert!(text(&short.stderr).contains("shorter than a window"), "{}", text(&short.stderr));
+}
+
+#[test]
+fn inspect_counts_bytes() {
+    let place = Place::new();
+    let object = place.json(&["inspect", "model-1"]);
+    assert_eq!(object["architecture"], "llama");
+    assert_eq!(object["linears"]["bits_per_weight"], 32.0);
+    assert_eq!(object["matrices"].as_array().unwrap().len(), 2 * 7 + 1);
+    let parameters = object["total"]["parameters"].as_u64().unwrap() + object["vector_parameters"].as_u64().unwrap();
+    assert_eq!(object["parameters"].as_u64().unwrap(), parameters);
+    assert!(object["file_bytes"].as_u64().unwrap() >= 4 * parameters);
+    let table = text(&place.run(&["inspect", "model-1", "--layers"]).stdout);
+    assert!(table.contains("model.layers.1.mlp.down_proj") && table.contains("F32"), "{table}");
+}
+
+#[test]
+fn probe_writes_tokens_and_logits() {
+    let place = Place::new();
+    place.write("ids.json", "[104, 105]");
+    let by_ids = place.json(&["probe", "model-1", "--tokens", "ids.json", "--output", "ids.safetensors"]);
+    assert_eq!((&by_ids["tokens"], &by_ids["vocab"]), (&2.into(), &259.into()));
+    place.json(&["probe", "model-1", "--text", "hi", "--output", "text.safetensors", "--threads", "1"]);
+    let header = safetensors_header(&place.path("ids.safetensors"));
+    assert_eq!(header["tokens"]["dtype"], "I32");
+    assert_eq!(header["tokens"]["shape"], serde_json::json!([2]));
+    assert_eq!(header["logits"]["dtype"], "F32");
+    assert_eq!(header["logits"]["shape"], serde_json::json!([2, 259]));
+    let bytes = |name: &str| std::fs::read(place.path(name)).unwrap();
+    assert_eq!(bytes("ids.safetensors"), bytes("text.safetensors"), "the same tokens, on any number of threads");
+}
+
+#[test]
+fn bad_input_is_an_error_that_says_what_to_do() {
+    let place = Place::new();
+    place.write("empty.txt", "");
+    place.write("latin.txt", b"na\xefve");
+    place.write("words.json", "{\"a\": 1}");
+    place.write("none.json", "[]");
+    place.write("far.json", "[1, 259]");
+    place.write("negative.json", "[-1]");
+    place.write("broken.gguf", b"GGUF\x03");
+    let probe = |tokens, words| {
+        place.fails(1, &["probe", "model-1", "--tokens", tokens, "--output", "x.safetensors"], words);
+        assert!(!place.path("x.safetensors").exists());
+    };
+    probe("words.json", &["words.json", "array"]);
+    probe("none.json", &["no token"]);
+    probe("far.json", &["259", "position 1"]);
+    probe("negative.json", &["-1"]);
+    probe("missing.json", &["missing.json"]);
+    let nowhere = ["probe", "model-1", "--text", "hi", "--output", "nowhere/x.safetensors"];
+    place.fails(1, &nowhere, &["nowhere"]);
+    place.fails(1, &["run", "model-1", ""], &["empty"]);
+    place.fails(1, &["run", "model-1", "x", "--top-p", "0"], &["top-p"]);
+    place.fails(1, &["run", "no-such-model", "x"], &["no-such-model"]);
+    place.fails(1, &["inspect", "broken.gguf"], &["broken.gguf"]);
+    place.fails(1, &["chat", "no-such-model"], &["no-such-model"]);
+    place.fails(1, &["eval", "model-1"], &["--text"]);
+    place.fails(1, &["eval", "model-1", "--task", "poetry"], &["poetry", "perplexity"]);
+    place.fails(1, &["eval", "model-1", "--text", "empty.txt"], &["empty.txt"]);
+    place.fails(1, &["eval", "model-1", "--text", "latin.txt"], &["latin.txt", "UTF-8"]);
+    place.fails(1, &["eval", "model-1", "--text", "text.txt", "--window", "1"], &["window", "2"]);
+    place.fails(1, &["eval", "model-1", "--text", "text.txt", "--windows", "0"], &["windows"]);
+    place.fails(1, &["eval", "model-1", "--text", "text.txt", "--reference", "gone"], &["gone"]);
+}
+
+#[test]
+fn a_reader_that_leaves_early_is_no_failure() {
+    let place = Place::new();
+    let mut child = Command::new(env!("CARGO_BIN_EXE_tailorq"))
+        .args(["run", "model-1", "Hello", "--max-tokens", "64", "--quiet"])
+        .current_dir(place.dir.path())
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    assert_eq!((output.status.code(), text(&output.stderr)), (Some(0), String::new()));
+}
