@@ -3,8 +3,9 @@
 use super::simd::{LANES, Simd, per_isa};
 
 per_isa! {
-    /// `sum a b`: sixteen lanes by four accumulators, the tail as if padded with zeros.
-    pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 = dot_body
+    /// `out[t] = dot(row t of x, w)`, rows of `w.len()` elements: sixteen lanes by four accumulators, the tail as if
+    /// padded with zeros. The sum of a row does not depend on the other rows.
+    pub(super) fn dot_tokens(x: &[f32], w: &[f32], out: &mut [f32]) = dot_tokens_body
 }
 
 per_isa! {
@@ -17,28 +18,63 @@ per_isa! {
     pub(super) fn mix_rows(weights: &[f32], rows: &[f32], stride: usize, scale: f32, y: &mut [f32]) = mix_rows_body
 }
 
+/// The dot products of `N` rows with `w`.
+#[inline(always)]
+fn dots<S: Simd, const N: usize>(simd: S, x: [&[f32]; N], w: &[f32]) -> [f32; N] {
+    for x in x {
+        assert_eq!(x.len(), w.len(), "dot: lengths");
+    }
+    let (chunks, tail) = w.as_chunks::<LANES>();
+    let (fours, rest) = chunks.as_chunks::<4>();
+    let mut sums = [[simd.splat(0.0); 4]; N];
+    for (i, four) in fours.iter().enumerate() {
+        for (lane, w) in four.iter().enumerate() {
+            let w = simd.load(w);
+            for t in 0..N {
+                let x = &x[t].as_chunks::<LANES>().0[4 * i + lane];
+                sums[t][lane] = simd.mul_add(simd.load(x), w, sums[t][lane]);
+            }
+        }
+    }
+    for (i, w) in rest.iter().enumerate() {
+        let w = simd.load(w);
+        for t in 0..N {
+            let x = &x[t].as_chunks::<LANES>().0[4 * fours.len() + i];
+            sums[t][0] = simd.mul_add(simd.load(x), w, sums[t][0]);
+        }
+    }
+    if !tail.is_empty() {
+        let w = simd.load_partial(tail, 0.0);
+        for t in 0..N {
+            let x = simd.load_partial(x[t].as_chunks::<LANES>().1, 0.0);
+            sums[t][1] = simd.mul_add(x, w, sums[t][1]);
+        }
+    }
+    let mut out = [0.0; N];
+    for t in 0..N {
+        let [s0, s1, s2, s3] = sums[t];
+        out[t] = simd.sum(simd.add(simd.add(s0, s1), simd.add(s2, s3)));
+    }
+    out
+}
+
+/// `sum a b` in the order of [`dot_tokens`].
 #[inline(always)]
 pub(super) fn dot_body<S: Simd>(simd: S, a: &[f32], b: &[f32]) -> f32 {
-    assert_eq!(a.len(), b.len(), "dot: lengths");
-    let (a, a_tail) = a.as_chunks::<LANES>();
-    let (b, b_tail) = b.as_chunks::<LANES>();
-    let (a_fours, a_rest) = a.as_chunks::<4>();
-    let (b_fours, b_rest) = b.as_chunks::<4>();
-    let zero = simd.splat(0.0);
-    let [mut s0, mut s1, mut s2, mut s3] = [zero; 4];
-    for (a, b) in a_fours.iter().zip(b_fours) {
-        s0 = simd.mul_add(simd.load(&a[0]), simd.load(&b[0]), s0);
-        s1 = simd.mul_add(simd.load(&a[1]), simd.load(&b[1]), s1);
-        s2 = simd.mul_add(simd.load(&a[2]), simd.load(&b[2]), s2);
-        s3 = simd.mul_add(simd.load(&a[3]), simd.load(&b[3]), s3);
+    dots(simd, [a], b)[0]
+}
+
+#[inline(always)]
+fn dot_tokens_body<S: Simd>(simd: S, x: &[f32], w: &[f32], out: &mut [f32]) {
+    let cols = w.len();
+    let row = |t: usize| &x[t * cols..(t + 1) * cols];
+    let (fours, rest) = out.as_chunks_mut::<4>();
+    for (i, four) in fours.iter_mut().enumerate() {
+        *four = dots(simd, [row(4 * i), row(4 * i + 1), row(4 * i + 2), row(4 * i + 3)], w);
     }
-    for (a, b) in a_rest.iter().zip(b_rest) {
-        s0 = simd.mul_add(simd.load(a), simd.load(b), s0);
+    for (i, out) in rest.iter_mut().enumerate() {
+        *out = dot_body(simd, row(4 * fours.len() + i), w);
     }
-    if !a_tail.is_empty() {
-        s1 = simd.mul_add(simd.load_partial(a_tail, 0.0), simd.load_partial(b_tail, 0.0), s1);
-    }
-    simd.sum(simd.add(simd.add(s0, s1), simd.add(s2, s3)))
 }
 
 #[inline(always)]
@@ -93,6 +129,9 @@ mod tests {
             for isa in Isa::available() {
                 let mut dots = [f32::NAN; 3];
                 dot_rows(isa, &a, &b, n, 2.0, &mut dots);
+                let (mut tokens, five) = ([f32::NAN; 5], [&a, &a, &b[..n], &a, &a].concat());
+                dot_tokens(isa, &five, &b[..n], &mut tokens);
+                assert_eq!(tokens.map(|t| 2.0 * t)[3..], [dots[0]; 2], "four tokens at once add as one does");
                 let mut mix = vec![f32::NAN; n];
                 mix_rows(isa, &[1.0, -2.0, 0.5], &b, n, 2.0, &mut mix);
                 for j in 0..3 {

@@ -14,7 +14,7 @@ use std::ops::Range;
 use tailorq_tensor::Weight;
 
 /// Up to this many tokens are multiplied row by row.
-const FEW: usize = 4;
+const FEW: usize = 12;
 /// Tokens a tile.
 const TOKENS: usize = 1024;
 /// Weight rows a tile.
@@ -62,6 +62,8 @@ fn panel(isa: Isa, x: &[f32], w: &Weight, bias: Option<&[f32]>, first_row: usize
 fn row_by_row(isa: Isa, x: &[f32], w: &Weight, bias: Option<&[f32]>, first_row: usize, part: Part<'_>) {
     let Part { col, mut tile, .. } = part;
     let cols = w.cols();
+    let mut sums = [0.0; FEW];
+    let sums = &mut sums[..tile.rows()];
     scratch::with(cols, |buffer| {
         for i in 0..tile.cols() {
             let r = first_row + col + i;
@@ -71,9 +73,10 @@ fn row_by_row(isa: Isa, x: &[f32], w: &Weight, bias: Option<&[f32]>, first_row: 
                 unpack::read_rows(isa, w, r, buffer);
                 buffer
             };
+            dot::dot_tokens(isa, x, row, sums);
             let bias = bias.map_or(0.0, |b| b[r]);
-            for t in 0..tile.rows() {
-                tile.row_mut(t)[i] = dot::dot(isa, &x[t * cols..(t + 1) * cols], row) + bias;
+            for (t, sum) in sums.iter().enumerate() {
+                tile.row_mut(t)[i] = sum + bias;
             }
         }
     });

@@ -22,30 +22,21 @@ per_isa! {
 
 #[inline(always)]
 fn unpack_body<S: Simd>(simd: S, m: &PackedMatrix, r: usize, out: &mut [f32]) {
-    assert_eq!(out.len(), m.cols(), "unpack_row: output length");
-    let words = m.code_words(r);
     match m.layout().bits {
-        Bits::Two => unpack_tiles(simd, m, r, out, |tile| simd.codes2(words[tile])),
-        Bits::Three => {
-            let highs = m.code_highs(r);
-            unpack_tiles(simd, m, r, out, |tile| simd.codes3(words[tile], highs[tile]));
-        }
-        Bits::Four => {
-            let (words, _) = words.as_chunks::<2>();
-            unpack_tiles(simd, m, r, out, |tile| simd.codes4(words[tile]));
-        }
-        Bits::Eight => {
-            let (words, _) = words.as_chunks::<4>();
-            unpack_tiles(simd, m, r, out, |tile| simd.codes8(words[tile]));
-        }
+        Bits::Two => unpack_tiles::<S, 2>(simd, m, r, out),
+        Bits::Three => unpack_tiles::<S, 3>(simd, m, r, out),
+        Bits::Four => unpack_tiles::<S, 4>(simd, m, r, out),
+        Bits::Eight => unpack_tiles::<S, 8>(simd, m, r, out),
     }
 }
 
 /// Scales the codes of tile after tile, group by group.
 #[inline(always)]
-fn unpack_tiles<S: Simd>(simd: S, m: &PackedMatrix, r: usize, out: &mut [f32], codes: impl Fn(usize) -> S::F) {
+fn unpack_tiles<S: Simd, const BITS: u32>(simd: S, m: &PackedMatrix, r: usize, out: &mut [f32]) {
     const { assert!(TILE == LANES, "a tile is a vector") };
+    assert_eq!(out.len(), m.cols(), "unpack_row: output length");
     let (layout, scales, zeros) = (m.layout(), m.scales(r), zero_bytes(m, r));
+    let (words, highs) = (m.code_words(r), m.code_highs(r));
     let group = layout.group.len(m.cols());
     for (g, values) in out.chunks_mut(group).enumerate() {
         let zero = simd.splat(f32::from(zero_point(layout.bits, zeros, g)));
@@ -54,11 +45,24 @@ fn unpack_tiles<S: Simd>(simd: S, m: &PackedMatrix, r: usize, out: &mut [f32], c
         let (tiles, tail) = values.as_chunks_mut::<LANES>();
         let n = tiles.len();
         for (i, tile) in tiles.iter_mut().enumerate() {
-            simd.store(simd.mul(simd.sub(codes(first + i), zero), scale), tile);
+            let codes = codes::<S, BITS>(simd, words, highs, first + i);
+            simd.store(simd.mul(simd.sub(codes, zero), scale), tile);
         }
         if !tail.is_empty() {
-            simd.store_partial(simd.mul(simd.sub(codes(first + n), zero), scale), tail);
+            let codes = codes::<S, BITS>(simd, words, highs, first + n);
+            simd.store_partial(simd.mul(simd.sub(codes, zero), scale), tail);
         }
+    }
+}
+
+/// The codes of one tile. Not a closure: those are not sure to be inlined, and take no target features with them.
+#[inline(always)]
+fn codes<S: Simd, const BITS: u32>(simd: S, words: &[u32], highs: &[u16], tile: usize) -> S::F {
+    match BITS {
+        2 => simd.codes2(words[tile]),
+        3 => simd.codes3(words[tile], highs[tile]),
+        4 => simd.codes4(words.as_chunks::<2>().0[tile]),
+        _ => simd.codes8(words.as_chunks::<4>().0[tile]),
     }
 }
 
