@@ -104,6 +104,11 @@ impl Architecture {
         &self.linears[slot.index()]
     }
 
+    /// Whether the biases of q (for attention) or gate (for the feed-forward) are a matter of configuration.
+    pub(crate) fn configures_bias(&self, slot: Slot) -> bool {
+        self.linear(slot).bias == Bias::Configured
+    }
+
     /// Checkpoint name of a linear without `.weight`: `model.layers.3.mlp.down_proj`.
     pub fn linear_name(&self, block_idx: usize, slot: Slot) -> String {
         block_name(block_idx, self.linear(slot).checkpoint)

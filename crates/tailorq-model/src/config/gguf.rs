@@ -5,6 +5,7 @@ use crate::arch::Architecture;
 use crate::error::ModelError;
 use crate::load::Metadata;
 use crate::rope::{frequencies, llama3_divisor};
+use tailorq_tensor::Slot;
 
 /// What the tensors of a GGUF file, rather than its metadata, say about the model.
 pub(crate) struct TensorFacts {
@@ -58,8 +59,8 @@ pub(crate) fn from_gguf(
         rope_scaling: fields.rope_scaling()?,
         sliding_window: fields.optional_size("attention.sliding_window")?.filter(|&n| n > 0),
         tied_head: facts.tied_head,
-        attention_bias: facts.attention_bias,
-        mlp_bias: facts.mlp_bias,
+        attention_bias: facts.attention_bias && architecture.configures_bias(Slot::Q),
+        mlp_bias: facts.mlp_bias && architecture.configures_bias(Slot::Gate),
     };
     config.validate().map_err(|e| meta.problem(&e))?;
     if let Some(divisors) = facts.rope_divisors {

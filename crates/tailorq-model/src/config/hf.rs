@@ -5,6 +5,7 @@ use crate::arch::Architecture;
 use crate::error::ModelError;
 use serde_json::{Map, Value, json};
 use std::path::Path;
+use tailorq_tensor::Slot;
 
 /// The configuration that `json`, the content of `path`, describes. Fails on what tailorq does not compute.
 pub(crate) fn from_hf(json: &Value, path: &Path) -> Result<ModelConfig, ModelError> {
@@ -39,8 +40,8 @@ pub(crate) fn from_hf(json: &Value, path: &Path) -> Result<ModelConfig, ModelErr
         rope_scaling: fields.rope_scaling(head_dim)?,
         sliding_window: fields.sliding_window(model_type, n_blocks)?,
         tied_head: fields.bool("tie_word_embeddings")?,
-        attention_bias: fields.bool("attention_bias")?,
-        mlp_bias: fields.bool("mlp_bias")?,
+        attention_bias: fields.bool("attention_bias")? && architecture.configures_bias(Slot::Q),
+        mlp_bias: fields.bool("mlp_bias")? && architecture.configures_bias(Slot::Gate),
     };
     config.validate().map_err(|problem| fields.problem(&problem))?;
     Ok(config)

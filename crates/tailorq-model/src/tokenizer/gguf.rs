@@ -224,3 +224,87 @@ fn sentence_piece(meta: &Metadata<'_>, vocabulary: &GgufVocabulary<'_>) -> Resul
         add_bos: true,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::Path;
+    use tailorq_format::GgufFile;
+    use tailorq_format::gguf::{Array, Value};
+    use tailorq_format::testing::GgufBuilder;
+    use tailorq_tensor::SharedBytes;
+
+    fn tokenizer(file: &GgufBuilder) -> Tokenizer {
+        let file = GgufFile::parse(Path::new("t.gguf"), SharedBytes::from_vec(file.build())).unwrap();
+        let meta = Metadata::new(&file);
+        from_gguf(&meta, &GgufVocabulary::read(&meta).unwrap()).unwrap()
+    }
+
+    /// Unknown, BOS, EOS, 256 bytes, then pieces with falling scores.
+    fn sentence_piece_file() -> GgufBuilder {
+        let mut tokens: Vec<String> = ["<unk>", "<s>", "</s>"].map(String::from).to_vec();
+        tokens.extend((0..256).map(|b| format!("<0x{b:02X}>")));
+        let mut types = vec![2, 3, 3];
+        types.extend([6; 256]);
+        tokens.extend(["\u{2581}a", "ab", "\u{2581}ab", "a", "b", "c", "\u{2581}"].map(String::from));
+        types.resize(tokens.len(), 1);
+        let scores = (0..tokens.len()).map(|i| -(i as f32)).collect();
+        GgufBuilder::new()
+            .str("tokenizer.ggml.model", "llama")
+            .strings("tokenizer.ggml.tokens", &tokens)
+            .i32s("tokenizer.ggml.token_type", &types)
+            .value("tokenizer.ggml.scores", Value::Array(Array::F32(scores)))
+            .u32("tokenizer.ggml.bos_token_id", 1)
+            .u32("tokenizer.ggml.eos_token_id", 2)
+            .u32("tokenizer.ggml.unknown_token_id", 0)
+    }
+
+    #[test]
+    fn sentence_piece_with_bytes_and_prefix() {
+        let t = tokenizer(&sentence_piece_file());
+        let (a_, ab, ab_, c, space) = (259, 260, 261, 264, 265);
+        // The best pair goes first, "\u{2581}a" before "ab", and its piece takes part in the next.
+        assert_eq!(t.encode("ab", true).unwrap(), [1, ab_], "a prefix space, BOS, and merges by score");
+        assert_eq!(t.encode("cab c", false).unwrap(), [space, c, ab, space, c]);
+        // U+00E9 is no piece: its two bytes.
+        assert_eq!(t.encode("cé", false).unwrap(), [space, c, 3 + 0xc3, 3 + 0xa9]);
+        assert_eq!(t.decode(&[1, a_, 263, space, c, 3 + 0xc3, 3 + 0xa9, 2], true).unwrap(), "ab cé");
+        assert_eq!((t.bos, t.eos.as_slice()), (Some(1), &[2][..]));
+        let again = tokenizers::Tokenizer::from_bytes(t.to_json().unwrap()).unwrap();
+        assert_eq!(again.encode_fast("cab é</s>", true).unwrap().get_ids(), t.encode("cab é</s>", true).unwrap());
+    }
+
+    #[test]
+    fn bos_and_prefix_can_be_switched_off() {
+        let file = sentence_piece_file()
+            .bool("tokenizer.ggml.add_bos_token", false)
+            .bool("tokenizer.ggml.add_eos_token", true)
+            .bool("tokenizer.ggml.add_space_prefix", false);
+        assert_eq!(tokenizer(&file).encode("c", true).unwrap(), [264, 2]);
+    }
+
+    #[test]
+    fn characters_come_out_whole() {
+        let t = tokenizer(&sentence_piece_file());
+        let mut stream = t.stream(true);
+        let pieces: Vec<_> =
+            [1, 264, 3 + 0xe2, 3 + 0x82, 3 + 0xac, 265, 262, 3 + 0xe2].map(|id| stream.push(id).unwrap()).into();
+        assert_eq!(pieces, ["", "c", "", "", "€", " ", "a", ""]);
+        assert_eq!(stream.finish().unwrap(), "\u{fffd}");
+    }
+
+    #[test]
+    fn llama_3_adds_bos_by_itself() {
+        let file = GgufBuilder::new()
+            .str("tokenizer.ggml.model", "gpt2")
+            .str("tokenizer.ggml.pre", "llama-bpe")
+            .strings("tokenizer.ggml.tokens", &["a", "b", "ab", "<|bos|>", "<|eot_id|>"])
+            .i32s("tokenizer.ggml.token_type", &[1, 1, 1, 3, 3])
+            .strings("tokenizer.ggml.merges", &["a b"])
+            .u32("tokenizer.ggml.bos_token_id", 3);
+        let t = tokenizer(&file);
+        assert_eq!(t.encode("abb", true).unwrap(), [3, 2, 1]);
+        assert_eq!(t.encode("abb", false).unwrap(), [2, 1]);
+        assert_eq!(t.eos, [4]);
+    }
+}
