@@ -3,6 +3,7 @@
 //! `TAILORQ_TEST_MODELS`, `TAILORQ_TEST_GOLDEN` and `TAILORQ_TEST_DATA` name the directories of the GGUF files, of the
 //! reference numbers and of the data sets; without them the tests say that they were skipped. The larger model is run
 //! only with `TAILORQ_TEST_FULL=1`.
+#![allow(clippy::unwrap_used, clippy::print_stdout)]
 
 use serde_json::Value;
 use std::path::{Path, PathBuf};

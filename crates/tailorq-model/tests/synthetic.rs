@@ -1,4 +1,5 @@
 //! Small random models: one model in several kinds of files, caches, stages, packed layers.
+#![allow(clippy::unwrap_used)]
 
 use serde_json::{Value, json};
 use std::path::Path;
