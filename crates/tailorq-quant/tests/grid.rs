@@ -1,4 +1,5 @@
 //! Grids: what is stored is what errors are measured on, and the clip search finds the best of its candidates.
+#![allow(clippy::unwrap_used)]
 
 use half::f16;
 use proptest::prelude::*;

@@ -1,5 +1,6 @@
 //! A block of a real model, on demand:
 //! `TAILORQ_TEST_MODELS=DIR cargo test -p tailorq-quant --test real_block -- --ignored --nocapture`.
+#![allow(clippy::unwrap_used)]
 
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};

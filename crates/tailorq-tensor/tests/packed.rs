@@ -1,4 +1,5 @@
 //! The packed matrix: every layout and shape round-trips, and bytes that do not form one are refused.
+#![allow(clippy::unwrap_used)]
 
 use half::f16;
 use proptest::prelude::*;
