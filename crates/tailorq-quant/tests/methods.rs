@@ -1,5 +1,5 @@
 //! RTN and GPTQ: against a textbook version in f64, against each other, and on awkward input.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::print_stdout)]
 
 use std::sync::Arc;
 use tailorq_kernels::Device;

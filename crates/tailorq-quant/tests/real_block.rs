@@ -1,6 +1,6 @@
 //! A block of a real model, on demand:
 //! `TAILORQ_TEST_MODELS=DIR cargo test -p tailorq-quant --test real_block -- --ignored --nocapture`.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::print_stdout)]
 
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
