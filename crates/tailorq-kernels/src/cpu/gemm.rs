@@ -1,9 +1,13 @@
-//! Sequential matrix products: a safe door to the crate `gemm`.
+//! Sequential matrix products, by faer.
 //!
-//! The crate is only ever called with `Parallelism::None`. Threads come from a fixed partition of the work outside, so
-//! the order of every sum is a function of the shapes alone.
+//! Always `Par::Seq`: threads come from a fixed partition of the work outside, so that the order of every sum is a function
+//! of the shapes alone. faer calls its own x86 kernels, or the crate `gemm` on other processors. On the tiles that we
+//! cut it is as fast as `gemm` on large ones and faster on small ones, and it does not depend on how this
+//! workspace is optimized, as its kernels are assembly: `cargo test` runs real models at full speed.
 
 use super::tile::Tile;
+use faer::linalg::matmul::matmul;
+use faer::{Accum, MatMut, MatRef, Par};
 
 /// A read-only matrix with any two strides: element `(r, c)` is `data[r * row_stride + c * col_stride]`.
 #[derive(Clone, Copy)]
@@ -23,6 +27,12 @@ impl<'a> View<'a> {
         View { data, rows, cols, row_stride: stride, col_stride: 1 }
     }
 
+    fn into_faer(self) -> MatRef<'a, f32> {
+        let (row_stride, col_stride) = (self.row_stride as isize, self.col_stride as isize);
+        // SAFETY: the elements were checked to lie in the slice, which is borrowed for `'a`; a view never grows after.
+        unsafe { MatRef::from_raw_parts(self.data.as_ptr(), self.rows, self.cols, row_stride, col_stride) }
+    }
+
     /// The transposed matrix; nothing moves.
     pub(crate) fn transposed(self) -> Self {
         View { rows: self.cols, cols: self.rows, row_stride: self.col_stride, col_stride: self.row_stride, ..self }
@@ -32,33 +42,25 @@ impl<'a> View<'a> {
 /// `C = beta C + alpha A B` on the calling thread. With `beta == 0` C is not read.
 pub(crate) fn gemm(alpha: f32, a: View<'_>, b: View<'_>, beta: f32, c: &mut Tile<'_>) {
     assert_eq!((a.rows, a.cols, b.cols), (c.rows(), b.rows, c.cols()), "matmul: shapes of A, B and C");
-    if c.rows() == 0 || c.cols() == 0 {
+    if beta != 1.0 && (beta != 0.0 || a.cols == 0) {
+        scale(beta, c);
+    }
+    if a.cols == 0 {
         return;
     }
-    // SAFETY: both views were checked to lie in their slices and only ever shrink or transpose; the tile has its
-    // elements to itself, so that C overlaps neither A nor B; strides of slices fit an isize. In the crate's own terms
-    // `alpha` scales the destination and `beta` the product.
-    unsafe {
-        gemm::gemm(
-            c.rows(),
-            c.cols(),
-            a.cols,
-            c.as_mut_ptr(),
-            1,
-            c.stride() as isize,
-            beta != 0.0,
-            a.data.as_ptr(),
-            a.col_stride as isize,
-            a.row_stride as isize,
-            b.data.as_ptr(),
-            b.col_stride as isize,
-            b.row_stride as isize,
-            beta,
-            alpha,
-            false,
-            false,
-            false,
-            gemm::Parallelism::None,
-        );
+    let accumulate = if beta == 0.0 { Accum::Replace } else { Accum::Add };
+    // SAFETY: the tile has its elements, one column apart, to itself for as long as `c` is borrowed.
+    let into = unsafe { MatMut::from_raw_parts_mut(c.as_mut_ptr(), c.rows(), c.cols(), c.stride() as isize, 1) };
+    matmul(into, accumulate, a.into_faer(), b.into_faer(), alpha, Par::Seq);
+}
+
+/// `C = factor C`; zero whatever C holds when the factor is 0.
+fn scale(factor: f32, c: &mut Tile<'_>) {
+    for r in 0..c.rows() {
+        if factor == 0.0 {
+            c.row_mut(r).fill(0.0);
+        } else {
+            c.row_mut(r).iter_mut().for_each(|value| *value *= factor);
+        }
     }
 }
