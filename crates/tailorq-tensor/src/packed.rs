@@ -112,6 +112,29 @@ impl PackedMatrix {
         PackedMatrix::new(rows, cols, layout, parts)
     }
 
+    /// The rows of all `panels` (same columns, same layout), one under the other. Panics when they differ or when there
+    /// are none.
+    pub fn stack(panels: &[PackedMatrix]) -> Self {
+        let first = &panels[0];
+        assert!(panels.iter().all(|p| p.cols == first.cols && p.layout == first.layout), "panels of one matrix");
+        let join = |part: fn(&PackedParts) -> Option<&SharedBytes>| {
+            let joined: Vec<u8> = panels.iter().filter_map(|p| part(&p.parts)).flat_map(|b| b.iter().copied()).collect();
+            part(&first.parts).map(|_| joined)
+        };
+        // Words, so that the joined bytes keep the alignment that the parts need.
+        let aligned = |bytes: Vec<u8>| SharedBytes::from_vec(bytemuck::pod_collect_to_vec::<u8, u16>(&bytes));
+        let rows = panels.iter().map(|p| p.rows).sum();
+        let parts = PackedParts {
+            codes: SharedBytes::from_vec(bytemuck::pod_collect_to_vec::<u8, u32>(
+                &join(|p| Some(&p.codes)).unwrap_or_default(),
+            )),
+            codes_high: join(|p| p.codes_high.as_ref()).map(aligned),
+            scales: aligned(join(|p| Some(&p.scales)).unwrap_or_default()),
+            zeros: join(|p| p.zeros.as_ref()).map(SharedBytes::from_vec),
+        };
+        PackedMatrix::new(rows, first.cols, first.layout, parts).expect("stacked panels are as valid as each of them")
+    }
+
     /// Outputs.
     pub fn rows(&self) -> usize {
         self.rows

@@ -1,11 +1,34 @@
 //! tailorq as a library: from a checkpoint, calibration text and settings to a quantized artifact.
+//!
+//! Start at [`pipeline`]: it is the main path, top to bottom.
 
+mod artifact;
+pub mod demo;
+mod error;
+mod estimate;
+mod inputs;
 mod inspect;
+mod observer;
+mod output;
+pub mod pipeline;
 mod probe;
+mod recipe;
+mod report;
+mod samples;
+mod tables;
 mod threads;
 
+pub use error::PipelineError;
+pub use estimate::Estimate;
+pub use inputs::{CalibrationRequest, QuantizeRequest};
 pub use inspect::{Inspection, Share, StoredMatrix, inspect};
+pub use observer::{Observer, Silent};
+pub use output::OutputMode;
+pub use pipeline::{Outcome, dry_run, quantize};
 pub use probe::{ProbeError, check_tokens, probe};
+pub use recipe::{CalibrationInput, ModelInput, QuantizeSettings, Recipe, hash_files};
+pub use report::{CalibrationReport, LayerReport, Report, SizeReport};
 pub use tailorq_kernels::{Device, cpu, reference};
 pub use tailorq_model::{ChatMessage, ChatTemplate, Model, ModelError, ModelFiles, OpenedModel, Tokenizer, open};
+pub use tailorq_tensor::{Bits, Group};
 pub use threads::set_threads;

@@ -1,0 +1,207 @@
+//! The finished artifact: a Hugging Face-shaped directory, written file by file, `config.json` last.
+
+use crate::error::{PipelineError, output_error};
+use crate::output::{Output, Part, TensorData, write_safetensors};
+use crate::recipe::Recipe;
+use crate::report::{LayerReport, Report};
+use serde_json::{Value, json};
+use std::path::Path;
+use tailorq_format::{FORMAT_VERSION, StoredType, TensorSpec, write_atomic};
+use tailorq_model::arch::{FINAL_NORM, block_name, block_norms};
+use tailorq_model::{Model, OpenedModel};
+use tailorq_tensor::SharedBytes;
+
+/// Largest weight file; more becomes shards, as hub readers expect.
+const SHARD_BYTES: u64 = 5_000_000_000;
+
+/// Writes the weight files from the finished parts (embedding, blocks in order, head if untied) and the dense vectors
+/// of `model`. Returns their bytes.
+pub fn write_weights(output: &Output, model: &Model, parts: &[Part]) -> Result<u64, PipelineError> {
+    let mut tensors: Vec<TensorData> = Vec::new();
+    for part in parts {
+        let specs = part.tensors.iter().map(|t| (TensorSpec::new(t.name, t.dtype, t.shape), t.bytes));
+        tensors.extend(specs);
+    }
+    tensors.extend(vectors(model).into_iter().map(|(name, values)| {
+        (TensorSpec::new(name, StoredType::F32, &[values.len()]), SharedBytes::from_vec(values.to_vec()))
+    }));
+    let shards = shards(tensors);
+    remove_stale(output.dir(), shards.len())?;
+    let mut written = 0;
+    for (idx, shard) in shards.iter().enumerate() {
+        let path = output.dir().join(shard_name(idx, shards.len()));
+        write_safetensors(&path, shard)?;
+        written += std::fs::metadata(&path).map_err(|e| output_error(&path, &e))?.len();
+    }
+    if shards.len() > 1 {
+        write_index(output.dir(), &shards)?;
+    }
+    Ok(written)
+}
+
+/// Checkpoint name and elements of every norm and bias, in file order.
+pub(crate) fn vectors(model: &Model) -> Vec<(String, &[f32])> {
+    let mut all: Vec<(String, &[f32])> = Vec::new();
+    for (block_idx, block) in model.blocks.iter().enumerate() {
+        let norm = |part: &str| block_name(block_idx, part) + ".weight";
+        all.push((norm(block_norms::ATTENTION), &block.attention_norm));
+        all.push((norm(block_norms::MLP), &block.mlp_norm));
+        if let Some((q, k)) = &block.qk_norm {
+            all.push((norm(block_norms::QUERY), q));
+            all.push((norm(block_norms::KEY), k));
+        }
+        let biases = block.linears.iter().filter_map(|l| Some((format!("{}.bias", l.name), l.bias.as_deref()?)));
+        all.extend(biases);
+    }
+    all.push((format!("{FINAL_NORM}.weight"), &model.norm));
+    all
+}
+
+/// Elements of all norms and biases.
+pub(crate) fn n_vector_elements(model: &Model) -> u64 {
+    vectors(model).iter().map(|(_, v)| v.len() as u64).sum()
+}
+
+fn shards(tensors: Vec<TensorData>) -> Vec<Vec<TensorData>> {
+    let mut shards: Vec<Vec<TensorData>> = vec![Vec::new()];
+    let mut bytes = 0;
+    for tensor in tensors {
+        let size = tensor.1.len() as u64;
+        if bytes + size > SHARD_BYTES && bytes > 0 {
+            shards.push(Vec::new());
+            bytes = 0;
+        }
+        bytes += size;
+        shards.last_mut().expect("there is always a shard").push(tensor);
+    }
+    shards
+}
+
+fn shard_name(idx: usize, n_shards: usize) -> String {
+    if n_shards == 1 {
+        "model.safetensors".into()
+    } else {
+        format!("model-{:05}-of-{n_shards:05}.safetensors", idx + 1)
+    }
+}
+
+fn write_index(dir: &Path, shards: &[Vec<TensorData>]) -> Result<(), PipelineError> {
+    let total: usize = shards.iter().flatten().map(|(_, bytes)| bytes.len()).sum();
+    let map: serde_json::Map<String, Value> = shards
+        .iter()
+        .enumerate()
+        .flat_map(|(i, s)| s.iter().map(move |t| (t.0.name.clone(), shard_name(i, shards.len()).into())))
+        .collect();
+    write_json(&dir.join("model.safetensors.index.json"), &json!({"metadata": {"total_size": total}, "weight_map": map}))
+}
+
+/// Removes what an artifact that is being replaced left: its `config.json` first (it marks a finished artifact), then
+/// weight files that the new one will not write again.
+fn remove_stale(dir: &Path, n_shards: usize) -> Result<(), PipelineError> {
+    let new: Vec<String> = (0..n_shards).map(|i| shard_name(i, n_shards)).collect();
+    let mut stale = vec![dir.join("config.json")];
+    for entry in std::fs::read_dir(dir).map_err(|e| output_error(dir, &e))?.flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if name.starts_with("model") && name.contains(".safetensors") && !new.contains(&name) {
+            stale.push(entry.path());
+        }
+    }
+    for path in stale {
+        match std::fs::remove_file(&path) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(output_error(&path, &e)),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// Writes everything beside the weights; `config.json`, the mark of a finished artifact, comes last.
+pub fn write_papers(output: &Output, opened: &OpenedModel, report: &Report) -> Result<(), PipelineError> {
+    let dir = output.dir();
+    let tokenizer = dir.join("tokenizer.json");
+    match &opened.files.tokenizer_json {
+        Some(file) => write_atomic(&tokenizer, &std::fs::read(file).map_err(|e| output_error(file, &e))?)?,
+        None => write_atomic(&tokenizer, opened.tokenizer.to_json()?.as_bytes())?,
+    }
+    for (name, value) in [
+        ("tokenizer_config.json", &opened.files.tokenizer_config_json),
+        ("generation_config.json", &opened.files.generation_config_json),
+    ] {
+        if !value.is_null() {
+            write_json(&dir.join(name), value)?;
+        }
+    }
+    for file in &opened.files.extra_files {
+        let name = file.file_name().unwrap_or_default();
+        let bytes = std::fs::read(file).map_err(|e| output_error(file, &e))?;
+        write_atomic(&dir.join(name), &bytes)?;
+    }
+    write_atomic(&dir.join("recipe.toml"), report.recipe.to_toml().as_bytes())?;
+    write_json(&dir.join("report.json"), &serde_json::to_value(report).expect("a report is plain data"))?;
+    write_atomic(&dir.join("README.md"), model_card(opened, report).as_bytes())?;
+    write_json(&dir.join("config.json"), &config(opened, &report.layers))
+}
+
+fn config(opened: &OpenedModel, layers: &[LayerReport]) -> Value {
+    let mut config = opened.files.config_json.clone();
+    let layers: serde_json::Map<String, Value> = layers
+        .iter()
+        .map(|l| {
+            let mut value = serde_json::to_value(l.layout).expect("a layout is plain data");
+            value["rows"] = l.rows.into();
+            value["cols"] = l.cols.into();
+            (l.name.clone(), value)
+        })
+        .collect();
+    config["quantization_config"] =
+        json!({"quant_method": "tailorq", "format_version": FORMAT_VERSION, "layers": layers});
+    config
+}
+
+fn write_json(path: &Path, value: &Value) -> Result<(), PipelineError> {
+    let mut text = serde_json::to_string_pretty(value).expect("a JSON value prints");
+    text.push('\n');
+    Ok(write_atomic(path, text.as_bytes())?)
+}
+
+fn model_card(opened: &OpenedModel, report: &Report) -> String {
+    let Recipe { model, quantize: q, calibration, .. } = &report.recipe;
+    let base = Path::new(&model.source).file_name().map_or(model.source.clone(), |n| n.to_string_lossy().into_owned());
+    let size = &report.size;
+    let calibrated = match (&report.calibration, calibration) {
+        (Some(used), Some(input)) => format!(
+            "Calibrated on {} items ({} tokens, {}) of `{}`, seed {}.",
+            used.used,
+            used.tokens,
+            used.shape,
+            input.file.file_name().unwrap_or_default().to_string_lossy(),
+            input.seed
+        ),
+        _ => "No calibration data.".into(),
+    };
+    let already = if opened.files.is_quantized {
+        "\nThe source was itself a quantized file; its errors are part of this model.\n"
+    } else {
+        ""
+    };
+    let (model_type, mib) = (&opened.files.config_json["model_type"], 1024.0 * 1024.0);
+    format!(
+        "---\nbase_model: {base}\nbase_model_relation: quantized\nlibrary_name: tailorq\npipeline_tag: text-generation\n\
+         quantized_by: tailorq {version}\ntags:\n- tailorq\n- {method}\n---\n\n# {base}, {method} at {bits} bits\n\n\
+         A {model_type} model whose linears were quantized with tailorq {version}: {method}, {bits} bits, group {group}, \
+         {sym}.\n{calibrated}\n{already}\n| | |\n|---|---|\n| bits per weight, linears (scales and zeros included) | {lin:.3} |\n\
+         | bits per weight, all | {all:.3} |\n| weight files | {a:.1} MiB |\n| source weight files | {s:.1} MiB |\n\
+         | the same weights at 16 bit | {h:.1} MiB |\n\n`recipe.toml` repeats the run, `report.json` lists every layer. \
+         Run it with `tailorq run DIR \"prompt\"`.\n",
+        version = report.tailorq,
+        method = q.method,
+        bits = q.bits.count(),
+        group = q.group,
+        sym = if q.symmetric { "symmetric" } else { "asymmetric" },
+        lin = size.linear_bits_per_weight,
+        all = size.total_bits_per_weight,
+        a = size.artifact_bytes as f64 / mib,
+        s = size.source_bytes as f64 / mib,
+        h = size.half_precision_bytes as f64 / mib,
+    )
+}

@@ -1,0 +1,75 @@
+//! What can stop a run, in words that name the file and the way on.
+
+use std::path::PathBuf;
+use tailorq_eval::EvalError;
+use tailorq_format::FormatError;
+use tailorq_model::ModelError;
+use tailorq_quant::QuantError;
+use tailorq_tensor::PackError;
+use thiserror::Error;
+
+/// Errors of the pipeline.
+#[derive(Debug, Error)]
+pub enum PipelineError {
+    /// Opening, tokenizing or rendering failed.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// A file could not be read or written.
+    #[error(transparent)]
+    Format(#[from] FormatError),
+    /// A layer could not be quantized.
+    #[error(transparent)]
+    Quant(#[from] QuantError),
+    /// A measurement failed.
+    #[error(transparent)]
+    Eval(#[from] EvalError),
+    /// Packed parts do not fit together.
+    #[error("{layer}: {source}")]
+    Pack {
+        /// The layer.
+        layer: String,
+        /// Why.
+        source: PackError,
+    },
+    /// Settings that cannot work.
+    #[error("{0}")]
+    Settings(String),
+    /// The calibration file is unusable.
+    #[error("{path}: {problem}")]
+    Calibration {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong and what to do about it.
+        problem: String,
+    },
+    /// The output directory cannot be used as asked.
+    #[error("{path}: {problem}")]
+    Output {
+        /// The directory or file.
+        path: PathBuf,
+        /// What is wrong and what to do about it.
+        problem: String,
+    },
+    /// A recipe does not say what a recipe must, or the inputs are not those it names.
+    #[error("{path}: {problem}")]
+    Recipe {
+        /// The recipe file.
+        path: PathBuf,
+        /// What is wrong and what to do about it.
+        problem: String,
+    },
+    /// The user asked to stop.
+    #[error("stopped; what is finished is kept, run the same command with --resume to go on")]
+    Cancelled,
+}
+
+/// An I/O error as an output error, with the remedy where there is one.
+pub(crate) fn output_error(path: &std::path::Path, error: &std::io::Error) -> PipelineError {
+    use std::io::ErrorKind;
+    let remedy = match error.kind() {
+        ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => ": choose a directory you may write to",
+        ErrorKind::StorageFull => ": free space there or choose another --output, then run again with --resume",
+        _ => "",
+    };
+    PipelineError::Output { path: path.to_path_buf(), problem: format!("{error}{remedy}") }
+}

@@ -1,0 +1,138 @@
+//! From what the user asked to what is certain: hashed inputs, a recipe, token sequences that fit into memory.
+
+use crate::error::PipelineError;
+use crate::estimate::{available_memory, estimate};
+use crate::observer::Observer;
+use crate::output::OutputMode;
+use crate::recipe::{CalibrationInput, ModelInput, QuantizeSettings, RECIPE_SCHEMA, Recipe, hash_files};
+use crate::samples::{self, Samples};
+use std::path::PathBuf;
+use tailorq_kernels::Device;
+use tailorq_model::OpenedModel;
+
+/// What to quantize and how; becomes a [`Recipe`] once the inputs are hashed.
+#[derive(Clone, Debug)]
+pub struct QuantizeRequest {
+    /// Path or hub id of the checkpoint.
+    pub model: String,
+    /// How weights become codes.
+    pub settings: QuantizeSettings,
+    /// Calibration text; required by methods that need a Hessian.
+    pub calibration: Option<CalibrationRequest>,
+    /// Hashes that the inputs must have (model, calibration), when a recipe is repeated.
+    pub expected: Option<Recipe>,
+    /// Where the artifact goes.
+    pub output: PathBuf,
+    /// What to do when `output` is not empty.
+    pub mode: OutputMode,
+}
+
+impl QuantizeRequest {
+    /// The request that repeats `recipe`; its inputs are checked against the recipe's hashes.
+    pub fn repeat(recipe: Recipe, output: PathBuf, mode: OutputMode) -> Self {
+        QuantizeRequest {
+            model: recipe.model.source.clone(),
+            settings: recipe.quantize.clone(),
+            calibration: recipe.calibration.as_ref().map(|c| CalibrationRequest {
+                file: c.file.clone(),
+                samples: c.samples,
+                sequence_length: Some(c.sequence_length),
+                seed: c.seed,
+            }),
+            expected: Some(recipe),
+            output,
+            mode,
+        }
+    }
+}
+
+/// Calibration as asked for.
+#[derive(Clone, Debug)]
+pub struct CalibrationRequest {
+    /// Text file or JSONL.
+    pub file: PathBuf,
+    /// Items or windows to take.
+    pub samples: usize,
+    /// Longest item; `None` is 2048 or the model's context, whichever is shorter.
+    pub sequence_length: Option<usize>,
+    /// Chooses the items.
+    pub seed: u64,
+}
+
+/// Hashes the inputs and reads the calibration set: everything that decides the artifact's bytes.
+pub(crate) fn resolve(
+    opened: &OpenedModel,
+    request: &QuantizeRequest,
+    observer: &dyn Observer,
+) -> Result<(Recipe, Option<Samples>), PipelineError> {
+    request.settings.check()?;
+    observer.stage("hashing the checkpoint", opened.files.weight_bytes);
+    let mut done = 0;
+    let sha256 = hash_files(&opened.files.weight_files, |n| {
+        done += n as u64;
+        observer.progress(done, "");
+    })
+    .map_err(|e| crate::error::output_error(&opened.files.path, &e))?;
+    let needs = tailorq_quant::find(&request.settings.method).is_some_and(|q| q.needs().hessian);
+    let calibration = match &request.calibration {
+        Some(asked) if needs => Some(CalibrationInput {
+            file: asked.file.clone(),
+            sha256: hash_files(&[&asked.file], |_| ()).map_err(|e| PipelineError::Calibration {
+                path: asked.file.clone(),
+                problem: format!("cannot be read: {e}"),
+            })?,
+            samples: asked.samples,
+            sequence_length: asked.sequence_length.unwrap_or(opened.model.config.max_positions.min(2048)),
+            seed: asked.seed,
+        }),
+        None if needs => {
+            let problem = "needs calibration text: give --calibration FILE (text, or JSONL with prompt and completion)";
+            return Err(PipelineError::Settings(format!("method {} {problem}", request.settings.method)));
+        }
+        _ => None,
+    };
+    let samples = calibration.as_ref().map(|input| samples::load(opened, input)).transpose()?;
+    let recipe = Recipe {
+        schema: RECIPE_SCHEMA,
+        tailorq: env!("CARGO_PKG_VERSION").into(),
+        model: ModelInput { source: request.model.clone(), sha256 },
+        quantize: request.settings.clone(),
+        calibration,
+    };
+    if let Some(expected) = &request.expected {
+        recipe.check_inputs(expected)?;
+    }
+    Ok((recipe, samples))
+}
+
+pub(crate) fn announce(samples: &Samples, observer: &dyn Observer) {
+    let used = samples.sequences.len();
+    let template = if samples.chat_template { " through the chat template" } else { "" };
+    observer.note(&format!(
+        "calibration: {used} of {} items ({}{template}), {} tokens",
+        samples.available,
+        samples.shape,
+        samples.tokens()
+    ));
+    if samples.shortened > 0 {
+        observer.note(&format!("calibration: {} items were cut to the sequence length", samples.shortened));
+    }
+    observer.note(&format!("calibration: the first item as the model reads it: {:?}", samples.preview));
+}
+
+pub(crate) fn refuse_oversized(
+    device: &dyn Device,
+    opened: &OpenedModel,
+    recipe: &Recipe,
+    samples: &Samples,
+) -> Result<(), PipelineError> {
+    let needed = estimate(device, &opened.model, &recipe.quantize, samples.tokens(), samples.longest()).peak_memory_bytes;
+    match available_memory() {
+        Some(free) if needed > free => Err(PipelineError::Settings(format!(
+            "the run needs about {} MiB of memory, {} MiB are free: use fewer --samples or a shorter --sequence-length",
+            needed >> 20,
+            free >> 20
+        ))),
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,208 @@
+//! The main path: load, calibrate, quantize block by block, write, check.
+//!
+//! Each step leaves a finished part in the output directory, so that a stopped run goes on with the next one.
+
+use crate::artifact::{write_papers, write_weights};
+use crate::error::PipelineError;
+use crate::estimate::{Estimate, estimate};
+use crate::inputs::{QuantizeRequest, announce, refuse_oversized, resolve};
+use crate::observer::Observer;
+use crate::output::{Output, Part, Prepared, prepare};
+use crate::recipe::{QuantizeSettings, Recipe};
+use crate::report::{CalibrationReport, LayerReport, Report, SizeReport};
+use crate::samples::Samples;
+use crate::tables::{half_precision_table, pack_table};
+use std::ops::ControlFlow;
+use std::path::Path;
+use tailorq_format::TensorSpec;
+use tailorq_kernels::Device;
+use tailorq_model::arch::{EMBEDDING, HEAD};
+use tailorq_model::{Block, OpenedModel};
+use tailorq_quant::{Activations, BlockQuantizer, LayerSettings, QuantError, advance};
+use tailorq_tensor::{LayerId, SharedBytes, Slot, Weight};
+
+/// A finished run.
+#[derive(Clone, Debug)]
+pub enum Outcome {
+    /// The artifact was written.
+    Written(Box<Report>),
+    /// `output` already held the artifact of this recipe.
+    AlreadyFinished,
+}
+
+/// Predicts size, memory and time of a run without writing anything.
+pub fn dry_run(
+    device: &dyn Device,
+    request: &QuantizeRequest,
+    observer: &dyn Observer,
+) -> Result<(Recipe, Estimate), PipelineError> {
+    let opened = tailorq_model::open(&request.model)?;
+    let (recipe, samples) = resolve(&opened, request, observer)?;
+    let (tokens, longest) = samples.as_ref().map_or((0, 0), |s| (s.tokens(), s.longest()));
+    let estimate = estimate(device, &opened.model, &recipe.quantize, tokens, longest);
+    Ok((recipe, estimate))
+}
+
+/// Runs the whole path.
+pub fn quantize(
+    device: &dyn Device,
+    request: &QuantizeRequest,
+    observer: &dyn Observer,
+) -> Result<Outcome, PipelineError> {
+    let opened = tailorq_model::open(&request.model)?;
+    let (recipe, samples) = resolve(&opened, request, observer)?;
+    let output = match prepare(&request.output, &recipe, request.mode, &opened.files.path)? {
+        Prepared::Finished => return Ok(Outcome::AlreadyFinished),
+        Prepared::Ready(output) => output,
+    };
+    if let Some(samples) = &samples {
+        announce(samples, observer);
+        refuse_oversized(device, &opened, &recipe, samples)?;
+    }
+    let mut parts = vec![table_part(device, &output, &recipe.quantize, Table::Embedding, &opened, observer)?];
+    parts.extend(quantize_blocks(device, &output, &recipe, &opened, samples.as_ref(), observer)?);
+    if !opened.model.config.tied_head {
+        parts.push(table_part(device, &output, &recipe.quantize, Table::Head, &opened, observer)?);
+    }
+    let report = write(&output, &opened, recipe, samples, &parts, observer)?;
+    output.remove_partial()?;
+    check(device, &request.output)?;
+    Ok(Outcome::Written(Box::new(report)))
+}
+
+#[derive(Clone, Copy)]
+enum Table {
+    Embedding,
+    Head,
+}
+
+fn table_part(
+    device: &dyn Device,
+    output: &Output,
+    settings: &QuantizeSettings,
+    table: Table,
+    opened: &OpenedModel,
+    observer: &dyn Observer,
+) -> Result<Part, PipelineError> {
+    let (part, name, weight, bits) = match table {
+        Table::Embedding => ("embedding", EMBEDDING, &opened.model.embedding, settings.embedding_bits),
+        Table::Head => ("head", HEAD, &opened.model.head, settings.head_bits),
+    };
+    if let Some(done) = output.part(part) {
+        return Ok(done);
+    }
+    observer.stage(&format!("packing the {part} at {bits} bits"), 0);
+    match settings.table_layout(bits) {
+        Some(layout) => {
+            let (matrix, report) = pack_table(device, name, weight, layout)?;
+            output.write_part(part, &[matrix], vec![report])
+        }
+        None => {
+            let (dtype, bytes) = half_precision_table(name, weight)?;
+            let spec = TensorSpec::new(format!("{name}.weight"), dtype, &[weight.rows(), weight.cols()]);
+            output.write_tensors(part, vec![(spec, SharedBytes::from_vec(bytes))], Vec::new())
+        }
+    }
+}
+
+/// All blocks in order; blocks of an earlier run are replayed, so that later ones see the same quantized predecessors.
+fn quantize_blocks(
+    device: &dyn Device,
+    output: &Output,
+    recipe: &Recipe,
+    opened: &OpenedModel,
+    samples: Option<&Samples>,
+    observer: &dyn Observer,
+) -> Result<Vec<Part>, PipelineError> {
+    let (model, settings) = (&opened.model, &recipe.quantize);
+    let layer = LayerSettings {
+        layout: settings.layout(),
+        clip_search: settings.clip_search,
+        damping: settings.damping,
+        act_order: settings.act_order,
+    };
+    let settings_of = |_: LayerId| layer;
+    let quantizer = BlockQuantizer {
+        device,
+        model,
+        quantizer: tailorq_quant::find(&settings.method).expect("checked when the recipe was resolved"),
+        settings_of: &settings_of,
+        true_sequential: settings.true_sequential,
+    };
+    let mut activations = samples.map(|s| Activations::embed(device, model, &s.sequences));
+    let total = model.blocks.len() * Slot::ALL.len();
+    observer.stage(&format!("quantizing with {}", settings.method), total as u64);
+    let mut parts = Vec::new();
+    for block_idx in 0..model.blocks.len() {
+        let name = format!("block-{block_idx:05}");
+        if let Some(part) = output.part(&name) {
+            if let Some(activations) = &mut activations {
+                observer.progress((block_idx * Slot::ALL.len()) as u64, &format!("replaying block {block_idx}"));
+                advance(device, model, &packed_block(&model.blocks[block_idx], &part)?, activations);
+            }
+            parts.push(part);
+        } else {
+            let mut watch = |id: LayerId| {
+                observer.progress((block_idx * Slot::ALL.len() + id.slot.index()) as u64, &id.to_string());
+                if observer.cancelled() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+            };
+            let block = match quantizer.quantize_block(block_idx, activations.as_mut(), &mut watch) {
+                Err(QuantError::Interrupted) => return Err(PipelineError::Cancelled),
+                other => other?,
+            };
+            let (matrices, reports): (Vec<_>, Vec<_>) =
+                block.layers.into_iter().map(|l| (l.matrix.clone(), LayerReport::of(&l))).unzip();
+            reports.iter().flat_map(LayerReport::named_notes).for_each(|n| observer.note(&n));
+            parts.push(output.write_part(&name, &matrices, reports)?);
+        }
+        observer.progress(((block_idx + 1) * Slot::ALL.len()) as u64, "");
+        if observer.cancelled() {
+            return Err(PipelineError::Cancelled);
+        }
+    }
+    Ok(parts)
+}
+
+/// The block with its linears replaced by the packed ones of a finished part.
+fn packed_block(block: &Block, part: &Part) -> Result<Block, PipelineError> {
+    let mut block = block.clone();
+    for (slot, layer) in Slot::ALL.into_iter().zip(&part.layers) {
+        block.linear_mut(slot).weight = Weight::from(part.matrix(layer)?);
+    }
+    Ok(block)
+}
+
+fn write(
+    output: &Output,
+    opened: &OpenedModel,
+    recipe: Recipe,
+    samples: Option<Samples>,
+    parts: &[Part],
+    observer: &dyn Observer,
+) -> Result<Report, PipelineError> {
+    observer.stage("writing the artifact", 0);
+    let artifact_bytes = write_weights(output, &opened.model, parts)?;
+    let layers: Vec<LayerReport> = parts.iter().flat_map(|p| p.layers.iter().cloned()).collect();
+    let report = Report {
+        tailorq: recipe.tailorq.clone(),
+        calibration: samples.map(|s| CalibrationReport::of(&s)),
+        size: SizeReport::of(opened, &layers, artifact_bytes),
+        recipe,
+        layers,
+    };
+    write_papers(output, opened, &report)?;
+    Ok(report)
+}
+
+/// Opens what was written and lets it say one token: an artifact that cannot is not a success.
+fn check(device: &dyn Device, dir: &Path) -> Result<(), PipelineError> {
+    let opened = tailorq_model::open(&dir.to_string_lossy())?;
+    let batch = tailorq_model::Batch::new([&[0u32][..]]);
+    let logits = opened.model.logits(device, &opened.model.hidden(device, &batch, None));
+    if logits.data().iter().all(|l| l.is_finite()) {
+        Ok(())
+    } else {
+        let problem = "the quantized model's logits are not finite: report this with the recipe".into();
+        Err(PipelineError::Output { path: dir.to_path_buf(), problem })
+    }
+}

@@ -1,0 +1,280 @@
+//! The recipe: everything that decides the bytes of an artifact, and nothing that does not.
+
+use crate::error::PipelineError;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use tailorq_tensor::{Bits, Group, Layout};
+
+/// Bumped when an old recipe no longer means the same bytes.
+pub const RECIPE_SCHEMA: u32 = 1;
+
+/// A quantization run, repeatable byte for byte. Threads, output directory and times are not part of it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Recipe {
+    /// [`RECIPE_SCHEMA`] of the writer.
+    pub schema: u32,
+    /// Version of tailorq that wrote it.
+    pub tailorq: String,
+    /// The checkpoint.
+    pub model: ModelInput,
+    /// How weights become codes.
+    pub quantize: QuantizeSettings,
+    /// The text that shapes the Hessians; absent for methods that need none.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub calibration: Option<CalibrationInput>,
+}
+
+/// The checkpoint of a recipe.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ModelInput {
+    /// Path or hub id, as the user wrote it.
+    pub source: String,
+    /// SHA-256 over the weight files in order, hexadecimal.
+    pub sha256: String,
+}
+
+/// How weights become codes.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct QuantizeSettings {
+    /// Name in the quantizers' registry: `rtn`, `gptq`.
+    pub method: String,
+    /// Code width of the linears.
+    pub bits: Bits,
+    /// Inputs that share a scale.
+    pub group: Group,
+    /// Symmetric grid: no zeros are stored.
+    pub symmetric: bool,
+    /// Search for the range of each group that loses least.
+    pub clip_search: bool,
+    /// Added to the Hessian's diagonal, as a share of its mean.
+    pub damping: f64,
+    /// Quantize columns in the order of falling Hessian diagonal.
+    pub act_order: bool,
+    /// Later linears of a block see the quantized earlier ones.
+    pub true_sequential: bool,
+    /// Code width of the embedding: 4, 8, or 16 for half precision.
+    pub embedding_bits: u32,
+    /// Code width of an untied head: 4, 8, or 16 for half precision.
+    pub head_bits: u32,
+}
+
+impl Default for QuantizeSettings {
+    fn default() -> Self {
+        QuantizeSettings {
+            method: "gptq".into(),
+            bits: Bits::Three,
+            group: Group::Inputs(128),
+            symmetric: false,
+            clip_search: true,
+            damping: 0.01,
+            act_order: false,
+            true_sequential: true,
+            embedding_bits: 8,
+            head_bits: 8,
+        }
+    }
+}
+
+impl QuantizeSettings {
+    /// Layout of the linears.
+    pub fn layout(&self) -> Layout {
+        Layout { bits: self.bits, group: self.group, symmetric: self.symmetric }
+    }
+
+    /// Layout of embedding or head at `bits` (4 or 8), or `None` for half precision.
+    pub fn table_layout(&self, bits: u32) -> Option<Layout> {
+        let bits = Bits::try_from(bits).ok()?;
+        Some(Layout { bits, group: Group::Inputs(if bits == Bits::Eight { 128 } else { 32 }), symmetric: false })
+    }
+
+    /// Refuses settings that no layout or method has.
+    pub fn check(&self) -> Result<(), PipelineError> {
+        let fail = |message: String| Err(PipelineError::Settings(message));
+        if tailorq_quant::find(&self.method).is_none() {
+            let names: Vec<_> = tailorq_quant::quantize::ALL.iter().map(|q| q.name()).collect();
+            return fail(format!("there is no method '{}': use one of {}", self.method, names.join(", ")));
+        }
+        if !(self.damping.is_finite() && (0.0..=100.0).contains(&self.damping)) {
+            return fail(format!("damping is {}: use a share of the mean diagonal from 0 to 100", self.damping));
+        }
+        for (what, bits) in [("embedding", self.embedding_bits), ("head", self.head_bits)] {
+            if ![4, 8, 16].contains(&bits) {
+                return fail(format!("{what} bits are {bits}: use 4, 8 or 16"));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The calibration of a recipe.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CalibrationInput {
+    /// As the user wrote it.
+    pub file: PathBuf,
+    /// SHA-256 of its bytes, hexadecimal.
+    pub sha256: String,
+    /// Items (or windows of a text) taken.
+    pub samples: usize,
+    /// Longest item in tokens; window length of a text.
+    pub sequence_length: usize,
+    /// Chooses the items.
+    pub seed: u64,
+}
+
+impl Recipe {
+    /// Reads a recipe file.
+    pub fn read(path: &Path) -> Result<Self, PipelineError> {
+        let fail = |problem: String| PipelineError::Recipe { path: path.to_path_buf(), problem };
+        let text = std::fs::read_to_string(path).map_err(|e| fail(format!("cannot be read: {e}")))?;
+        let recipe: Recipe = toml::from_str(&text).map_err(|e| fail(format!("is not a recipe: {e}")))?;
+        if recipe.schema != RECIPE_SCHEMA {
+            return Err(fail(format!(
+                "has schema {}, this tailorq reads schema {RECIPE_SCHEMA}: use the tailorq that wrote it ({})",
+                recipe.schema, recipe.tailorq
+            )));
+        }
+        recipe.quantize.check()?;
+        Ok(recipe)
+    }
+
+    /// The recipe as TOML.
+    pub fn to_toml(&self) -> String {
+        toml::to_string(self).expect("a recipe holds only what TOML can say")
+    }
+
+    /// SHA-256 of the recipe's text: two runs with one fingerprint write the same bytes.
+    pub fn fingerprint(&self) -> String {
+        hex(&Sha256::digest(self.to_toml().as_bytes()))
+    }
+
+    /// Refuses inputs that are not those which `expected` (a recipe being repeated) names.
+    pub fn check_inputs(&self, expected: &Recipe) -> Result<(), PipelineError> {
+        let fail = |path: &Path, what: &str| {
+            let problem = format!("is not the {what} that the recipe was made with: its SHA-256 differs");
+            Err(PipelineError::Recipe { path: path.to_path_buf(), problem })
+        };
+        if self.model.sha256 != expected.model.sha256 {
+            return fail(Path::new(&self.model.source), "checkpoint");
+        }
+        match (&self.calibration, &expected.calibration) {
+            (Some(here), Some(there)) if here.sha256 != there.sha256 => fail(&here.file, "calibration file"),
+            _ => Ok(()),
+        }
+    }
+
+    /// What differs between two recipes, a line each: `quantize.bits: 3 here, 2 there`.
+    pub fn differences(&self, there: &Recipe) -> Vec<String> {
+        let (mut mine, mut theirs) = (Vec::new(), Vec::new());
+        for (recipe, out) in [(self, &mut mine), (there, &mut theirs)] {
+            let table = toml::Table::try_from(recipe).expect("a recipe holds only what TOML can say");
+            flatten("", &toml::Value::Table(table), out);
+        }
+        let find = |list: &[(String, String)], key: &str| {
+            list.iter().find(|(k, _)| k == key).map_or("nothing".into(), |(_, v)| v.clone())
+        };
+        let mut keys: Vec<&String> = mine.iter().chain(&theirs).map(|(k, _)| k).collect();
+        keys.sort();
+        keys.dedup();
+        keys.into_iter()
+            .map(|k| (k, find(&mine, k), find(&theirs, k)))
+            .filter(|(_, a, b)| a != b)
+            .map(|(k, a, b)| format!("{k}: {a} here, {b} there"))
+            .collect()
+    }
+}
+
+fn flatten(prefix: &str, value: &toml::Value, out: &mut Vec<(String, String)>) {
+    match value {
+        toml::Value::Table(table) => {
+            for (key, inner) in table {
+                let path = if prefix.is_empty() { key.clone() } else { format!("{prefix}.{key}") };
+                flatten(&path, inner, out);
+            }
+        }
+        other => out.push((prefix.to_string(), other.to_string())),
+    }
+}
+
+/// SHA-256 over the bytes of files in order, hexadecimal. Calls `read` with the bytes taken since the last call.
+pub fn hash_files<P: AsRef<Path>>(files: &[P], mut read: impl FnMut(usize)) -> std::io::Result<String> {
+    let mut hasher = Sha256::new();
+    let mut buffer = vec![0u8; 1 << 20];
+    for file in files {
+        let mut file = std::fs::File::open(file)?;
+        loop {
+            let n = file.read(&mut buffer)?;
+            if n == 0 {
+                break;
+            }
+            hasher.update(&buffer[..n]);
+            read(n);
+        }
+    }
+    Ok(hex(&hasher.finalize()))
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn recipe() -> Recipe {
+        Recipe {
+            schema: RECIPE_SCHEMA,
+            tailorq: "0.1.0".into(),
+            model: ModelInput { source: "org/name".into(), sha256: "00".into() },
+            quantize: QuantizeSettings::default(),
+            calibration: Some(CalibrationInput {
+                file: "a.jsonl".into(),
+                sha256: "11".into(),
+                samples: 128,
+                sequence_length: 2048,
+                seed: 7,
+            }),
+        }
+    }
+
+    #[test]
+    fn a_recipe_survives_its_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("recipe.toml");
+        std::fs::write(&path, recipe().to_toml()).unwrap();
+        assert_eq!(Recipe::read(&path).unwrap(), recipe());
+    }
+
+    #[test]
+    fn differences_name_the_key_and_both_values() {
+        let mut other = recipe();
+        other.quantize.bits = Bits::Two;
+        other.calibration = None;
+        let found = recipe().differences(&other);
+        assert!(found.contains(&"quantize.bits: 3 here, 2 there".to_string()), "{found:?}");
+        assert!(found.iter().any(|d| d.starts_with("calibration.seed: 7 here, nothing")), "{found:?}");
+        assert_ne!(recipe().fingerprint(), other.fingerprint());
+    }
+
+    #[test]
+    fn settings_that_no_layout_has_are_refused() {
+        for change in [
+            (|s: &mut QuantizeSettings| s.method = "magic".into()) as fn(&mut QuantizeSettings),
+            |s| s.damping = f64::NAN,
+            |s| s.damping = -1.0,
+            |s| s.head_bits = 5,
+        ] {
+            let mut settings = QuantizeSettings::default();
+            change(&mut settings);
+            assert!(settings.check().is_err());
+        }
+        assert!(toml::from_str::<Recipe>(&recipe().to_toml().replace("bits = 3", "bits = 5")).is_err());
+        assert!(toml::from_str::<Recipe>(&recipe().to_toml().replace("group = 128", "group = 100")).is_err());
+    }
+}

@@ -1,0 +1,148 @@
+//! What a run did, layer by layer, without times or paths: the same run writes the same report.
+
+use crate::artifact::n_vector_elements;
+use crate::recipe::Recipe;
+use crate::samples::Samples;
+use serde::{Deserialize, Serialize};
+use tailorq_model::OpenedModel;
+use tailorq_model::arch::{EMBEDDING, HEAD};
+use tailorq_quant::QuantizedLayer;
+use tailorq_tensor::{Layout, Weight};
+
+/// One packed matrix of the artifact.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LayerReport {
+    /// Checkpoint name without `.weight`.
+    pub name: String,
+    /// Outputs.
+    pub rows: usize,
+    /// Inputs.
+    pub cols: usize,
+    /// Bits, group, symmetry.
+    #[serde(flatten)]
+    pub layout: Layout,
+    /// Bytes of codes, scales and zeros.
+    pub bytes: usize,
+    /// `|W - Q| / |W|`, Frobenius norms.
+    pub relative_error: f64,
+    /// `tr(E H E^T)` a token, the mean squared error of the layer's output on the calibration set; absent without calibration.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub proxy_loss: Option<f64>,
+    /// What the user should know: raised damping, a fallback.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub notes: Vec<String>,
+}
+
+/// What the calibration set was.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct CalibrationReport {
+    /// Shape of the items.
+    pub shape: String,
+    /// Whether the chat template rendered them.
+    pub chat_template: bool,
+    /// Items in the file.
+    pub available: usize,
+    /// Items used.
+    pub used: usize,
+    /// Items cut to the sequence length.
+    pub shortened: usize,
+    /// Tokens used.
+    pub tokens: usize,
+}
+
+/// Bytes and bits of the artifact beside those of its source.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SizeReport {
+    /// Bytes of the source's weight files.
+    pub source_bytes: u64,
+    /// Bytes of the same weights at 16 bit.
+    pub half_precision_bytes: u64,
+    /// Bytes of the artifact's weight files.
+    pub artifact_bytes: u64,
+    /// Bits per weight of the quantized linears, scales and zeros included.
+    pub linear_bits_per_weight: f64,
+    /// Bits per weight of everything: linears, embedding, head, norms, biases.
+    pub total_bits_per_weight: f64,
+}
+
+/// `report.json` of an artifact.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Report {
+    /// Version of tailorq.
+    pub tailorq: String,
+    /// What was asked.
+    pub recipe: Recipe,
+    /// Calibration as used; absent for methods without.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub calibration: Option<CalibrationReport>,
+    /// Bytes and bits.
+    pub size: SizeReport,
+    /// The packed matrices in file order.
+    pub layers: Vec<LayerReport>,
+}
+
+impl Report {
+    /// All notes, each with its layer's name.
+    pub fn notes(&self) -> impl Iterator<Item = String> + '_ {
+        self.layers.iter().flat_map(LayerReport::named_notes)
+    }
+
+    /// Mean relative error of the layers' weights.
+    pub fn mean_relative_error(&self) -> f64 {
+        self.layers.iter().map(|l| l.relative_error).sum::<f64>() / self.layers.len().max(1) as f64
+    }
+}
+
+impl LayerReport {
+    /// The report of a quantized layer.
+    pub(crate) fn of(layer: &QuantizedLayer) -> Self {
+        let matrix = &layer.matrix;
+        LayerReport {
+            name: layer.name.clone(),
+            rows: matrix.rows(),
+            cols: matrix.cols(),
+            layout: matrix.layout(),
+            bytes: matrix.bytes(),
+            relative_error: layer.relative_error,
+            proxy_loss: layer.proxy_loss,
+            notes: layer.notes.iter().map(ToString::to_string).collect(),
+        }
+    }
+
+    /// The notes, each with the layer's name.
+    pub fn named_notes(&self) -> impl Iterator<Item = String> + '_ {
+        self.notes.iter().map(|n| format!("{}: {n}", self.name))
+    }
+}
+
+impl CalibrationReport {
+    pub(crate) fn of(samples: &Samples) -> Self {
+        CalibrationReport {
+            shape: samples.shape.into(),
+            chat_template: samples.chat_template,
+            available: samples.available,
+            used: samples.sequences.len(),
+            shortened: samples.shortened,
+            tokens: samples.tokens(),
+        }
+    }
+}
+
+impl SizeReport {
+    pub(crate) fn of(opened: &OpenedModel, layers: &[LayerReport], artifact_bytes: u64) -> Self {
+        let model = &opened.model;
+        let size = |w: &Weight| (w.rows() * w.cols()) as u64;
+        let linear_weights: u64 = model.blocks.iter().flat_map(|b| &b.linears).map(|l| size(&l.weight)).sum();
+        let tables = size(&model.embedding) + if model.config.tied_head { 0 } else { size(&model.head) };
+        let in_blocks = |l: &&LayerReport| l.name != EMBEDDING && l.name != HEAD;
+        let linear_bytes: u64 = layers.iter().filter(in_blocks).map(|l| l.bytes as u64).sum();
+        let all = linear_weights + tables + n_vector_elements(model);
+        SizeReport {
+            source_bytes: opened.files.weight_bytes,
+            half_precision_bytes: 2 * all,
+            artifact_bytes,
+            linear_bits_per_weight: linear_bytes as f64 * 8.0 / linear_weights as f64,
+            total_bits_per_weight: artifact_bytes as f64 * 8.0 / all as f64,
+        }
+    }
+}

@@ -1,0 +1,217 @@
+//! Calibration text: a plain text file or JSONL in the shapes that people have, as token sequences.
+
+use crate::error::PipelineError;
+use crate::recipe::CalibrationInput;
+use serde_json::{Map, Value};
+use std::path::Path;
+use tailorq_model::{ChatMessage, OpenedModel};
+use tailorq_tensor::Rng;
+
+/// Token sequences of a calibration file, and what was done to get them.
+#[derive(Clone, Debug)]
+pub struct Samples {
+    /// One sequence an item.
+    pub sequences: Vec<Vec<u32>>,
+    /// Which shape the items have: `text file`, `prompt and completion`, `messages`, `text`.
+    pub shape: &'static str,
+    /// Whether the model's chat template rendered them.
+    pub chat_template: bool,
+    /// Items (or windows) that the file holds.
+    pub available: usize,
+    /// Items cut to the sequence length.
+    pub shortened: usize,
+    /// The first item as the model reads it, special tokens visible, for the user to check.
+    pub preview: String,
+}
+
+impl Samples {
+    /// Tokens of all sequences.
+    pub fn tokens(&self) -> usize {
+        self.sequences.iter().map(Vec::len).sum()
+    }
+
+    /// Tokens of the longest sequence.
+    pub fn longest(&self) -> usize {
+        self.sequences.iter().map(Vec::len).max().unwrap_or(0)
+    }
+}
+
+/// Names under which people keep what the user says; the first present wins.
+const PROMPT_KEYS: [&str; 3] = ["prompt", "question", "instruction"];
+/// Names under which people keep what the model should answer.
+const COMPLETION_KEYS: [&str; 4] = ["completion", "answer", "response", "output"];
+
+/// One item before tokenization.
+enum Item {
+    Messages(Vec<ChatMessage>),
+    Text(String),
+}
+
+/// Reads `input.file`, chooses `input.samples` items by `input.seed`, renders and tokenizes them.
+pub fn load(opened: &OpenedModel, input: &CalibrationInput) -> Result<Samples, PipelineError> {
+    let fail = |problem: String| PipelineError::Calibration { path: input.file.clone(), problem };
+    check_limits(opened, input).map_err(fail)?;
+    let bytes = std::fs::read(&input.file).map_err(|e| fail(format!("cannot be read: {e}")))?;
+    let text = String::from_utf8(bytes).map_err(|e| fail(format!("is not UTF-8 text: {e}")))?;
+    if text.trim().is_empty() {
+        return Err(fail("is empty: calibration needs at least one item".into()));
+    }
+    if is_jsonl(&input.file, &text) { load_items(opened, input, &text) } else { load_windows(opened, input, &text) }
+}
+
+fn check_limits(opened: &OpenedModel, input: &CalibrationInput) -> Result<(), String> {
+    let longest = opened.model.config.max_positions;
+    if input.samples == 0 {
+        return Err("--samples is 0: calibration needs at least one item".into());
+    }
+    if input.sequence_length < 2 {
+        return Err("--sequence-length is below 2: a sequence needs two tokens".into());
+    }
+    if input.sequence_length > longest {
+        return Err(format!("--sequence-length {} is beyond the model's context of {longest}", input.sequence_length));
+    }
+    Ok(())
+}
+
+/// `.jsonl` and `.json` by name; otherwise by the first character.
+fn is_jsonl(path: &Path, text: &str) -> bool {
+    match path.extension().and_then(|e| e.to_str()) {
+        Some("jsonl" | "json" | "ndjson") => true,
+        Some("txt" | "md" | "raw") => false,
+        _ => text.trim_start().starts_with('{'),
+    }
+}
+
+/// The indices of `n` of `available` items, chosen by `seed`, in ascending order.
+fn choose(available: usize, n: usize, seed: u64) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..available).collect();
+    Rng::new(seed).shuffle(&mut order);
+    order.truncate(n);
+    order.sort_unstable();
+    order
+}
+
+fn load_items(opened: &OpenedModel, input: &CalibrationInput, text: &str) -> Result<Samples, PipelineError> {
+    let fail = |problem: String| PipelineError::Calibration { path: input.file.clone(), problem };
+    let lines: Vec<(usize, &str)> = text.lines().enumerate().filter(|(_, l)| !l.trim().is_empty()).collect();
+    let chosen = choose(lines.len(), input.samples, input.seed);
+    let (mut sequences, mut shortened, mut preview, mut shape, mut templated) =
+        (Vec::new(), 0, String::new(), "", false);
+    for idx in chosen {
+        let (line_idx, line) = lines[idx];
+        let at = |problem: String| fail(format!("line {}: {problem}", line_idx + 1));
+        let object: Map<String, Value> =
+            serde_json::from_str(line).map_err(|e| at(format!("is not a JSON object: {e}")))?;
+        let (item_shape, item) = read_item(&object).map_err(at)?;
+        shape = item_shape;
+        let (rendered, special) = render(opened, item, &mut templated)?;
+        let mut ids = opened.tokenizer.encode(&rendered, special)?;
+        if preview.is_empty() {
+            preview = rendered;
+        }
+        if ids.len() > input.sequence_length {
+            ids.truncate(input.sequence_length);
+            shortened += 1;
+        }
+        if ids.len() >= 2 {
+            sequences.push(ids);
+        }
+    }
+    if sequences.is_empty() {
+        return Err(fail("no item has two tokens or more".into()));
+    }
+    Ok(Samples { sequences, shape, chat_template: templated, available: lines.len(), shortened, preview })
+}
+
+fn read_item(object: &Map<String, Value>) -> Result<(&'static str, Item), String> {
+    let string = |keys: &[&str]| keys.iter().find_map(|k| object.get(*k)?.as_str().map(str::to_owned));
+    if let Some(messages) = object.get("messages") {
+        let messages: Vec<ChatMessage> = serde_json::from_value(messages.clone())
+            .map_err(|e| format!("'messages' is not a list of {{\"role\",\"content\"}}: {e}"))?;
+        if messages.is_empty() {
+            return Err("'messages' is empty".into());
+        }
+        return Ok(("messages", Item::Messages(messages)));
+    }
+    if let (Some(prompt), Some(completion)) = (string(&PROMPT_KEYS), string(&COMPLETION_KEYS)) {
+        let turn = |role: &str, content: String| ChatMessage { role: role.into(), content };
+        return Ok((
+            "prompt and completion",
+            Item::Messages(vec![turn("user", prompt), turn("assistant", completion)]),
+        ));
+    }
+    if let Some(text) = string(&["text"]) {
+        return Ok(("text", Item::Text(text)));
+    }
+    let found: Vec<_> = object.keys().map(String::as_str).collect();
+    Err(format!(
+        "has the fields [{}]: an item needs \"prompt\" and \"completion\", or \"messages\", or \"text\"",
+        found.join(", ")
+    ))
+}
+
+/// The item's text, and whether the tokenizer shall add its own special tokens (a template writes them itself).
+fn render(opened: &OpenedModel, item: Item, templated: &mut bool) -> Result<(String, bool), PipelineError> {
+    match (item, &opened.template) {
+        (Item::Text(text), _) => Ok((text, true)),
+        (Item::Messages(messages), Some(template)) => {
+            *templated = true;
+            Ok((template.render(&messages, false)?, false))
+        }
+        (Item::Messages(messages), None) => {
+            let turns: Vec<_> = messages.into_iter().map(|m| m.content).collect();
+            Ok((turns.join("\n"), true))
+        }
+    }
+}
+
+fn load_windows(opened: &OpenedModel, input: &CalibrationInput, text: &str) -> Result<Samples, PipelineError> {
+    let ids = opened.tokenizer.encode(text, true)?;
+    let windows: Vec<&[u32]> = if ids.len() <= input.sequence_length {
+        vec![&ids[..]]
+    } else {
+        ids.chunks_exact(input.sequence_length).collect()
+    };
+    if ids.len() < 2 {
+        let problem = "has fewer than two tokens".into();
+        return Err(PipelineError::Calibration { path: input.file.clone(), problem });
+    }
+    let chosen = choose(windows.len(), input.samples, input.seed);
+    Ok(Samples {
+        sequences: chosen.into_iter().map(|i| windows[i].to_vec()).collect(),
+        shape: "text file",
+        chat_template: false,
+        available: windows.len(),
+        shortened: 0,
+        preview: text.chars().take(400).collect(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn item(json: &str) -> Result<(&'static str, Item), String> {
+        read_item(&serde_json::from_str(json).unwrap())
+    }
+
+    #[test]
+    fn the_shapes_that_people_have_are_read() {
+        assert_eq!(item(r#"{"prompt":"a","completion":"b"}"#).ok().unwrap().0, "prompt and completion");
+        assert_eq!(item(r#"{"question":"a","answer":"b","idx":3}"#).ok().unwrap().0, "prompt and completion");
+        assert_eq!(item(r#"{"messages":[{"role":"user","content":"a"}]}"#).ok().unwrap().0, "messages");
+        assert_eq!(item(r#"{"text":"a"}"#).ok().unwrap().0, "text");
+        for bad in [r#"{"foo":1}"#, r#"{"messages":[]}"#, r#"{"messages":"x"}"#, r#"{"prompt":"a"}"#, r#"{"text":3}"#] {
+            assert!(item(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn the_seed_chooses_and_the_order_stays() {
+        let a = choose(1000, 10, 1);
+        assert_eq!(a, choose(1000, 10, 1));
+        assert_ne!(a, choose(1000, 10, 2));
+        assert!(a.windows(2).all(|w| w[0] < w[1]));
+        assert_eq!(choose(3, 10, 5), [0, 1, 2]);
+    }
+}

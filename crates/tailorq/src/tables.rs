@@ -1,0 +1,82 @@
+//! Embedding and head: large tables that no Hessian describes, rounded to 8 or 4 bits panel by panel, or kept at 16.
+
+use crate::error::PipelineError;
+use crate::report::LayerReport;
+use tailorq_kernels::Device;
+use tailorq_quant::{LayerSettings, LayerStats};
+use tailorq_tensor::{DType, Layout, Matrix, PackedMatrix, Weight};
+
+/// Rows in work at a time: bounds memory and lets threads share a panel.
+const PANEL_ROWS: usize = 4096;
+
+/// Rounds a `[vocab, hidden]` table to `layout`; at these widths a search for the range gains nothing measurable.
+pub fn pack_table(
+    device: &dyn Device,
+    name: &str,
+    table: &Weight,
+    layout: Layout,
+) -> Result<(PackedMatrix, LayerReport), PipelineError> {
+    let rtn = tailorq_quant::find("rtn").expect("rtn is a registered method");
+    let settings = LayerSettings { layout, clip_search: layout.bits.count() < 8, damping: 0.0, act_order: false };
+    let (mut panels, mut notes) = (Vec::new(), Vec::new());
+    let (mut squares, mut lost) = (0.0, 0.0);
+    for_each_panel(table, |panel| {
+        let quantized = rtn
+            .quantize(device, panel, &LayerStats::default(), &settings)
+            .map_err(|e| PipelineError::Settings(format!("{name}: {e}")))?;
+        let norm: f64 = panel.data().iter().map(|&w| f64::from(w) * f64::from(w)).sum();
+        squares += norm;
+        lost += norm * quantized.relative_error * quantized.relative_error;
+        notes.extend(quantized.notes.iter().map(ToString::to_string));
+        panels.push(quantized.matrix);
+        Ok(())
+    })?;
+    let matrix = PackedMatrix::stack(&panels);
+    let report = LayerReport {
+        name: name.to_string(),
+        rows: matrix.rows(),
+        cols: matrix.cols(),
+        layout,
+        bytes: matrix.bytes(),
+        relative_error: if squares > 0.0 { (lost / squares).sqrt() } else { 0.0 },
+        proxy_loss: None,
+        notes,
+    };
+    Ok((matrix, report))
+}
+
+/// A table at 16 bits: bfloat16 when that is exact (the checkpoint was), else half precision. Returns the dtype and the
+/// little-endian bytes.
+pub fn half_precision_table(name: &str, table: &Weight) -> Result<(DType, Vec<u8>), PipelineError> {
+    let (mut exact, mut largest) = (true, 0f32);
+    for_each_panel(table, |panel| {
+        exact &= panel.data().iter().all(|w| w.to_bits() & 0xffff == 0);
+        largest = panel.data().iter().fold(largest, |m, w| if w.is_finite() { m.max(w.abs()) } else { f32::INFINITY });
+        Ok(())
+    })?;
+    if !exact && largest > 65504.0 {
+        return Err(PipelineError::Settings(format!("{name} holds {largest}, beyond half precision: use 8 bits for it")));
+    }
+    let dtype = if exact { DType::BF16 } else { DType::F16 };
+    let mut bytes = Vec::with_capacity(table.rows() * table.cols() * 2);
+    for_each_panel(table, |panel| {
+        bytes.extend_from_slice(&dtype.encode(panel.data()));
+        Ok(())
+    })?;
+    Ok((dtype, bytes))
+}
+
+fn for_each_panel(
+    table: &Weight,
+    mut visit: impl FnMut(&Matrix) -> Result<(), PipelineError>,
+) -> Result<(), PipelineError> {
+    let mut first = 0;
+    while first < table.rows() {
+        let rows = PANEL_ROWS.min(table.rows() - first);
+        let mut panel = Matrix::zeros(rows, table.cols());
+        table.reader().read_rows(first, panel.data_mut());
+        visit(&panel)?;
+        first += rows;
+    }
+    Ok(())
+}
