@@ -117,21 +117,13 @@ impl PackedMatrix {
     pub fn stack(panels: &[PackedMatrix]) -> Self {
         let first = &panels[0];
         assert!(panels.iter().all(|p| p.cols == first.cols && p.layout == first.layout), "panels of one matrix");
-        let join = |part: fn(&PackedParts) -> Option<&SharedBytes>| {
-            let joined: Vec<u8> = panels.iter().filter_map(|p| part(&p.parts)).flat_map(|b| b.iter().copied()).collect();
-            part(&first.parts).map(|_| joined)
-        };
-        // Words, so that the joined bytes keep the alignment that the parts need.
-        let aligned = |bytes: Vec<u8>| SharedBytes::from_vec(bytemuck::pod_collect_to_vec::<u8, u16>(&bytes));
-        let rows = panels.iter().map(|p| p.rows).sum();
         let parts = PackedParts {
-            codes: SharedBytes::from_vec(bytemuck::pod_collect_to_vec::<u8, u32>(
-                &join(|p| Some(&p.codes)).unwrap_or_default(),
-            )),
-            codes_high: join(|p| p.codes_high.as_ref()).map(aligned),
-            scales: aligned(join(|p| Some(&p.scales)).unwrap_or_default()),
-            zeros: join(|p| p.zeros.as_ref()).map(SharedBytes::from_vec),
+            codes: stack_part::<u32>(panels, |p| Some(&p.codes)).expect("every layout has codes"),
+            codes_high: stack_part::<u16>(panels, |p| p.codes_high.as_ref()),
+            scales: stack_part::<f16>(panels, |p| Some(&p.scales)).expect("every layout has scales"),
+            zeros: stack_part::<u8>(panels, |p| p.zeros.as_ref()),
         };
+        let rows = panels.iter().map(|p| p.rows).sum();
         PackedMatrix::new(rows, first.cols, first.layout, parts).expect("stacked panels are as valid as each of them")
     }
 
@@ -323,4 +315,14 @@ fn pack_zeros(rows: usize, cols: usize, layout: Layout, zeros: &[u8]) -> Vec<u8>
         }
     }
     packed
+}
+
+/// One part of all panels, end to end; `None` when the layout has no such part.
+fn stack_part<T: bytemuck::Pod + Send + Sync>(
+    panels: &[PackedMatrix],
+    part: fn(&PackedParts) -> Option<&SharedBytes>,
+) -> Option<SharedBytes> {
+    part(&panels[0].parts)?;
+    let pieces = panels.iter().filter_map(|p| part(&p.parts)?.cast::<T>());
+    Some(SharedBytes::from_vec(pieces.flatten().copied().collect::<Vec<T>>()))
 }

@@ -129,7 +129,7 @@ fn quantize_blocks(
         settings_of: &settings_of,
         true_sequential: settings.true_sequential,
     };
-    let mut activations = samples.map(|s| Activations::embed(device, model, &s.sequences));
+    let mut activations = samples.map(|s| Activations::embed(device, model, &s.sequences)).transpose()?;
     let total = model.blocks.len() * Slot::ALL.len();
     observer.stage(&format!("quantizing with {}", settings.method), total as u64);
     let mut parts = Vec::new();
