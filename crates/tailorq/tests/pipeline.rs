@@ -1,0 +1,269 @@
+//! The main path on small random models: what a run writes, and that nothing which must not matter changes it.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use tailorq::{
+    Bits, CalibrationRequest, Group, Observer, Outcome, OutputMode, PipelineError, QuantizeRequest, QuantizeSettings,
+    Recipe, Silent,
+};
+use tailorq_model::testing::TinyModel;
+
+struct Bench {
+    dir: tempfile::TempDir,
+}
+
+impl Bench {
+    fn new(architecture: &str) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let mut model = TinyModel::new(architecture, 7).unwrap();
+        model.config.n_blocks = 3;
+        model.config.intermediate = 144;
+        model.config.tied_head = architecture == "llama";
+        model.write_directory(&dir.path().join("model")).unwrap();
+        let lines: String = (0..12)
+            .map(|i| format!("{{\"prompt\": \"what is {i} plus {}?\", \"completion\": \"it is {}\"}}\n", i * 7, i * 8))
+            .collect();
+        std::fs::write(dir.path().join("calibration.jsonl"), lines).unwrap();
+        Bench { dir }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn request(&self, output: &str) -> QuantizeRequest {
+        QuantizeRequest {
+            model: self.path("model").display().to_string(),
+            settings: QuantizeSettings { group: Group::Inputs(32), ..QuantizeSettings::default() },
+            calibration: Some(CalibrationRequest {
+                file: self.path("calibration.jsonl"),
+                samples: 8,
+                sequence_length: None,
+                seed: 3,
+            }),
+            expected: None,
+            output: self.path(output),
+            mode: OutputMode::Fresh,
+        }
+    }
+}
+
+fn quantize(request: &QuantizeRequest) -> Result<Outcome, PipelineError> {
+    tailorq::quantize(tailorq::cpu().as_ref(), request, &Silent)
+}
+
+/// Every file of a directory by name, with its bytes.
+fn files(dir: &Path) -> BTreeMap<String, Vec<u8>> {
+    let entries = std::fs::read_dir(dir).unwrap().map(|e| e.unwrap());
+    entries.map(|e| (e.file_name().to_string_lossy().into_owned(), std::fs::read(e.path()).unwrap())).collect()
+}
+
+/// Asks to stop at the `n`-th look.
+struct StopAfter(AtomicU64, u64);
+
+impl Observer for StopAfter {
+    fn stage(&self, _: &str, _: u64) {}
+    fn progress(&self, _: u64, _: &str) {}
+    fn note(&self, _: &str) {}
+    fn cancelled(&self) -> bool {
+        self.0.fetch_add(1, Ordering::Relaxed) + 1 >= self.1
+    }
+}
+
+#[test]
+fn an_artifact_opens_and_says_what_it_is() {
+    for architecture in ["llama", "qwen2", "qwen3"] {
+        let bench = Bench::new(architecture);
+        let Outcome::Written(report) = quantize(&bench.request("out")).unwrap() else { panic!("not written") };
+        assert_eq!(report.layers.len(), 3 * 7 + if architecture == "llama" { 1 } else { 2 });
+        assert!(report.notes().next().is_none(), "{:?}", report.notes().collect::<Vec<_>>());
+        let opened = tailorq::open(&bench.path("out").display().to_string()).unwrap();
+        let inspection = tailorq::inspect(&opened);
+        assert_eq!(inspection.architecture, architecture);
+        assert!((inspection.linears.bits_per_weight - report.size.linear_bits_per_weight).abs() < 1e-9);
+        // 3 bits, an f16 scale and a 3-bit zero per 32 inputs, and short last groups (144 = 4.5 x 32).
+        assert!((3.5..4.2).contains(&inspection.linears.bits_per_weight), "{}", inspection.linears.bits_per_weight);
+        for name in ["tokenizer.json", "recipe.toml", "report.json", "README.md", "config.json"] {
+            assert!(bench.path("out").join(name).exists(), "{name}");
+        }
+        assert!(!bench.path("out/.tailorq-partial").exists());
+    }
+}
+
+#[test]
+fn a_stopped_run_resumes_to_the_same_bytes() {
+    let bench = Bench::new("qwen2");
+    quantize(&bench.request("whole")).unwrap();
+    let whole = files(&bench.path("whole"));
+    for stop in [1, 5, 9, 16, 20] {
+        let name = format!("stopped-{stop}");
+        let mut request = bench.request(&name);
+        let stopped = tailorq::quantize(tailorq::cpu().as_ref(), &request, &StopAfter(AtomicU64::new(0), stop));
+        assert!(matches!(stopped, Err(PipelineError::Cancelled)), "stop {stop}: {stopped:?}");
+        assert!(!bench.path(&name).join("config.json").exists());
+        // What is there is refused without a word on what to do with it.
+        assert!(matches!(quantize(&request), Err(PipelineError::Output { .. })));
+        request.mode = OutputMode::Resume;
+        quantize(&request).unwrap();
+        assert_eq!(files(&bench.path(&name)), whole, "stop {stop}");
+    }
+}
+
+#[test]
+fn damaged_parts_are_made_again() {
+    let bench = Bench::new("llama");
+    quantize(&bench.request("whole")).unwrap();
+    let mut request = bench.request("out");
+    let stop = StopAfter(AtomicU64::new(0), 17);
+    assert!(tailorq::quantize(tailorq::cpu().as_ref(), &request, &stop).is_err());
+    let part = bench.path("out/.tailorq-partial/block-00000.safetensors");
+    let bytes = std::fs::read(&part).unwrap();
+    std::fs::write(&part, &bytes[..bytes.len() / 2]).unwrap();
+    request.mode = OutputMode::Resume;
+    quantize(&request).unwrap();
+    assert_eq!(files(&bench.path("out")), files(&bench.path("whole")));
+}
+
+#[test]
+fn threads_do_not_change_a_byte() {
+    let bench = Bench::new("qwen3");
+    for threads in [1, 2, 3] {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        pool.install(|| quantize(&bench.request(&format!("threads-{threads}")))).unwrap();
+    }
+    let one = files(&bench.path("threads-1"));
+    assert_eq!(one, files(&bench.path("threads-2")));
+    assert_eq!(one, files(&bench.path("threads-3")));
+}
+
+#[test]
+fn a_recipe_repeats_a_run_and_refuses_other_inputs() {
+    let bench = Bench::new("llama");
+    let mut first = bench.request("first");
+    first.settings.bits = Bits::Two;
+    first.settings.act_order = true;
+    quantize(&first).unwrap();
+    let recipe = Recipe::read(&bench.path("first/recipe.toml")).unwrap();
+    let again = QuantizeRequest::repeat(recipe.clone(), bench.path("again"), OutputMode::Fresh);
+    quantize(&again).unwrap();
+    assert_eq!(files(&bench.path("first")), files(&bench.path("again")));
+    let mut text = std::fs::read_to_string(bench.path("calibration.jsonl")).unwrap();
+    text.push_str("{\"text\": \"one more\"}\n");
+    std::fs::write(bench.path("calibration.jsonl"), text).unwrap();
+    let changed = quantize(&QuantizeRequest::repeat(recipe, bench.path("changed"), OutputMode::Fresh));
+    assert!(matches!(&changed, Err(PipelineError::Recipe { .. })), "{changed:?}");
+    assert!(!bench.path("changed").exists());
+}
+
+#[test]
+fn resume_on_a_finished_run_is_content_and_on_another_recipe_refuses() {
+    let bench = Bench::new("llama");
+    let mut request = bench.request("out");
+    request.mode = OutputMode::Resume;
+    assert!(matches!(quantize(&request).unwrap(), Outcome::Written(_)), "an empty place starts afresh");
+    assert!(matches!(quantize(&request).unwrap(), Outcome::AlreadyFinished));
+    request.settings.bits = Bits::Four;
+    let refused = quantize(&request).unwrap_err().to_string();
+    assert!(refused.contains("quantize.bits: 4 here, 3 there"), "{refused}");
+    request.mode = OutputMode::Overwrite;
+    assert!(matches!(quantize(&request).unwrap(), Outcome::Written(_)));
+    let opened = tailorq::open(&bench.path("out").display().to_string()).unwrap();
+    assert!(tailorq::inspect(&opened).linears.bits_per_weight > 4.5);
+}
+
+#[test]
+fn rtn_needs_no_calibration_and_gptq_says_that_it_does() {
+    let bench = Bench::new("llama");
+    let mut request = bench.request("out");
+    request.calibration = None;
+    let refused = quantize(&request).unwrap_err().to_string();
+    assert!(refused.contains("--calibration"), "{refused}");
+    request.settings.method = "rtn".into();
+    quantize(&request).unwrap();
+}
+
+#[test]
+fn tables_at_sixteen_bits_are_kept_as_they_are() {
+    let bench = Bench::new("qwen2");
+    let mut model = TinyModel::new("qwen2", 9).unwrap();
+    model.dtype = tailorq_tensor::DType::BF16;
+    model.config.tied_head = false;
+    model.write_directory(&bench.path("model")).unwrap();
+    let mut request = bench.request("out");
+    request.settings.embedding_bits = 16;
+    request.settings.head_bits = 16;
+    quantize(&request).unwrap();
+    let (a, b) = (tailorq::open(&request.model).unwrap(), tailorq::open(&request.output.display().to_string()).unwrap());
+    assert_eq!(a.model.embedding.to_matrix(), b.model.embedding.to_matrix());
+    assert_eq!(a.model.head.to_matrix(), b.model.head.to_matrix());
+}
+
+#[test]
+fn bad_places_and_bad_texts_are_refused_before_anything_is_written() {
+    let bench = Bench::new("llama");
+    let refuse = |change: &dyn Fn(&mut QuantizeRequest), word: &str| {
+        let mut request = bench.request("out");
+        change(&mut request);
+        let error = quantize(&request).unwrap_err().to_string();
+        assert!(error.contains(word), "expected '{word}' in: {error}");
+        assert!(!bench.path("out").exists(), "{word}");
+    };
+    let write = |name: &str, text: &[u8]| {
+        std::fs::write(bench.path(name), text).unwrap();
+        let file = bench.path(name);
+        move |r: &mut QuantizeRequest| r.calibration.as_mut().unwrap().file.clone_from(&file)
+    };
+    refuse(&write("empty.jsonl", b""), "is empty");
+    refuse(&write("blank.txt", b"  \n "), "is empty");
+    refuse(&write("broken.jsonl", b"{\"text\": \"a b c\"}\n{\"text\": "), "line 2");
+    refuse(&write("shape.jsonl", b"{\"foo\": 1}\n"), "fields [foo]");
+    refuse(&write("latin1.txt", b"caf\xe9"), "UTF-8");
+    refuse(&|r| r.calibration.as_mut().unwrap().file = "/no/such/file.jsonl".into(), "/no/such/file.jsonl");
+    refuse(&|r| r.calibration.as_mut().unwrap().samples = 0, "--samples");
+    refuse(&|r| r.calibration.as_mut().unwrap().sequence_length = Some(1_000_000), "context");
+    refuse(&|r| r.settings.method = "magic".into(), "magic");
+    refuse(&|r| r.settings.damping = f64::NAN, "damping");
+    refuse(&|r| r.model = "/no/such/model".into(), "/no/such/model");
+    refuse(&|r| r.output.clone_from(&bench.path("calibration.jsonl")), "is a file");
+    refuse(&|r| (r.output, r.mode) = (bench.path("model"), OutputMode::Overwrite), "source checkpoint");
+}
+
+#[test]
+fn a_damaged_weight_names_its_tensor_and_leaves_no_artifact() {
+    for bad in [f32::NAN, f32::INFINITY] {
+        let bench = Bench::new("llama");
+        poison(&bench.path("model/model.safetensors"), "model.layers.1.mlp.up_proj.weight", bad);
+        for method in ["gptq", "rtn"] {
+            let mut request = bench.request(method);
+            request.settings.method = method.into();
+            let error = quantize(&request).unwrap_err().to_string();
+            assert!(error.contains("model.layers.1.mlp.up_proj.weight"), "{error}");
+            assert!(!bench.path(method).join("config.json").exists());
+        }
+    }
+}
+
+/// Writes `value` into the middle of an F32 tensor of a safetensors file.
+fn poison(file: &Path, tensor: &str, value: f32) {
+    let mut bytes = std::fs::read(file).unwrap();
+    let header = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let json: serde_json::Value = serde_json::from_slice(&bytes[8..8 + header]).unwrap();
+    let offsets = &json[tensor]["data_offsets"];
+    let (start, end) = (offsets[0].as_u64().unwrap() as usize, offsets[1].as_u64().unwrap() as usize);
+    let at = 8 + header + start + (end - start) / 8 * 4;
+    bytes[at..at + 4].copy_from_slice(&value.to_le_bytes());
+    std::fs::write(file, bytes).unwrap();
+}
+
+#[test]
+fn a_second_process_is_kept_out() {
+    let bench = Bench::new("llama");
+    std::fs::create_dir_all(bench.path("out/.tailorq-partial")).unwrap();
+    let lock = std::fs::File::create(bench.path("out/.tailorq-partial/lock")).unwrap();
+    lock.try_lock().unwrap();
+    let mut request = bench.request("out");
+    request.mode = OutputMode::Resume;
+    let error = quantize(&request).unwrap_err().to_string();
+    assert!(error.contains("another tailorq"), "{error}");
+}
