@@ -4,6 +4,7 @@
 mod commands;
 mod console;
 mod interrupt;
+mod observer;
 mod progress;
 
 use clap::{Args, Parser, Subcommand};
@@ -48,20 +49,24 @@ struct GlobalOptions {
 
 #[derive(Subcommand)]
 enum Command {
+    Quantize(commands::quantize::QuantizeArgs),
     Run(commands::run::RunArgs),
     Chat(commands::chat::ChatArgs),
     Eval(commands::eval::EvalArgs),
     Inspect(commands::inspect::InspectArgs),
     Probe(commands::probe::ProbeArgs),
+    Demo(commands::demo::DemoArgs),
 }
 
 fn execute(command: Command, console: &Console) -> anyhow::Result<()> {
     match command {
+        Command::Quantize(args) => commands::quantize::execute(&args, console),
         Command::Run(args) => commands::run::execute(&args, console),
         Command::Chat(args) => commands::chat::execute(&args, console),
         Command::Eval(args) => commands::eval::execute(&args, console),
         Command::Inspect(args) => commands::inspect::execute(&args, console),
         Command::Probe(args) => commands::probe::execute(&args, console),
+        Command::Demo(args) => commands::demo::execute(&args, console),
     }
 }
 

@@ -58,8 +58,8 @@ pub(crate) fn vectors(model: &Model) -> Vec<(String, &[f32])> {
 }
 
 /// Elements of all norms and biases.
-pub(crate) fn n_vector_elements(model: &Model) -> u64 {
-    vectors(model).iter().map(|(_, v)| v.len() as u64).sum()
+pub(crate) fn n_vector_elements(model: &Model) -> usize {
+    vectors(model).iter().map(|(_, v)| v.len()).sum()
 }
 
 fn shards(tensors: Vec<TensorData>) -> Vec<Vec<TensorData>> {
@@ -92,7 +92,10 @@ fn write_index(dir: &Path, shards: &[Vec<TensorData>]) -> Result<(), PipelineErr
         .enumerate()
         .flat_map(|(i, s)| s.iter().map(move |t| (t.0.name.clone(), shard_name(i, shards.len()).into())))
         .collect();
-    write_json(&dir.join("model.safetensors.index.json"), &json!({"metadata": {"total_size": total}, "weight_map": map}))
+    write_json(
+        &dir.join("model.safetensors.index.json"),
+        &json!({"metadata": {"total_size": total}, "weight_map": map}),
+    )
 }
 
 /// Removes what an artifact that is being replaced left: its `config.json` first (it marks a finished artifact), then

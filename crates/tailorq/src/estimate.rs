@@ -42,7 +42,7 @@ pub fn estimate(
     let (linear_bytes, linear_weights) = linear_size(model, settings);
     let seconds = total_flops(model, tokens) / measured_flops(device) + search_seconds(linear_weights, settings);
     Estimate {
-        artifact_bytes: linear_bytes + table_bytes(model, settings) + 4 * n_vector_elements(model),
+        artifact_bytes: linear_bytes + table_bytes(model, settings) + 4 * n_vector_elements(model) as u64,
         linear_bits_per_weight: linear_bytes as f64 * 8.0 / linear_weights as f64,
         peak_memory_bytes: peak_memory(model, settings, tokens, longest),
         seconds,

@@ -126,7 +126,8 @@ pub(crate) fn refuse_oversized(
     recipe: &Recipe,
     samples: &Samples,
 ) -> Result<(), PipelineError> {
-    let needed = estimate(device, &opened.model, &recipe.quantize, samples.tokens(), samples.longest()).peak_memory_bytes;
+    let needed =
+        estimate(device, &opened.model, &recipe.quantize, samples.tokens(), samples.longest()).peak_memory_bytes;
     match available_memory() {
         Some(free) if needed > free => Err(PipelineError::Settings(format!(
             "the run needs about {} MiB of memory, {} MiB are free: use fewer --samples or a shorter --sequence-length",

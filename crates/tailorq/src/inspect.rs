@@ -1,5 +1,6 @@
 //! What a model is made of, counted: sizes, layouts, bytes, bits per weight.
 
+use crate::artifact::n_vector_elements;
 use serde::Serialize;
 use tailorq_model::OpenedModel;
 use tailorq_tensor::{Slot, Weight};
@@ -110,7 +111,7 @@ pub fn inspect(opened: &OpenedModel) -> Inspection {
     let embedding = StoredMatrix::new("model.embed_tokens", &model.embedding);
     let head = (!config.tied_head).then(|| StoredMatrix::new("lm_head", &model.head));
     let total = Share::of(linears.iter().chain([&embedding]).chain(&head));
-    let vector_parameters = vector_parameters(opened);
+    let vector_parameters = n_vector_elements(model);
     let parameters = total.parameters + vector_parameters;
     Inspection {
         model: files.source.clone(),
@@ -136,16 +137,6 @@ pub fn inspect(opened: &OpenedModel) -> Inspection {
         file_bits_per_weight: files.weight_bytes as f64 * 8.0 / parameters.max(1) as f64,
         matrices: linears.into_iter().chain([embedding]).chain(head).collect(),
     }
-}
-
-/// Norms and biases.
-fn vector_parameters(opened: &OpenedModel) -> usize {
-    let in_blocks = opened.model.blocks.iter().map(|block| {
-        let qk = block.qk_norm.as_ref().map_or(0, |(q, k)| q.len() + k.len());
-        let biases: usize = block.linears.iter().filter_map(|l| l.bias.as_ref()).map(Vec::len).sum();
-        block.attention_norm.len() + block.mlp_norm.len() + qk + biases
-    });
-    in_blocks.sum::<usize>() + opened.model.norm.len()
 }
 
 fn bits(bytes: usize, parameters: usize) -> f64 {

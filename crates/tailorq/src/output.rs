@@ -117,7 +117,10 @@ pub fn prepare(dir: &Path, recipe: &Recipe, mode: OutputMode, model: &Path) -> R
 }
 
 fn mismatch(here: &Recipe, there: &Recipe) -> String {
-    format!("was started with other settings ({}): repeat those, or use --overwrite", here.differences(there).join("; "))
+    format!(
+        "was started with other settings ({}): repeat those, or use --overwrite",
+        here.differences(there).join("; ")
+    )
 }
 
 fn is_empty(dir: &Path) -> bool {

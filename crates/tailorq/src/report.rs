@@ -1,13 +1,13 @@
 //! What a run did, layer by layer, without times or paths: the same run writes the same report.
 
-use crate::artifact::n_vector_elements;
+use crate::inspect::inspect;
 use crate::recipe::Recipe;
 use crate::samples::Samples;
 use serde::{Deserialize, Serialize};
 use tailorq_model::OpenedModel;
 use tailorq_model::arch::{EMBEDDING, HEAD};
 use tailorq_quant::QuantizedLayer;
-use tailorq_tensor::{Layout, Weight};
+use tailorq_tensor::Layout;
 
 /// One packed matrix of the artifact.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -129,20 +129,16 @@ impl CalibrationReport {
 }
 
 impl SizeReport {
-    pub(crate) fn of(opened: &OpenedModel, layers: &[LayerReport], artifact_bytes: u64) -> Self {
-        let model = &opened.model;
-        let size = |w: &Weight| (w.rows() * w.cols()) as u64;
-        let linear_weights: u64 = model.blocks.iter().flat_map(|b| &b.linears).map(|l| size(&l.weight)).sum();
-        let tables = size(&model.embedding) + if model.config.tied_head { 0 } else { size(&model.head) };
+    pub(crate) fn of(source: &OpenedModel, layers: &[LayerReport], artifact_bytes: u64) -> Self {
+        let source = inspect(source);
         let in_blocks = |l: &&LayerReport| l.name != EMBEDDING && l.name != HEAD;
-        let linear_bytes: u64 = layers.iter().filter(in_blocks).map(|l| l.bytes as u64).sum();
-        let all = linear_weights + tables + n_vector_elements(model);
+        let linear_bytes: usize = layers.iter().filter(in_blocks).map(|l| l.bytes).sum();
         SizeReport {
-            source_bytes: opened.files.weight_bytes,
-            half_precision_bytes: 2 * all,
+            source_bytes: source.file_bytes,
+            half_precision_bytes: 2 * source.parameters as u64,
             artifact_bytes,
-            linear_bits_per_weight: linear_bytes as f64 * 8.0 / linear_weights as f64,
-            total_bits_per_weight: artifact_bytes as f64 * 8.0 / all as f64,
+            linear_bits_per_weight: linear_bytes as f64 * 8.0 / source.linears.parameters as f64,
+            total_bits_per_weight: artifact_bytes as f64 * 8.0 / source.parameters as f64,
         }
     }
 }

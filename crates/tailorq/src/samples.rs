@@ -41,6 +41,10 @@ const PROMPT_KEYS: [&str; 3] = ["prompt", "question", "instruction"];
 /// Names under which people keep what the model should answer.
 const COMPLETION_KEYS: [&str; 4] = ["completion", "answer", "response", "output"];
 
+/// Templates that ask for the date get 26 July 2024 (which those of Llama 3 assume when they get none), so that a recipe
+/// gives the same bytes on every day.
+const TEMPLATE_TIME: u64 = 1_721_952_000;
+
 /// One item before tokenization.
 enum Item {
     Messages(Vec<ChatMessage>),
@@ -156,7 +160,7 @@ fn render(opened: &OpenedModel, item: Item, templated: &mut bool) -> Result<(Str
         (Item::Text(text), _) => Ok((text, true)),
         (Item::Messages(messages), Some(template)) => {
             *templated = true;
-            Ok((template.render(&messages, false)?, false))
+            Ok((template.render_at(&messages, false, TEMPLATE_TIME)?, false))
         }
         (Item::Messages(messages), None) => {
             let turns: Vec<_> = messages.into_iter().map(|m| m.content).collect();

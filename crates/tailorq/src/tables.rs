@@ -55,7 +55,9 @@ pub fn half_precision_table(name: &str, table: &Weight) -> Result<(DType, Vec<u8
         Ok(())
     })?;
     if !exact && largest > 65504.0 {
-        return Err(PipelineError::Settings(format!("{name} holds {largest}, beyond half precision: use 8 bits for it")));
+        return Err(PipelineError::Settings(format!(
+            "{name} holds {largest}, beyond half precision: use 8 bits for it"
+        )));
     }
     let dtype = if exact { DType::BF16 } else { DType::F16 };
     let mut bytes = Vec::with_capacity(table.rows() * table.cols() * 2);

@@ -194,7 +194,8 @@ fn tables_at_sixteen_bits_are_kept_as_they_are() {
     request.settings.embedding_bits = 16;
     request.settings.head_bits = 16;
     quantize(&request).unwrap();
-    let (a, b) = (tailorq::open(&request.model).unwrap(), tailorq::open(&request.output.display().to_string()).unwrap());
+    let (a, b) =
+        (tailorq::open(&request.model).unwrap(), tailorq::open(&request.output.display().to_string()).unwrap());
     assert_eq!(a.model.embedding.to_matrix(), b.model.embedding.to_matrix());
     assert_eq!(a.model.head.to_matrix(), b.model.head.to_matrix());
 }

@@ -1,9 +1,11 @@
 //! The subcommands, one file each, and what several of them share.
 
 pub mod chat;
+pub mod demo;
 pub mod eval;
 pub mod inspect;
 pub mod probe;
+pub mod quantize;
 pub mod run;
 pub mod sampling;
 

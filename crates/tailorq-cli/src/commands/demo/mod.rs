@@ -106,13 +106,7 @@ fn quantize(device: &dyn Device, mut request: QuantizeRequest, console: &Console
 }
 
 fn subject<'a>(name: &'a str, device: &'a dyn Device, opened: &'a OpenedModel) -> Subject<'a> {
-    Subject {
-        name,
-        model: &opened.model,
-        tokenizer: &opened.tokenizer,
-        template: opened.template.as_ref(),
-        device,
-    }
+    Subject { name, model: &opened.model, tokenizer: &opened.tokenizer, template: opened.template.as_ref(), device }
 }
 
 fn compare(

