@@ -103,8 +103,8 @@ impl LayerReport {
             cols: matrix.cols(),
             layout: matrix.layout(),
             bytes: matrix.bytes(),
-            relative_error: layer.relative_error,
-            proxy_loss: layer.proxy_loss,
+            relative_error: rounded(layer.relative_error),
+            proxy_loss: layer.proxy_loss.map(rounded),
             notes: layer.notes.iter().map(ToString::to_string).collect(),
         }
     }
@@ -113,6 +113,12 @@ impl LayerReport {
     pub fn named_notes(&self) -> impl Iterator<Item = String> + '_ {
         self.notes.iter().map(|n| format!("{}: {n}", self.name))
     }
+}
+
+/// Six significant digits. A part's report is read back from JSON when a run resumes, and a decimal this short comes back
+/// as the very number that was written, which one of 17 digits need not.
+pub(crate) fn rounded(value: f64) -> f64 {
+    format!("{value:.5e}").parse().unwrap_or(value)
 }
 
 impl CalibrationReport {

@@ -1,7 +1,7 @@
 //! Embedding and head: large tables that no Hessian describes, rounded to 8 or 4 bits panel by panel, or kept at 16.
 
 use crate::error::PipelineError;
-use crate::report::LayerReport;
+use crate::report::{LayerReport, rounded};
 use tailorq_kernels::Device;
 use tailorq_quant::{LayerSettings, LayerStats};
 use tailorq_tensor::{DType, Layout, Matrix, PackedMatrix, Weight};
@@ -38,7 +38,7 @@ pub fn pack_table(
         cols: matrix.cols(),
         layout,
         bytes: matrix.bytes(),
-        relative_error: if squares > 0.0 { (lost / squares).sqrt() } else { 0.0 },
+        relative_error: rounded(if squares > 0.0 { (lost / squares).sqrt() } else { 0.0 }),
         proxy_loss: None,
         notes,
     };
