@@ -14,7 +14,7 @@ pub const RECIPE_SCHEMA: u32 = 1;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Recipe {
-    /// [`RECIPE_SCHEMA`] of the writer.
+    /// Schema of the writer: another number means another recipe format.
     pub schema: u32,
     /// Version of tailorq that wrote it.
     pub tailorq: String,
