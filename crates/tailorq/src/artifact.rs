@@ -187,7 +187,7 @@ fn model_card(opened: &OpenedModel, report: &Report) -> String {
     } else {
         ""
     };
-    let (model_type, mib) = (&opened.files.config_json["model_type"], 1024.0 * 1024.0);
+    let (model_type, mib) = (opened.model.config.architecture, 1024.0 * 1024.0);
     format!(
         "---\nbase_model: {base}\nbase_model_relation: quantized\nlibrary_name: tailorq\npipeline_tag: text-generation\n\
          quantized_by: tailorq {version}\ntags:\n- tailorq\n- {method}\n---\n\n# {base}, {method} at {bits} bits\n\n\

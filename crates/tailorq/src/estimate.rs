@@ -6,10 +6,9 @@ use serde::Serialize;
 use std::time::Instant;
 use tailorq_kernels::Device;
 use tailorq_model::Model;
+use tailorq_quant::{KEPT_INPUT_BYTES, MICRO_BATCH_TOKENS};
 use tailorq_tensor::{Matrix, Rng, Slot, Weight};
 
-/// Tokens that a calibration micro-batch holds at most (one long sequence may exceed it).
-const BATCH_TOKENS: usize = 2048;
 /// Process, tokenizer and code.
 const FIXED_BYTES: u64 = 150 << 20;
 /// Grid evaluations of the clip search that one core does in a second, in weights; measured on a 2.6 GHz Zen 4 core.
@@ -69,15 +68,16 @@ fn table_bytes(model: &Model, settings: &QuantizeSettings) -> u64 {
     one_table(settings, &model.embedding, settings.embedding_bits) + head
 }
 
-/// The largest of the moments of a block: a Hessian with its factorization, or a micro-batch's activations, on top of
-/// all calibration activations and the weights in work.
-fn peak_memory(model: &Model, settings: &QuantizeSettings, tokens: usize, longest: usize) -> u64 {
+/// Peak resident memory of a run with `tokens` calibration tokens, the longest sequence having `longest`: the largest of
+/// the moments of a block (a Hessian with its factorization, a micro-batch's activations) on top of all calibration
+/// activations and the inputs that are kept between two steps, or the packing of the embedding.
+pub(crate) fn peak_memory(model: &Model, settings: &QuantizeSettings, tokens: usize, longest: usize) -> u64 {
     let c = &model.config;
-    let batch = tokens.min(BATCH_TOKENS.max(longest));
-    // The residual stream and the mixed heads of all calibration tokens.
-    let streams = 4 * tokens * (c.hidden + c.n_heads * c.head_dim);
-    let widest = Slot::ALL.iter().map(|s| c.linear_shape(*s)).map(|(_, cols)| cols).max().unwrap_or(0);
-    let largest = Slot::ALL.iter().map(|s| c.linear_shape(*s)).map(|(r, cols)| r * cols).max().unwrap_or(0);
+    let batch = tokens.min(MICRO_BATCH_TOKENS.max(longest));
+    let shapes = || Slot::ALL.iter().map(|s| c.linear_shape(*s));
+    let widest = shapes().map(|(_, cols)| cols).max().unwrap_or(0);
+    let largest = shapes().map(|(rows, cols)| rows * cols).max().unwrap_or(0);
+    let streams = 4 * tokens * c.hidden + (4 * tokens * widest).min(KEPT_INPUT_BYTES);
     // The Hessian, its damped copy that becomes the factor, and the factorization's own copy.
     let hessian = if tokens == 0 { 0 } else { 12 * widest * widest };
     // Weights as f32, their working copy, codes.

@@ -1,13 +1,12 @@
 //! From what the user asked to what is certain: hashed inputs, a recipe, token sequences that fit into memory.
 
 use crate::error::PipelineError;
-use crate::estimate::{available_memory, estimate};
+use crate::estimate::{available_memory, peak_memory};
 use crate::observer::Observer;
 use crate::output::OutputMode;
 use crate::recipe::{CalibrationInput, ModelInput, QuantizeSettings, RECIPE_SCHEMA, Recipe, hash_files};
 use crate::samples::{self, Samples};
 use std::path::PathBuf;
-use tailorq_kernels::Device;
 use tailorq_model::OpenedModel;
 
 /// What to quantize and how; becomes a [`Recipe`] once the inputs are hashed.
@@ -68,7 +67,7 @@ pub(crate) fn resolve(
     request.settings.check()?;
     observer.stage("hashing the checkpoint", opened.files.weight_bytes);
     let mut done = 0;
-    let sha256 = hash_files(&opened.files.weight_files, |n| {
+    let sha256 = hash_files(&model_files(opened), |n| {
         done += n as u64;
         observer.progress(done, "");
     })
@@ -105,6 +104,14 @@ pub(crate) fn resolve(
     Ok((recipe, samples))
 }
 
+/// Every file of the checkpoint that decides what a run computes: weights, and in a directory the configuration, the
+/// tokenizer and the chat template.
+fn model_files(opened: &OpenedModel) -> Vec<PathBuf> {
+    let beside = ["config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"];
+    let beside = beside.iter().map(|name| opened.files.path.join(name)).filter(|path| path.is_file());
+    opened.files.weight_files.iter().cloned().chain(beside).collect()
+}
+
 pub(crate) fn announce(samples: &Samples, observer: &dyn Observer) {
     let used = samples.sequences.len();
     let template = if samples.chat_template { " through the chat template" } else { "" };
@@ -120,14 +127,8 @@ pub(crate) fn announce(samples: &Samples, observer: &dyn Observer) {
     observer.note(&format!("calibration: the first item as the model reads it: {:?}", samples.preview));
 }
 
-pub(crate) fn refuse_oversized(
-    device: &dyn Device,
-    opened: &OpenedModel,
-    recipe: &Recipe,
-    samples: &Samples,
-) -> Result<(), PipelineError> {
-    let needed =
-        estimate(device, &opened.model, &recipe.quantize, samples.tokens(), samples.longest()).peak_memory_bytes;
+pub(crate) fn refuse_oversized(opened: &OpenedModel, recipe: &Recipe, samples: &Samples) -> Result<(), PipelineError> {
+    let needed = peak_memory(&opened.model, &recipe.quantize, samples.tokens(), samples.longest());
     match available_memory() {
         Some(free) if needed > free => Err(PipelineError::Settings(format!(
             "the run needs about {} MiB of memory, {} MiB are free: use fewer --samples or a shorter --sequence-length",

@@ -57,7 +57,7 @@ pub fn quantize(
     };
     if let Some(samples) = &samples {
         announce(samples, observer);
-        refuse_oversized(device, &opened, &recipe, samples)?;
+        refuse_oversized(&opened, &recipe, samples)?;
     }
     let mut parts = vec![table_part(device, &output, &recipe.quantize, Table::Embedding, &opened, observer)?];
     parts.extend(quantize_blocks(device, &output, &recipe, &opened, samples.as_ref(), observer)?);
