@@ -14,6 +14,8 @@ use std::process::ExitCode;
 
 /// Exit code after Ctrl-C, as shells expect it: 128 + SIGINT.
 const INTERRUPTED: u8 = 130;
+/// Exit code of a command line that cannot work, the same as clap's.
+const USAGE: u8 = 2;
 
 /// Cut a language model to the measure of one task: quantize it to 2-3 bits, run it, measure what is left.
 ///
@@ -105,7 +107,20 @@ fn report(error: &anyhow::Error) -> ExitCode {
     }
     // Nobody is left to tell when standard error is closed.
     let _ = std::io::stderr().write_all(text.as_bytes());
-    if interrupt::requested() { ExitCode::from(INTERRUPTED) } else { ExitCode::FAILURE }
+    let is_usage = |cause: &(dyn std::error::Error + 'static)| {
+        matches!(cause.downcast_ref(), Some(tailorq::PipelineError::Settings(_)))
+            || matches!(
+                cause.downcast_ref(),
+                Some(tailorq_eval::EvalError::UnknownTask { .. } | tailorq_eval::EvalError::BadOption { .. })
+            )
+    };
+    if interrupt::requested() {
+        ExitCode::from(INTERRUPTED)
+    } else if error.chain().any(is_usage) {
+        ExitCode::from(USAGE)
+    } else {
+        ExitCode::FAILURE
+    }
 }
 
 #[cfg(test)]

@@ -39,7 +39,10 @@ impl Observer for ConsoleObserver<'_> {
     }
 
     fn note(&self, message: &str) {
-        self.console.note(message);
+        match &*self.stage() {
+            Some((progress, _)) => progress.suspend(|| self.console.note(message)),
+            None => self.console.note(message),
+        }
     }
 
     fn cancelled(&self) -> bool {

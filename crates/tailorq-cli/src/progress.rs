@@ -61,6 +61,14 @@ impl Progress {
         if interrupt::requested() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     }
 
+    /// Prints without disturbing the bar.
+    pub fn suspend(&self, print: impl FnOnce()) {
+        match &self.kind {
+            Kind::Bar(bar) => bar.suspend(print),
+            Kind::Silent | Kind::Lines(_) => print(),
+        }
+    }
+
     fn line(&self, done: usize, total: usize, detail: &str) -> String {
         let elapsed = self.started.elapsed();
         let mut line = format!("{}: {done}", self.label);

@@ -98,24 +98,51 @@ fn write_index(dir: &Path, shards: &[Vec<TensorData>]) -> Result<(), PipelineErr
     )
 }
 
-/// Removes what an artifact that is being replaced left: its `config.json` first (it marks a finished artifact), then
-/// weight files that the new one will not write again.
+/// Papers that an artifact may hold beside its weights, in the order of removal: `config.json` marks a finished artifact.
+const PAPERS: [&str; 10] = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "recipe.toml",
+    "report.json",
+    "README.md",
+    "model.safetensors.index.json",
+];
+
+/// Removes what an artifact that is being replaced left: its papers, then weight files that the new one will not write.
 fn remove_stale(dir: &Path, n_shards: usize) -> Result<(), PipelineError> {
     let new: Vec<String> = (0..n_shards).map(|i| shard_name(i, n_shards)).collect();
-    let mut stale = vec![dir.join("config.json")];
+    let mut stale: Vec<_> = PAPERS.iter().map(|name| dir.join(name)).collect();
     for entry in std::fs::read_dir(dir).map_err(|e| output_error(dir, &e))?.flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
-        if name.starts_with("model") && name.contains(".safetensors") && !new.contains(&name) {
+        if is_weight_file(&name) && !new.contains(&name) {
             stale.push(entry.path());
         }
     }
-    for path in stale {
-        match std::fs::remove_file(&path) {
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(output_error(&path, &e)),
-            _ => {}
-        }
+    stale.iter().try_for_each(|path| remove(path))
+}
+
+/// `model.safetensors` or `model-00001-of-00002.safetensors`.
+fn is_weight_file(name: &str) -> bool {
+    let Some(middle) = name.strip_prefix("model").and_then(|n| n.strip_suffix(".safetensors")) else { return false };
+    let number = |s: &str| s.len() == 5 && s.bytes().all(|b| b.is_ascii_digit());
+    let shard = middle.strip_prefix('-').and_then(|m| m.split_once("-of-"));
+    middle.is_empty() || shard.is_some_and(|(idx, n)| number(idx) && number(n))
+}
+
+fn remove(path: &Path) -> Result<(), PipelineError> {
+    match std::fs::remove_file(path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(output_error(path, &e)),
+        _ => Ok(()),
     }
-    Ok(())
+}
+
+/// Takes back the mark of a finished artifact.
+pub fn retract(output: &Output) -> Result<(), PipelineError> {
+    remove(&output.dir().join(PAPERS[0]))
 }
 
 /// Writes everything beside the weights; `config.json`, the mark of a finished artifact, comes last.

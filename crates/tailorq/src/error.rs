@@ -31,6 +31,9 @@ pub enum PipelineError {
         /// Why.
         source: PackError,
     },
+    /// Embedding or head cannot be packed.
+    #[error("tensor {0}")]
+    Table(String),
     /// Settings that cannot work.
     #[error("{0}")]
     Settings(String),
@@ -49,6 +52,14 @@ pub enum PipelineError {
         path: PathBuf,
         /// What is wrong and what to do about it.
         problem: String,
+    },
+    /// The output directory holds a run with other settings.
+    #[error("{path}: was started with other settings ({differences}): repeat those, or use --overwrite")]
+    OtherRun {
+        /// The directory.
+        path: PathBuf,
+        /// What differs.
+        differences: String,
     },
     /// A recipe does not say what a recipe must, or the inputs are not those it names.
     #[error("{path}: {problem}")]

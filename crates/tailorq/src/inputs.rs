@@ -26,7 +26,36 @@ pub struct QuantizeRequest {
     pub mode: OutputMode,
 }
 
+/// More calibration items than anybody has; keeps a mistyped number from becoming an odd failure later.
+const MOST_SAMPLES: usize = 100_000_000;
+
 impl QuantizeRequest {
+    /// What can be refused before a file is opened.
+    pub(crate) fn check(&self) -> Result<(), PipelineError> {
+        self.settings.check()?;
+        let fail = |problem: String| Err(PipelineError::Settings(problem));
+        match &self.calibration {
+            None if self.needs_calibration() => fail(format!(
+                "method {} needs calibration text: give --calibration FILE (text, or JSONL with prompt and completion)",
+                self.settings.method
+            )),
+            Some(c) if !(1..=MOST_SAMPLES).contains(&c.samples) => {
+                fail(format!("--samples is {}: use 1 to {MOST_SAMPLES}", c.samples))
+            }
+            Some(c) if c.sequence_length.is_some_and(|n| n < 2) => {
+                fail("--sequence-length is below 2: a sequence needs two tokens".into())
+            }
+            Some(c) if i64::try_from(c.seed).is_err() => {
+                fail(format!("--seed is {}: a recipe holds numbers up to {}", c.seed, i64::MAX))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn needs_calibration(&self) -> bool {
+        tailorq_quant::find(&self.settings.method).is_some_and(|q| q.needs().hessian)
+    }
+
     /// The request that repeats `recipe`; its inputs are checked against the recipe's hashes.
     pub fn repeat(recipe: Recipe, output: PathBuf, mode: OutputMode) -> Self {
         QuantizeRequest {
@@ -64,7 +93,6 @@ pub(crate) fn resolve(
     request: &QuantizeRequest,
     observer: &dyn Observer,
 ) -> Result<(Recipe, Option<Samples>), PipelineError> {
-    request.settings.check()?;
     observer.stage("hashing the checkpoint", opened.files.weight_bytes);
     let mut done = 0;
     let sha256 = hash_files(&model_files(opened), |n| {
@@ -72,9 +100,8 @@ pub(crate) fn resolve(
         observer.progress(done, "");
     })
     .map_err(|e| crate::error::output_error(&opened.files.path, &e))?;
-    let needs = tailorq_quant::find(&request.settings.method).is_some_and(|q| q.needs().hessian);
     let calibration = match &request.calibration {
-        Some(asked) if needs => Some(CalibrationInput {
+        Some(asked) if request.needs_calibration() => Some(CalibrationInput {
             file: asked.file.clone(),
             sha256: hash_files(&[&asked.file], |_| ()).map_err(|e| PipelineError::Calibration {
                 path: asked.file.clone(),
@@ -84,10 +111,6 @@ pub(crate) fn resolve(
             sequence_length: asked.sequence_length.unwrap_or(opened.model.config.max_positions.min(2048)),
             seed: asked.seed,
         }),
-        None if needs => {
-            let problem = "needs calibration text: give --calibration FILE (text, or JSONL with prompt and completion)";
-            return Err(PipelineError::Settings(format!("method {} {problem}", request.settings.method)));
-        }
         _ => None,
     };
     let samples = calibration.as_ref().map(|input| samples::load(opened, input)).transpose()?;

@@ -98,7 +98,7 @@ pub struct Inspection {
     pub matrices: Vec<StoredMatrix>,
 }
 
-/// Counts a model from its headers; no weight is read.
+/// Counts a model from its shapes and layouts; no weight is read.
 pub fn inspect(opened: &OpenedModel) -> Inspection {
     let (model, files) = (&opened.model, &opened.files);
     let config = &model.config;

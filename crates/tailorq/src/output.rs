@@ -6,8 +6,9 @@ use crate::recipe::Recipe;
 use crate::report::LayerReport;
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use tailorq_format::{SafetensorsWriter, TensorSet, TensorSpec, packed_tensors, read_packed, write_atomic};
-use tailorq_tensor::{PackedMatrix, SharedBytes};
+use tailorq_tensor::{PackedMatrix, SharedBytes, Weight};
 
 /// A tensor to write: what it is and its bytes.
 pub type TensorData = (TensorSpec, SharedBytes);
@@ -24,6 +25,8 @@ pub fn write_safetensors(path: &Path, tensors: &[TensorData]) -> Result<(), Pipe
 
 /// Where parts lie until the artifact is assembled.
 const PARTIAL: &str = ".tailorq-partial";
+/// The recipe, in the artifact and among the parts.
+const RECIPE: &str = "recipe.toml";
 
 /// What to do with a directory that is not empty.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,6 +63,14 @@ pub struct Part {
 }
 
 impl Part {
+    /// The only table of this part, packed or at 16 bits, as the artifact will give it back.
+    pub fn table(&self, name: &str, rows: usize, cols: usize) -> Result<Weight, PipelineError> {
+        match self.layers.first() {
+            Some(layer) => Ok(self.matrix(layer)?.into()),
+            None => Ok(Weight::Stored(Arc::new(self.tensors.dense_rows(&format!("{name}.weight"), rows, cols)?))),
+        }
+    }
+
     /// A packed matrix of this part.
     pub fn matrix(&self, layer: &LayerReport) -> Result<PackedMatrix, PipelineError> {
         Ok(read_packed(&self.tensors, &layer.name, layer.rows, layer.cols, layer.layout)?)
@@ -69,58 +80,74 @@ impl Part {
 /// Checks the directory against `mode` and `recipe`; creates it when needed. `model` is the checkpoint's own place,
 /// which must not be written into.
 pub fn prepare(dir: &Path, recipe: &Recipe, mode: OutputMode, model: &Path) -> Result<Prepared, PipelineError> {
-    let fail = |problem: String| Err(PipelineError::Output { path: dir.to_path_buf(), problem });
+    let fail = |problem: &str| Err(PipelineError::Output { path: dir.to_path_buf(), problem: problem.into() });
     if dir.exists() && !dir.is_dir() {
-        return fail("is a file: --output needs a directory".into());
+        return fail("is a file: --output needs a directory");
     }
     if let (Ok(a), Ok(b)) = (dir.canonicalize(), model.canonicalize())
-        && (a == b || b.parent() == Some(&a) && mode != OutputMode::Resume && b.is_file())
+        && (a == b || b.parent() == Some(&a))
     {
-        return fail("holds the source checkpoint: choose another --output".into());
+        return fail("holds the source checkpoint: choose another --output");
     }
     let partial = dir.join(PARTIAL);
-    let started = Recipe::read(&partial.join("recipe.toml")).ok();
+    // Parts whose recipe is gone were left by a clean-up that did not finish: nobody knows what they are.
+    let mut keep_parts = false;
     match mode {
-        OutputMode::Fresh if !is_empty(dir) => {
-            return fail("is not empty: use --resume to go on with a stopped run or --overwrite to replace it".into());
+        _ if is_empty(dir) => {}
+        OutputMode::Fresh => {
+            return fail("is not empty: use --resume to go on with a stopped run or --overwrite to replace it");
         }
-        OutputMode::Resume if !is_empty(dir) => {
-            let finished = is_artifact(dir).then(|| Recipe::read(&dir.join("recipe.toml")));
-            match (started, finished) {
-                (Some(there), _) if &there == recipe => {}
-                (_, Some(there)) => {
-                    let there = there?;
-                    if &there == recipe {
-                        return Ok(Prepared::Finished);
-                    }
-                    return fail(mismatch(recipe, &there));
-                }
-                (Some(there), None) => return fail(mismatch(recipe, &there)),
-                (None, None) if partial.exists() && only_partial(dir) => {}
-                (None, None) => return fail("holds no run to resume: choose an empty directory".into()),
+        OutputMode::Resume => match state(dir, recipe)? {
+            State::Finished => {
+                remove_partial(&partial)?;
+                return Ok(Prepared::Finished);
             }
-        }
+            State::Started => keep_parts = true,
+            State::Leftover => {}
+            State::Foreign => return fail("holds no run to resume: choose an empty directory"),
+        },
         OutputMode::Overwrite => {
-            if dir.join("config.json").exists() && !is_artifact(dir) {
-                return fail("holds a model that tailorq did not write: choose another --output".into());
+            if !is_artifact(dir) && !partial.exists() {
+                return fail("holds files that tailorq did not write: choose another --output");
             }
         }
-        OutputMode::Fresh | OutputMode::Resume => {}
     }
     std::fs::create_dir_all(&partial).map_err(|e| output_error(&partial, &e))?;
     let lock = lock(&partial)?;
-    if mode == OutputMode::Overwrite {
+    if !keep_parts {
         clear(&partial)?;
     }
-    write_atomic(&partial.join("recipe.toml"), recipe.to_toml().as_bytes())?;
+    write_atomic(&partial.join(RECIPE), recipe.to_toml().as_bytes())?;
     Ok(Prepared::Ready(Output { dir: dir.to_path_buf(), partial, _lock: lock }))
 }
 
-fn mismatch(here: &Recipe, there: &Recipe) -> String {
-    format!(
-        "was started with other settings ({}): repeat those, or use --overwrite",
-        here.differences(there).join("; ")
-    )
+/// What a directory that is not empty holds.
+enum State {
+    /// The artifact of this recipe.
+    Finished,
+    /// Parts of this recipe's artifact.
+    Started,
+    /// Nothing but a partial directory without a recipe.
+    Leftover,
+    /// Something else.
+    Foreign,
+}
+
+fn state(dir: &Path, recipe: &Recipe) -> Result<State, PipelineError> {
+    let read = |path: PathBuf| path.exists().then(|| Recipe::read(&path)).transpose();
+    let started = read(dir.join(PARTIAL).join(RECIPE))?;
+    if started.as_ref() == Some(recipe) {
+        return Ok(State::Started);
+    }
+    let finished = if is_artifact(dir) { read(dir.join(RECIPE))? } else { None };
+    match finished.or(started) {
+        Some(there) if &there == recipe => Ok(State::Finished),
+        Some(there) => {
+            Err(PipelineError::OtherRun { path: dir.to_path_buf(), differences: recipe.differences(&there).join("; ") })
+        }
+        None if only_partial(dir) => Ok(State::Leftover),
+        None => Ok(State::Foreign),
+    }
 }
 
 fn is_empty(dir: &Path) -> bool {
@@ -152,13 +179,27 @@ fn lock(partial: &Path) -> Result<File, PipelineError> {
     }
 }
 
+/// Removes all parts, their recipe first: parts without a recipe are never used again.
 fn clear(partial: &Path) -> Result<(), PipelineError> {
+    let remove = |path: &Path| match std::fs::remove_file(path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(output_error(path, &e)),
+        _ => Ok(()),
+    };
+    remove(&partial.join(RECIPE))?;
     for entry in std::fs::read_dir(partial).map_err(|e| output_error(partial, &e))?.flatten() {
         if entry.file_name() != "lock" {
-            std::fs::remove_file(entry.path()).map_err(|e| output_error(&entry.path(), &e))?;
+            remove(&entry.path())?;
         }
     }
     Ok(())
+}
+
+fn remove_partial(partial: &Path) -> Result<(), PipelineError> {
+    if !partial.exists() {
+        return Ok(());
+    }
+    clear(partial)?;
+    std::fs::remove_dir_all(partial).map_err(|e| output_error(partial, &e))
 }
 
 impl Output {
@@ -171,14 +212,16 @@ impl Output {
         self.partial.join(format!("{part}.safetensors"))
     }
 
-    /// A part that an earlier run finished; `None` when it is missing or cannot be read (it is then made again).
-    pub fn part(&self, name: &str) -> Option<Part> {
+    /// A part of `n_layers` matrices that an earlier run finished; `None` when it is missing or cannot be read (it is then
+    /// made again).
+    pub fn part(&self, name: &str, n_layers: usize) -> Option<Part> {
         let layers = std::fs::read(self.partial.join(format!("{name}.json"))).ok()?;
         let part = Part {
             tensors: TensorSet::open(self.tensors_path(name)).ok()?,
             layers: serde_json::from_slice(&layers).ok()?,
         };
-        part.layers.iter().all(|l| part.matrix(l).is_ok()).then_some(part)
+        let whole = part.layers.len() == n_layers && part.layers.iter().all(|l| part.matrix(l).is_ok());
+        whole.then_some(part)
     }
 
     /// Writes a part of packed matrices and opens it again.
@@ -207,6 +250,6 @@ impl Output {
 
     /// Removes the partial directory, after the artifact is complete.
     pub fn remove_partial(self) -> Result<(), PipelineError> {
-        std::fs::remove_dir_all(&self.partial).map_err(|e| output_error(&self.partial, &e))
+        remove_partial(&self.partial)
     }
 }

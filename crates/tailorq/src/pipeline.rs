@@ -2,7 +2,7 @@
 //!
 //! Each step leaves a finished part in the output directory, so that a stopped run goes on with the next one.
 
-use crate::artifact::{write_papers, write_weights};
+use crate::artifact::{retract, write_papers, write_weights};
 use crate::error::PipelineError;
 use crate::estimate::{Estimate, estimate};
 use crate::inputs::{QuantizeRequest, announce, refuse_oversized, resolve};
@@ -36,6 +36,7 @@ pub fn dry_run(
     request: &QuantizeRequest,
     observer: &dyn Observer,
 ) -> Result<(Recipe, Estimate), PipelineError> {
+    request.check()?;
     let opened = tailorq_model::open(&request.model)?;
     let (recipe, samples) = resolve(&opened, request, observer)?;
     let (tokens, longest) = samples.as_ref().map_or((0, 0), |s| (s.tokens(), s.longest()));
@@ -49,24 +50,31 @@ pub fn quantize(
     request: &QuantizeRequest,
     observer: &dyn Observer,
 ) -> Result<Outcome, PipelineError> {
+    request.check()?;
     let opened = tailorq_model::open(&request.model)?;
     let (recipe, samples) = resolve(&opened, request, observer)?;
-    let output = match prepare(&request.output, &recipe, request.mode, &opened.files.path)? {
-        Prepared::Finished => return Ok(Outcome::AlreadyFinished),
-        Prepared::Ready(output) => output,
-    };
     if let Some(samples) = &samples {
         announce(samples, observer);
         refuse_oversized(&opened, &recipe, samples)?;
     }
+    let output = match prepare(&request.output, &recipe, request.mode, &opened.files.path)? {
+        Prepared::Finished => {
+            check(device, &request.output)?;
+            return Ok(Outcome::AlreadyFinished);
+        }
+        Prepared::Ready(output) => output,
+    };
     let mut parts = vec![table_part(device, &output, &recipe.quantize, Table::Embedding, &opened, observer)?];
-    parts.extend(quantize_blocks(device, &output, &recipe, &opened, samples.as_ref(), observer)?);
+    parts.extend(quantize_blocks(device, &output, &recipe, &opened, (&parts[0], samples.as_ref()), observer)?);
     if !opened.model.config.tied_head {
         parts.push(table_part(device, &output, &recipe.quantize, Table::Head, &opened, observer)?);
     }
     let report = write(&output, &opened, recipe, samples, &parts, observer)?;
+    if let Err(error) = check(device, &request.output) {
+        retract(&output)?;
+        return Err(error);
+    }
     output.remove_partial()?;
-    check(device, &request.output)?;
     Ok(Outcome::Written(Box::new(report)))
 }
 
@@ -88,11 +96,12 @@ fn table_part(
         Table::Embedding => ("embedding", EMBEDDING, &opened.model.embedding, settings.embedding_bits),
         Table::Head => ("head", HEAD, &opened.model.head, settings.head_bits),
     };
-    if let Some(done) = output.part(part) {
+    let layout = settings.table_layout(bits);
+    if let Some(done) = output.part(part, usize::from(layout.is_some())) {
         return Ok(done);
     }
     observer.stage(&format!("packing the {part} at {bits} bits"), 0);
-    match settings.table_layout(bits) {
+    match layout {
         Some(layout) => {
             let (matrix, report) = pack_table(device, name, weight, layout)?;
             output.write_part(part, &[matrix], vec![report])
@@ -111,10 +120,14 @@ fn quantize_blocks(
     output: &Output,
     recipe: &Recipe,
     opened: &OpenedModel,
-    samples: Option<&Samples>,
+    (embedding, samples): (&Part, Option<&Samples>),
     observer: &dyn Observer,
 ) -> Result<Vec<Part>, PipelineError> {
-    let (model, settings) = (&opened.model, &recipe.quantize);
+    let settings = &recipe.quantize;
+    // The blocks see what the artifact's embedding will give them.
+    let mut model = opened.model.clone();
+    model.embedding = embedding.table(EMBEDDING, model.embedding.rows(), model.embedding.cols())?;
+    let model = &model;
     let layer = LayerSettings {
         layout: settings.layout(),
         clip_search: settings.clip_search,
@@ -135,7 +148,7 @@ fn quantize_blocks(
     let mut parts = Vec::new();
     for block_idx in 0..model.blocks.len() {
         let name = format!("block-{block_idx:05}");
-        if let Some(part) = output.part(&name) {
+        if let Some(part) = output.part(&name, Slot::ALL.len()) {
             if let Some(activations) = &mut activations {
                 observer.progress((block_idx * Slot::ALL.len()) as u64, &format!("replaying block {block_idx}"));
                 advance(device, model, &packed_block(&model.blocks[block_idx], &part)?, activations);
@@ -166,8 +179,10 @@ fn quantize_blocks(
 /// The block with its linears replaced by the packed ones of a finished part.
 fn packed_block(block: &Block, part: &Part) -> Result<Block, PipelineError> {
     let mut block = block.clone();
-    for (slot, layer) in Slot::ALL.into_iter().zip(&part.layers) {
-        block.linear_mut(slot).weight = Weight::from(part.matrix(layer)?);
+    for linear in &mut block.linears {
+        if let Some(layer) = part.layers.iter().find(|l| l.name == linear.name) {
+            linear.weight = Weight::from(part.matrix(layer)?);
+        }
     }
     Ok(block)
 }

@@ -55,6 +55,9 @@ pub struct CalibrationReport {
 pub struct SizeReport {
     /// Bytes of the source's weight files.
     pub source_bytes: u64,
+    /// How the source stores its linears, when that is itself quantized.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub source_encoding: Option<String>,
     /// Bytes of the same weights at 16 bit.
     pub half_precision_bytes: u64,
     /// Bytes of the artifact's weight files.
@@ -136,11 +139,14 @@ impl CalibrationReport {
 
 impl SizeReport {
     pub(crate) fn of(source: &OpenedModel, layers: &[LayerReport], artifact_bytes: u64) -> Self {
+        let files = &source.files;
+        let source_encoding = files.is_quantized.then(|| files.stored_as.clone());
         let source = inspect(source);
         let in_blocks = |l: &&LayerReport| l.name != EMBEDDING && l.name != HEAD;
         let linear_bytes: usize = layers.iter().filter(in_blocks).map(|l| l.bytes).sum();
         SizeReport {
             source_bytes: source.file_bytes,
+            source_encoding,
             half_precision_bytes: 2 * source.parameters as u64,
             artifact_bytes,
             linear_bits_per_weight: linear_bytes as f64 * 8.0 / source.linears.parameters as f64,

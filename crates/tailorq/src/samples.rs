@@ -54,27 +54,17 @@ enum Item {
 /// Reads `input.file`, chooses `input.samples` items by `input.seed`, renders and tokenizes them.
 pub fn load(opened: &OpenedModel, input: &CalibrationInput) -> Result<Samples, PipelineError> {
     let fail = |problem: String| PipelineError::Calibration { path: input.file.clone(), problem };
-    check_limits(opened, input).map_err(fail)?;
+    let longest = opened.model.config.max_positions;
+    if input.sequence_length > longest {
+        let asked = input.sequence_length;
+        return Err(fail(format!("--sequence-length {asked} is beyond the model's context of {longest}")));
+    }
     let bytes = std::fs::read(&input.file).map_err(|e| fail(format!("cannot be read: {e}")))?;
     let text = String::from_utf8(bytes).map_err(|e| fail(format!("is not UTF-8 text: {e}")))?;
     if text.trim().is_empty() {
         return Err(fail("is empty: calibration needs at least one item".into()));
     }
     if is_jsonl(&input.file, &text) { load_items(opened, input, &text) } else { load_windows(opened, input, &text) }
-}
-
-fn check_limits(opened: &OpenedModel, input: &CalibrationInput) -> Result<(), String> {
-    let longest = opened.model.config.max_positions;
-    if input.samples == 0 {
-        return Err("--samples is 0: calibration needs at least one item".into());
-    }
-    if input.sequence_length < 2 {
-        return Err("--sequence-length is below 2: a sequence needs two tokens".into());
-    }
-    if input.sequence_length > longest {
-        return Err(format!("--sequence-length {} is beyond the model's context of {longest}", input.sequence_length));
-    }
-    Ok(())
 }
 
 /// `.jsonl` and `.json` by name; otherwise by the first character.

@@ -20,10 +20,10 @@ pub fn pack_table(
     let settings = LayerSettings { layout, clip_search: layout.bits.count() < 8, damping: 0.0, act_order: false };
     let (mut panels, mut notes) = (Vec::new(), Vec::new());
     let (mut squares, mut lost) = (0.0, 0.0);
-    for_each_panel(table, |panel| {
+    for_each_panel(table, |first_row, panel| {
         let quantized = rtn
             .quantize(device, panel, &LayerStats::default(), &settings)
-            .map_err(|e| PipelineError::Settings(format!("{name}: {e}")))?;
+            .map_err(|e| PipelineError::Table(format!("{name}.weight, counted from row {first_row}: {e}")))?;
         let norm: f64 = panel.data().iter().map(|&w| f64::from(w) * f64::from(w)).sum();
         squares += norm;
         lost += norm * quantized.relative_error * quantized.relative_error;
@@ -49,19 +49,23 @@ pub fn pack_table(
 /// little-endian bytes.
 pub fn half_precision_table(name: &str, table: &Weight) -> Result<(DType, Vec<u8>), PipelineError> {
     let (mut exact, mut largest) = (true, 0f32);
-    for_each_panel(table, |panel| {
+    for_each_panel(table, |first_row, panel| {
+        if let Some(at) = panel.data().iter().position(|w| !w.is_finite()) {
+            let (row, value) = (first_row + at / panel.cols(), panel.data()[at]);
+            let problem = format!("{name}.weight, row {row} holds {value}: the checkpoint is damaged, fetch it again");
+            return Err(PipelineError::Table(problem));
+        }
         exact &= panel.data().iter().all(|w| w.to_bits() & 0xffff == 0);
-        largest = panel.data().iter().fold(largest, |m, w| if w.is_finite() { m.max(w.abs()) } else { f32::INFINITY });
+        largest = panel.data().iter().fold(largest, |m, w| m.max(w.abs()));
         Ok(())
     })?;
     if !exact && largest > 65504.0 {
-        return Err(PipelineError::Settings(format!(
-            "{name} holds {largest}, beyond half precision: use 8 bits for it"
-        )));
+        let problem = format!("{name}.weight holds {largest}, beyond half precision: use 8 bits for it");
+        return Err(PipelineError::Table(problem));
     }
     let dtype = if exact { DType::BF16 } else { DType::F16 };
     let mut bytes = Vec::with_capacity(table.rows() * table.cols() * 2);
-    for_each_panel(table, |panel| {
+    for_each_panel(table, |_, panel| {
         bytes.extend_from_slice(&dtype.encode(panel.data()));
         Ok(())
     })?;
@@ -70,14 +74,14 @@ pub fn half_precision_table(name: &str, table: &Weight) -> Result<(DType, Vec<u8
 
 fn for_each_panel(
     table: &Weight,
-    mut visit: impl FnMut(&Matrix) -> Result<(), PipelineError>,
+    mut visit: impl FnMut(usize, &Matrix) -> Result<(), PipelineError>,
 ) -> Result<(), PipelineError> {
     let mut first = 0;
     while first < table.rows() {
         let rows = PANEL_ROWS.min(table.rows() - first);
         let mut panel = Matrix::zeros(rows, table.cols());
         table.reader().read_rows(first, panel.data_mut());
-        visit(&panel)?;
+        visit(first, &panel)?;
         first += rows;
     }
     Ok(())

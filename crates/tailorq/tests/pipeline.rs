@@ -276,3 +276,63 @@ fn a_second_process_is_kept_out() {
     let error = quantize(&request).unwrap_err().to_string();
     assert!(error.contains("another tailorq"), "{error}");
 }
+
+#[test]
+fn overwrite_replaces_an_artifact_whole_and_nothing_else() {
+    let bench = Bench::new("llama");
+    let mut request = bench.request("out");
+    std::fs::create_dir_all(&request.output).unwrap();
+    std::fs::write(bench.path("out/model_lora.safetensors"), b"mine").unwrap();
+    request.mode = OutputMode::Overwrite;
+    let refused = quantize(&request).unwrap_err().to_string();
+    assert!(refused.contains("did not write"), "{refused}");
+    std::fs::remove_file(bench.path("out/model_lora.safetensors")).unwrap();
+    quantize(&request).unwrap();
+    // An older artifact may hold papers and shards that the new one does not.
+    std::fs::write(bench.path("out/chat_template.jinja"), b"old").unwrap();
+    std::fs::write(bench.path("out/model-00001-of-00002.safetensors"), b"old").unwrap();
+    std::fs::write(bench.path("out/notes.txt"), b"mine").unwrap();
+    request.settings.bits = Bits::Four;
+    quantize(&request).unwrap();
+    let names: Vec<_> = files(&bench.path("out")).into_keys().collect();
+    assert!(names.contains(&"notes.txt".to_string()));
+    assert!(!names.iter().any(|n| n == "chat_template.jinja" || n.contains("00002")), "{names:?}");
+}
+
+#[test]
+fn parts_without_their_recipe_are_never_used() {
+    let bench = Bench::new("llama");
+    quantize(&bench.request("whole")).unwrap();
+    let mut other = bench.request("out");
+    other.settings.bits = Bits::Two;
+    let stop = StopAfter(AtomicU64::new(0), 17);
+    assert!(tailorq::quantize(tailorq::cpu().as_ref(), &other, &stop).is_err());
+    std::fs::remove_file(bench.path("out/.tailorq-partial/recipe.toml")).unwrap();
+    let mut request = bench.request("out");
+    request.mode = OutputMode::Resume;
+    quantize(&request).unwrap();
+    assert_same(&files(&bench.path("out")), &files(&bench.path("whole")), "leftover parts");
+}
+
+#[test]
+fn a_finished_artifact_that_cannot_be_opened_is_no_success() {
+    let bench = Bench::new("llama");
+    let mut request = bench.request("out");
+    quantize(&request).unwrap();
+    std::fs::remove_file(bench.path("out/model.safetensors")).unwrap();
+    request.mode = OutputMode::Resume;
+    assert!(quantize(&request).is_err());
+}
+
+#[test]
+fn a_damaged_table_is_an_error_at_any_width() {
+    for (bits, name) in [(8, "eight"), (16, "sixteen")] {
+        let bench = Bench::new("llama");
+        poison(&bench.path("model/model.safetensors"), "model.embed_tokens.weight", f32::NAN);
+        let mut request = bench.request(name);
+        request.settings.embedding_bits = bits;
+        let error = quantize(&request).unwrap_err().to_string();
+        assert!(error.contains("model.embed_tokens.weight"), "{error}");
+        assert!(!bench.path(name).join("config.json").exists());
+    }
+}

@@ -30,11 +30,11 @@ pub struct EvalArgs {
     #[arg(long, value_name = "FILE")]
     text: Option<PathBuf>,
     /// Tokens of a window, at least 2
-    #[arg(long, value_name = "N", default_value_t = 2048)]
-    window: usize,
+    #[arg(long, value_name = "N", default_value_t = 2048, value_parser = clap::value_parser!(u32).range(2..))]
+    window: u32,
     /// Score only the first N windows [default: all]
-    #[arg(long, value_name = "N")]
-    windows: Option<usize>,
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    windows: Option<u32>,
     /// Compare with this model (usually the original)
     #[arg(long, value_name = "MODEL")]
     reference: Option<String>,
@@ -43,12 +43,6 @@ pub struct EvalArgs {
 /// Runs the command.
 pub fn execute(args: &EvalArgs, console: &Console) -> anyhow::Result<()> {
     let tasks = find_tasks(&args.task)?;
-    ensure!(
-        args.window >= 2,
-        "--window {}: use at least 2 tokens (the first of a window is never scored)",
-        args.window
-    );
-    ensure!(args.windows != Some(0), "--windows 0: score at least 1 window");
     let text = args.text.as_deref().map(super::read_text).transpose()?;
     if let (Some(text), Some(path)) = (&text, &args.text) {
         ensure!(!text.is_empty(), "{} is empty: there is nothing to score", path.display());
@@ -58,7 +52,7 @@ pub fn execute(args: &EvalArgs, console: &Console) -> anyhow::Result<()> {
     let device = tailorq::cpu();
     let options = TaskOptions {
         text: text.as_deref(),
-        windows: WindowOptions { window: args.window, windows: args.windows },
+        windows: WindowOptions { window: args.window as usize, windows: args.windows.map(|n| n as usize) },
         reference: reference.as_ref().map(|opened| subject(opened, device.as_ref())),
     };
     let mut results = Vec::new();

@@ -6,7 +6,7 @@ use tailorq::{Inspection, Share, StoredMatrix};
 
 /// Show what a model is made of: sizes, layouts, bits per weight from bytes.
 ///
-/// Reads headers only, so it is instant for any size. Bits per weight count everything that is stored for a matrix:
+/// Reads headers, norms and (of a packed artifact) scales, but no weights. Bits per weight count everything that is stored for a matrix:
 /// codes, scales, zeros. Embedding and head are shown apart and are part of the total; the last line divides the
 /// whole file by all weights.
 #[derive(Args)]

@@ -11,7 +11,7 @@ pub mod sampling;
 
 use crate::console::Console;
 use anyhow::Context;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 use tailorq::OpenedModel;
 
@@ -27,4 +27,18 @@ fn open(source: &str, console: &Console) -> anyhow::Result<OpenedModel> {
 fn read_text(path: &Path) -> anyhow::Result<String> {
     let bytes = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
     String::from_utf8(bytes).with_context(|| format!("{} is no UTF-8 text", path.display()))
+}
+
+/// One mebibyte, for sizes in tables.
+const MIB: f64 = 1024.0 * 1024.0;
+
+/// A path that recipes, reports and JSON can hold: clap refuses what is not UTF-8 before this is called.
+#[allow(clippy::unnecessary_wraps, reason = "clap wants a parser that could fail")]
+fn utf8_path(path: &str) -> Result<PathBuf, std::convert::Infallible> {
+    Ok(PathBuf::from(path))
+}
+
+/// A sentence for tables in which a source that is itself quantized stands for the original.
+fn quantized_source(stored_as: &str) -> String {
+    format!("(the original is itself a quantized file, {stored_as}: its own loss is part of both)\n")
 }

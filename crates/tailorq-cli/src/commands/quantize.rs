@@ -1,5 +1,6 @@
 //! `tailorq quantize`: checkpoint and calibration text in, artifact out.
 
+use super::{MIB, quantized_source, utf8_path};
 use crate::console::Console;
 use crate::observer::ConsoleObserver;
 use anyhow::Context;
@@ -8,8 +9,6 @@ use serde_json::json;
 use std::path::PathBuf;
 use std::time::Instant;
 use tailorq::{CalibrationRequest, Estimate, Outcome, OutputMode, QuantizeRequest, QuantizeSettings, Recipe, Report};
-
-const MIB: f64 = 1024.0 * 1024.0;
 
 /// Quantize a model to 2, 3, 4 or 8 bits a weight
 ///
@@ -32,7 +31,7 @@ pub struct QuantizeArgs {
     #[arg(required_unless_present = "recipe")]
     model: Option<String>,
     /// Where the artifact goes
-    #[arg(short, long, value_name = "DIR")]
+    #[arg(short, long, value_name = "DIR", value_parser = utf8_path)]
     output: PathBuf,
     /// How weights become codes
     #[arg(long, value_name = "rtn|gptq", default_value = "gptq")]
@@ -44,7 +43,7 @@ pub struct QuantizeArgs {
     #[arg(short, long, default_value = "128", visible_alias = "group-size")]
     group: tailorq::Group,
     /// Calibration text (required by gptq)
-    #[arg(short, long, value_name = "FILE", visible_alias = "task-data")]
+    #[arg(short, long, value_name = "FILE", visible_alias = "task-data", value_parser = utf8_path)]
     calibration: Option<PathBuf>,
     /// Calibration items (or windows of a text file)
     #[arg(long, default_value_t = 128, visible_alias = "nsamples")]
@@ -201,8 +200,8 @@ fn summary(request: &QuantizeRequest, report: &Report, seconds: f64) -> String {
         size.total_bits_per_weight,
         report.mean_relative_error()
     );
-    for note in report.notes() {
-        text.push_str(&format!("note: {note}\n"));
+    if let Some(stored_as) = &size.source_encoding {
+        text.push_str(&quantized_source(stored_as));
     }
     text
 }

@@ -2,6 +2,7 @@
 
 mod source;
 
+use super::{MIB, quantized_source, utf8_path};
 use crate::console::Console;
 use crate::interrupt;
 use crate::observer::ConsoleObserver;
@@ -13,12 +14,13 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use tailorq::{
     CalibrationRequest, ChatMessage, Device, OpenedModel, Outcome, OutputMode, PipelineError, QuantizeRequest,
-    QuantizeSettings, demo, inspect,
+    QuantizeSettings, Recipe, demo, inspect,
 };
 use tailorq_eval::{Divergence, Perplexity, Subject, WindowOptions, divergence, same_tokens};
 use tailorq_runtime::{GenerationOptions, Session, generate};
 
-const MIB: f64 = 1024.0 * 1024.0;
+/// Name under which the calibration items are written out; marks the artifacts of demos.
+const CALIBRATION_FILE: &str = "demo-calibration.jsonl";
 /// Tokens that both models say.
 const CONTINUATION: usize = 48;
 /// Tokens of an evaluation window: the held-out text is short.
@@ -37,7 +39,7 @@ pub struct DemoArgs {
     /// Directory, GGUF file or hub id to use instead
     model: Option<String>,
     /// Where the artifact goes; an older demo there is replaced
-    #[arg(short, long, value_name = "DIR", default_value = "tailorq-demo")]
+    #[arg(short, long, value_name = "DIR", default_value = "tailorq-demo", value_parser = utf8_path)]
     output: PathBuf,
 }
 
@@ -45,6 +47,7 @@ pub struct DemoArgs {
 struct Row {
     name: &'static str,
     bytes: u64,
+    half_precision_bytes: u64,
     linear_bits: f64,
     perplexity: f64,
     says: String,
@@ -56,7 +59,7 @@ pub fn execute(args: &DemoArgs, console: &Console) -> anyhow::Result<()> {
     let cache = source::cache_dir();
     let model = source::find(args.model.as_deref(), &cache, &|message| console.note(message))?;
     console.note(&format!("the original is {model}"));
-    let calibration = cache.join("demo-calibration.jsonl");
+    let calibration = cache.join(CALIBRATION_FILE);
     std::fs::create_dir_all(&cache)
         .and_then(|()| std::fs::write(&calibration, demo::CALIBRATION))
         .with_context(|| format!("{} cannot be written", calibration.display()))?;
@@ -93,7 +96,8 @@ fn request(model: &str, calibration: &Path, output: &Path) -> QuantizeRequest {
 fn quantize(device: &dyn Device, mut request: QuantizeRequest, console: &Console) -> anyhow::Result<()> {
     let observer = ConsoleObserver::new(console);
     let outcome = match tailorq::quantize(device, &request, &observer) {
-        Err(PipelineError::Output { .. }) => {
+        // Another model or another version of the demo; anything but a demo's artifact stays as it is.
+        Err(PipelineError::OtherRun { .. }) if is_demo(&request.output) => {
             request.mode = OutputMode::Overwrite;
             tailorq::quantize(device, &request, &observer)?
         }
@@ -103,6 +107,12 @@ fn quantize(device: &dyn Device, mut request: QuantizeRequest, console: &Console
         console.note(&format!("{} holds this demo's artifact already", request.output.display()));
     }
     Ok(())
+}
+
+/// Whether a demo wrote this artifact.
+fn is_demo(output: &Path) -> bool {
+    let recipe = Recipe::read(&output.join("recipe.toml")).ok();
+    recipe.and_then(|r| r.calibration).is_some_and(|c| c.file.ends_with(CALIBRATION_FILE))
 }
 
 fn subject<'a>(name: &'a str, device: &'a dyn Device, opened: &'a OpenedModel) -> Subject<'a> {
@@ -127,6 +137,7 @@ fn row(name: &'static str, device: &dyn Device, opened: &OpenedModel, perplexity
     Ok(Row {
         name,
         bytes: opened.files.weight_bytes,
+        half_precision_bytes: 2 * sizes.parameters as u64,
         linear_bits: sizes.linears.bits_per_weight,
         perplexity,
         says: continuation(device, opened)?,
@@ -163,7 +174,7 @@ fn object(
     let models: Vec<_> = rows
         .iter()
         .map(|r| {
-            json!({"name": r.name, "bytes": r.bytes, "linear_bits_per_weight": r.linear_bits,
+            json!({"name": r.name, "bytes": r.bytes, "half_precision_bytes": r.half_precision_bytes, "linear_bits_per_weight": r.linear_bits,
                    "perplexity": r.perplexity, "continuation": r.says})
         })
         .collect();
@@ -183,16 +194,16 @@ fn table(original: &OpenedModel, output: &Path, rows: &[Row; 2], divergence: &Di
             format!("{:>10.4} {:>8.1} %", divergence.mean_kl, 100.0 * divergence.top1_agreement)
         };
         text.push_str(&format!(
-            "{:<10} {:>6.1} MiB {:>14.3} {:>12.2} {beside}\n",
+            "{:<10} {:>6.1} MiB {:>8.1} % {:>14.3} {:>12.2} {beside}\n",
             r.name,
             r.bytes as f64 / MIB,
+            100.0 * r.bytes as f64 / r.half_precision_bytes as f64,
             r.linear_bits,
             r.perplexity
         ));
     }
     if original.files.is_quantized {
-        let stored = &original.files.stored_as;
-        text.push_str(&format!("(the original is itself a quantized file: {stored})\n"));
+        text.push_str(&quantized_source(&original.files.stored_as));
     }
     text.push_str(&format!("\nprompt: {}\n", demo::PROMPT));
     for r in rows {
