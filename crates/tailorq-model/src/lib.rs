@@ -21,4 +21,4 @@ pub use kv::KvCache;
 pub use load::{ModelFiles, OpenedModel, open};
 pub use model::{Block, Linear, Model};
 pub use template::{ChatMessage, ChatTemplate};
-pub use tokenizer::{TokenStream, Tokenizer};
+pub use tokenizer::Tokenizer;

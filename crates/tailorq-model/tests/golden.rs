@@ -149,10 +149,6 @@ fn check_greedy(g: &Golden, n_prompts: usize) {
             next = vec![generated[generated.len() - 1]];
         }
         assert_eq!(generated, list("new_tokens"), "greedy tokens");
-        let mut stream = g.opened.tokenizer.stream(true);
-        let mut text: String = generated.iter().map(|&id| stream.push(id).unwrap()).collect();
-        text += &stream.finish().unwrap();
-        assert_eq!(text, g.opened.tokenizer.decode(&generated, true).unwrap(), "streamed text");
         println!("{} greedy tokens agree", generated.len());
     }
 }

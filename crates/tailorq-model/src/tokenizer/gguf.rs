@@ -284,16 +284,6 @@ mod tests {
     }
 
     #[test]
-    fn characters_come_out_whole() {
-        let t = tokenizer(&sentence_piece_file());
-        let mut stream = t.stream(true);
-        let pieces: Vec<_> =
-            [1, 264, 3 + 0xe2, 3 + 0x82, 3 + 0xac, 265, 262, 3 + 0xe2].map(|id| stream.push(id).unwrap()).into();
-        assert_eq!(pieces, ["", "c", "", "", "€", " ", "a", ""]);
-        assert_eq!(stream.finish().unwrap(), "\u{fffd}");
-    }
-
-    #[test]
     fn llama_3_adds_bos_by_itself() {
         let file = GgufBuilder::new()
             .str("tokenizer.ggml.model", "gpt2")

@@ -3,10 +3,8 @@
 mod gguf;
 mod pre;
 mod spm;
-mod stream;
 
 pub(crate) use gguf::{GgufVocabulary, from_gguf};
-pub use stream::TokenStream;
 
 use crate::error::ModelError;
 use serde::Deserialize;
@@ -81,11 +79,6 @@ impl Tokenizer {
     /// Text of tokens. `skip_special` leaves control tokens out.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String, ModelError> {
         self.inner.decode(ids, skip_special).map_err(|e| ModelError::Tokenizer(e.to_string()))
-    }
-
-    /// Text of tokens that arrive one by one.
-    pub fn stream(&self, skip_special: bool) -> TokenStream<'_> {
-        TokenStream::new(self, skip_special)
     }
 
     /// The text of one token, for special tokens in templates.
