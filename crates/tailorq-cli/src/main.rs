@@ -107,12 +107,10 @@ fn report(error: &anyhow::Error) -> ExitCode {
     }
     // Nobody is left to tell when standard error is closed.
     let _ = std::io::stderr().write_all(text.as_bytes());
+    use tailorq_eval::EvalError::{BadOption, MissingInput, UnknownTask};
     let is_usage = |cause: &(dyn std::error::Error + 'static)| {
         matches!(cause.downcast_ref(), Some(tailorq::PipelineError::Settings(_)))
-            || matches!(
-                cause.downcast_ref(),
-                Some(tailorq_eval::EvalError::UnknownTask { .. } | tailorq_eval::EvalError::BadOption { .. })
-            )
+            || matches!(cause.downcast_ref(), Some(UnknownTask { .. } | BadOption { .. } | MissingInput { .. }))
     };
     if interrupt::requested() {
         ExitCode::from(INTERRUPTED)

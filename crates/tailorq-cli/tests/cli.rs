@@ -218,12 +218,12 @@ fn bad_input_is_an_error_that_says_what_to_do() {
     place.fails(1, &["run", "no-such-model", "x"], &["no-such-model"]);
     place.fails(1, &["inspect", "broken.gguf"], &["broken.gguf"]);
     place.fails(1, &["chat", "no-such-model"], &["no-such-model"]);
-    place.fails(1, &["eval", "model-1"], &["--text"]);
-    place.fails(1, &["eval", "model-1", "--task", "poetry"], &["poetry", "perplexity"]);
+    place.fails(2, &["eval", "model-1"], &["--text"]);
+    place.fails(2, &["eval", "model-1", "--task", "poetry"], &["poetry", "perplexity"]);
     place.fails(1, &["eval", "model-1", "--text", "empty.txt"], &["empty.txt"]);
     place.fails(1, &["eval", "model-1", "--text", "latin.txt"], &["latin.txt", "UTF-8"]);
-    place.fails(1, &["eval", "model-1", "--text", "text.txt", "--window", "1"], &["window", "2"]);
-    place.fails(1, &["eval", "model-1", "--text", "text.txt", "--windows", "0"], &["windows"]);
+    place.fails(2, &["eval", "model-1", "--text", "text.txt", "--window", "1"], &["window", "2"]);
+    place.fails(2, &["eval", "model-1", "--text", "text.txt", "--windows", "0"], &["windows"]);
     place.fails(1, &["eval", "model-1", "--text", "text.txt", "--reference", "gone"], &["gone"]);
 }
 
