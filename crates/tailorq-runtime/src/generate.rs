@@ -99,7 +99,7 @@ pub fn generate(
     let started = Instant::now();
     let mut logits = session.prefill(prompt, cancelled)?;
     let prefill = started.elapsed();
-    let mut output = Output::new(tokenizer, options);
+    let mut output = Output::new(tokenizer, &options.stop);
     let finish = loop {
         if output.tokens.len() >= options.max_tokens {
             break FinishReason::MaxTokens;
@@ -138,22 +138,22 @@ pub fn generate(
 }
 
 /// The text side of a generation.
-struct Output<'a> {
+pub(crate) struct Output<'a> {
     tokenizer: &'a Tokenizer,
     stream: TextStream,
     stops: StopFinder,
-    text: String,
-    tokens: Vec<u32>,
+    pub(crate) text: String,
+    pub(crate) tokens: Vec<u32>,
 }
 
 impl<'a> Output<'a> {
-    fn new(tokenizer: &'a Tokenizer, options: &GenerationOptions) -> Self {
-        let stops = StopFinder::new(options.stop.iter().cloned());
+    pub(crate) fn new(tokenizer: &'a Tokenizer, stop: &[String]) -> Self {
+        let stops = StopFinder::new(stop.iter().cloned());
         Output { tokenizer, stream: TextStream::default(), stops, text: String::new(), tokens: Vec::new() }
     }
 
     /// The text that may be shown after this token, and whether a stop string was found.
-    fn push(&mut self, id: u32) -> Result<(String, bool), ModelError> {
+    pub(crate) fn push(&mut self, id: u32) -> Result<(String, bool), ModelError> {
         self.tokens.push(id);
         let piece = self.stream.push(id, |ids| self.tokenizer.decode(ids, true))?;
         let (text, stopped) = self.stops.push(&piece);
@@ -162,7 +162,7 @@ impl<'a> Output<'a> {
     }
 
     /// Text held back that turns out to belong to the result.
-    fn finish(&mut self, finish: FinishReason) -> Result<Option<String>, ModelError> {
+    pub(crate) fn finish(&mut self, finish: FinishReason) -> Result<Option<String>, ModelError> {
         if finish == FinishReason::StopString {
             return Ok(None);
         }

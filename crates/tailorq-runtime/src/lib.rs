@@ -1,14 +1,16 @@
 //! The theatre: a model on stage. Sessions hold a sequence and its keys and values, samplers choose the next token,
-//! [`generate`] plays a continuation and hands out its text piece by piece.
+//! [`generate`] plays a continuation and hands out its text piece by piece, [`generate_batch`] plays many at once.
 //!
 //! Nothing here knows how a model was quantized.
 
+mod batch;
 mod error;
 mod generate;
 mod sampler;
 mod session;
 mod text;
 
+pub use batch::{BatchOptions, BatchProgress, Completion, CompletionRequest, PREFIX_CHUNK, generate_batch};
 pub use error::RuntimeError;
 pub use generate::{FinishReason, Generation, GenerationOptions, Piece, generate};
 pub use sampler::{Sampler, SamplerOptions};
