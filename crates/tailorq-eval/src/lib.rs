@@ -6,6 +6,7 @@
 mod error;
 mod online;
 mod perplexity;
+pub mod sql;
 pub mod task;
 mod windows;
 
