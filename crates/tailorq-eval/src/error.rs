@@ -87,6 +87,12 @@ pub enum EvalError {
         /// The window, from 0.
         window: usize,
     },
+    /// A text with nothing before it needs a token to begin after.
+    #[error("{model} has neither a BOS nor an EOS token, and the first token of a document has to follow one of them")]
+    NoPrefixToken {
+        /// The model.
+        model: String,
+    },
     /// The caller asked to stop.
     #[error("interrupted")]
     Interrupted,

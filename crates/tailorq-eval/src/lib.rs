@@ -4,13 +4,19 @@
 //! Nothing here knows how a model was made: an original and a quantized model are scored by the same code.
 
 mod error;
+mod llamacpp;
 mod online;
 mod perplexity;
+mod rolling;
+mod scored;
 pub mod sql;
 pub mod task;
+mod wikitext;
 mod windows;
 
 pub use error::EvalError;
+pub use llamacpp::{LLAMA_CPP_WINDOW, LlamaCppPerplexity, llamacpp_perplexity};
 pub use perplexity::{Divergence, Perplexity, PerplexityTask, divergence, perplexity, same_tokens};
+pub use rolling::{Document, ROLLING_LENGTH, RollingPerplexity, rolling_perplexity};
 pub use task::{Progress, Subject, Task, TaskOptions, TaskResult};
 pub use windows::WindowOptions;

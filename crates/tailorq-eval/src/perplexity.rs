@@ -137,7 +137,7 @@ fn compare_window(subject: &Subject<'_>, reference: &Subject<'_>, window: &[u32]
     rows
 }
 
-fn report(progress: &mut Progress<'_>, done: usize, total: usize) -> Result<(), EvalError> {
+pub(crate) fn report(progress: &mut Progress<'_>, done: usize, total: usize) -> Result<(), EvalError> {
     if progress(done, total).is_break() { Err(EvalError::Interrupted) } else { Ok(()) }
 }
 

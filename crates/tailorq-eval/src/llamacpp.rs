@@ -1,0 +1,102 @@
+//! Perplexity as `llama-perplexity` of llama.cpp computes it.
+//!
+//! The text without a last newline is one stream of tokens, cut into windows without overlap; in each window only the
+//! second half is scored, so that every target has at least half a window of context. Where the tokenizer begins texts
+//! with a BOS, it takes the place of each window's first token. A rest after the last whole window is dropped, and a text of
+//! less than two windows is refused, as there. The values differ from those of the `paper` definition on the same text:
+//! shorter windows, but no targets without context.
+
+use crate::error::EvalError;
+use crate::scored::{check_tokens, target_nlls};
+use crate::task::{Progress, Subject};
+use serde::Serialize;
+use tailorq_model::Tokenizer;
+
+/// llama.cpp's default window.
+pub const LLAMA_CPP_WINDOW: usize = 512;
+
+/// A perplexity in llama.cpp's definition.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct LlamaCppPerplexity {
+    /// `exp` of the mean.
+    pub value: f64,
+    /// Mean negative log-likelihood of a target, in nats.
+    pub mean_nll: f64,
+    /// The number after `+/-` in llama.cpp's output: the standard error of the mean times the value.
+    pub stderr: f64,
+    /// Targets scored: `windows * (window - window / 2 - 1)`.
+    pub tokens: usize,
+    /// Windows scored.
+    pub windows: usize,
+    /// Tokens of a window.
+    pub window: usize,
+    /// Tokens of the whole text.
+    pub tokens_in_text: usize,
+    /// Always `llama.cpp`.
+    pub definition: &'static str,
+}
+
+/// Perplexity of `text` in windows of `window` tokens, at most `limit` of them.
+pub fn llamacpp_perplexity(
+    subject: &Subject<'_>,
+    text: &str,
+    window: usize,
+    limit: Option<usize>,
+    progress: &mut Progress<'_>,
+) -> Result<LlamaCppPerplexity, EvalError> {
+    check_window(subject, window)?;
+    let tokens = subject.tokenizer.encode(text.strip_suffix('\n').unwrap_or(text), true)?;
+    check_tokens(subject, &tokens)?;
+    if tokens.len() < 2 * window {
+        let remedy =
+            format!("the text has {} tokens and must have two windows: use at most half of that", tokens.len());
+        return Err(EvalError::BadOption { option: "window", value: window, remedy });
+    }
+    let bos = leading_bos(subject.tokenizer)?;
+    let n_windows = (tokens.len() / window).min(limit.unwrap_or(usize::MAX).max(1));
+    let first = window / 2;
+    let (mut sum, mut squares, mut count) = (0.0, 0.0, 0usize);
+    for (window_idx, piece) in tokens.chunks_exact(window).take(n_windows).enumerate() {
+        crate::perplexity::report(progress, window_idx, n_windows)?;
+        let mut inputs = piece[..window - 1].to_vec();
+        if let Some(bos) = bos {
+            inputs[0] = bos;
+        }
+        for nll in target_nlls(subject, &inputs, first, &piece[first + 1..], window_idx)? {
+            sum += nll;
+            squares += nll * nll;
+            count += 1;
+        }
+    }
+    crate::perplexity::report(progress, n_windows, n_windows)?;
+    let n = count as f64;
+    let (mean, value) = (sum / n, (sum / n).exp());
+    let variance = (squares / n - mean * mean).max(0.0);
+    Ok(LlamaCppPerplexity {
+        value,
+        mean_nll: mean,
+        stderr: if count > 1 { (variance / (n - 1.0)).sqrt() * value } else { 0.0 },
+        tokens: count,
+        windows: n_windows,
+        window,
+        tokens_in_text: tokens.len(),
+        definition: "llama.cpp",
+    })
+}
+
+fn check_window(subject: &Subject<'_>, window: usize) -> Result<(), EvalError> {
+    let most = subject.model.config.max_positions;
+    let remedy = match window {
+        0..4 => "use at least 4 tokens: only the second half is scored".to_owned(),
+        w if w > most => format!("{} was trained for a context of {most}: use at most that", subject.name),
+        _ => return Ok(()),
+    };
+    Err(EvalError::BadOption { option: "window", value: window, remedy })
+}
+
+/// The BOS, where the tokenizer begins every text with it.
+pub(crate) fn leading_bos(tokenizer: &Tokenizer) -> Result<Option<u32>, EvalError> {
+    let begins = |special| Ok::<_, EvalError>(tokenizer.encode("a", special)?.first().copied());
+    let (with, without) = (begins(true)?, begins(false)?);
+    Ok(tokenizer.bos.filter(|bos| with == Some(*bos) && without != with))
+}
