@@ -7,7 +7,7 @@
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
-use tailorq_eval::sql::{SqlError, SqlLimits, Verdict, database_files, execution_match};
+use tailorq_eval::sql::{Hardness, SqlError, SqlLimits, Verdict, database_files, execution_match};
 
 /// A directory with one database of a few rows. Its name needs escaping in a URI.
 struct Fixture {
@@ -101,14 +101,11 @@ fn a_gold_query_that_fails_and_files_that_are_no_databases_are_errors() {
     let f = Fixture::new();
     let fails = execution_match(&f.files, "SELECT nothing FROM town", "SELECT 1", false, SqlLimits::default());
     assert!(matches!(fails, Err(SqlError::Gold { .. })), "{fails:?}");
-    for (name, content) in
-        [("bad.sqlite", &b"no database at all, but long enough for a header, which has a hundred bytes"[..])]
-    {
-        let path = f.dir.path().join(name);
-        std::fs::write(&path, [content, content].concat()).unwrap();
-        let fails = execution_match(&[path], "SELECT 1", "SELECT 1", false, SqlLimits::default());
-        assert!(matches!(fails, Err(SqlError::File { .. })), "{fails:?}");
-    }
+    let path = f.dir.path().join("bad.sqlite");
+    std::fs::write(&path, "no database at all, but long enough for a header, which has a hundred bytes".repeat(2))
+        .unwrap();
+    let fails = execution_match(&[path], "SELECT 1", "SELECT 1", false, SqlLimits::default());
+    assert!(matches!(fails, Err(SqlError::File { .. })), "{fails:?}");
     let missing =
         execution_match(&[f.dir.path().join("x.sqlite")], "SELECT 1", "SELECT 1", false, SqlLimits::default());
     assert!(matches!(missing, Err(SqlError::File { .. })));
@@ -239,4 +236,23 @@ fn gold_queries_are_right() {
     }
     println!("{n} gold queries are right against themselves; {n_different} neighbours are not");
     assert!(n > 50 && n_different > 0);
+}
+
+/// Numbers of each class as Spider's own `evaluation.py` gives them for the same queries (no query differs).
+#[test]
+fn hardness_is_spiders() {
+    let Some(data) = std::env::var_os("TAILORQ_TEST_DATA").filter(|v| !v.is_empty()) else {
+        println!("skipped: TAILORQ_TEST_DATA is not set");
+        return;
+    };
+    for (file, expected) in [("test", [166, 318, 126, 132]), ("calib", [112, 204, 118, 78])] {
+        let items = std::fs::read_to_string(Path::new(&data).join(format!("spider/{file}.jsonl"))).unwrap();
+        let of = |line: &str| {
+            let item: serde_json::Value = serde_json::from_str(line).unwrap();
+            Hardness::of(item["query"].as_str().unwrap())
+        };
+        let classes: Vec<Hardness> = items.lines().map(of).collect();
+        let counts = Hardness::ALL.map(|class| classes.iter().filter(|c| **c == class).count());
+        assert_eq!(counts, expected, "{file}");
+    }
 }

@@ -10,9 +10,11 @@
 
 mod database;
 mod equal;
+mod hardness;
 mod text;
 
 pub use database::{SqlLimits, SqlValue, Table};
+pub use hardness::Hardness;
 pub use text::first_statement;
 
 use database::{Database, QueryError};

@@ -9,7 +9,7 @@ static CURRENT_YEAR: LazyLock<Regex> = LazyLock::new(|| {
 
 /// A piece of a query.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Piece<'a> {
+pub(super) enum Piece<'a> {
     /// Letters, digits, `_` and `$`.
     Word(&'a str),
     /// A string, a quoted name or a comment, with its marks.
@@ -19,7 +19,7 @@ enum Piece<'a> {
 }
 
 impl<'a> Piece<'a> {
-    fn text(self) -> &'a str {
+    pub(super) fn text(self) -> &'a str {
         match self {
             Piece::Word(text) | Piece::Quoted(text) | Piece::Other(text) => text,
         }
@@ -27,7 +27,7 @@ impl<'a> Piece<'a> {
 }
 
 /// Cuts a query into pieces, which together are the query.
-fn pieces(mut rest: &str) -> Vec<Piece<'_>> {
+pub(super) fn pieces(mut rest: &str) -> Vec<Piece<'_>> {
     let mut pieces = Vec::new();
     while let Some(first) = rest.chars().next() {
         let is_word = |c: char| c.is_alphanumeric() || c == '_' || c == '$';
