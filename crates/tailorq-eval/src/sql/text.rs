@@ -75,6 +75,13 @@ pub fn first_statement(query: &str) -> &str {
     query
 }
 
+/// Whether anything but blanks and comments follows the first statement.
+pub(super) fn has_more_statements(query: &str) -> bool {
+    let rest = query[first_statement(query).len()..].trim_start_matches(';');
+    let is_comment = |text: &str| text.starts_with("--") || text.starts_with("/*");
+    pieces(rest).iter().any(|piece| !piece.text().trim().is_empty() && !is_comment(piece.text()))
+}
+
 /// A query as the script runs it: operators joined, the first statement, no `distinct` unless it is kept, and the year
 /// 2020 for the current one, which SQLite has no such function for.
 pub(super) fn prepare(query: &str, keep_distinct: bool) -> String {
@@ -123,6 +130,9 @@ mod tests {
         assert_eq!(first_statement("SELECT 1 -- ;\n; x"), "SELECT 1 -- ;\n");
         assert_eq!(first_statement("SELECT 'a"), "SELECT 'a");
         assert_eq!(first_statement(";"), "");
+        assert!(has_more_statements("SELECT 1; SELECT 2"));
+        assert!(!has_more_statements("SELECT ';' ; -- SELECT 2\n /* x */"));
+        assert!(!has_more_statements("SELECT 1"));
     }
 
     #[test]
