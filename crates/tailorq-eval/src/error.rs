@@ -1,5 +1,7 @@
 //! What can go wrong while a model is scored.
 
+use crate::sql::SqlError;
+use std::path::PathBuf;
 use tailorq_model::ModelError;
 use tailorq_runtime::RuntimeError;
 use thiserror::Error;
@@ -96,6 +98,17 @@ pub enum EvalError {
     /// The caller asked to stop.
     #[error("interrupted")]
     Interrupted,
+    /// A file of items that cannot be used.
+    #[error("{path} {problem}", path = path.display())]
+    Data {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// A database or a gold query is of no use.
+    #[error(transparent)]
+    Sql(#[from] SqlError),
     /// Tokenizing failed.
     #[error(transparent)]
     Model(#[from] ModelError),

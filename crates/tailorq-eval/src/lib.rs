@@ -3,8 +3,14 @@
 //!
 //! Nothing here knows how a model was made: an original and a quantized model are scored by the same code.
 
+mod answers;
+mod completion;
+mod completion_nll;
 mod error;
+mod generation;
+mod items;
 mod llamacpp;
+mod mersenne;
 mod online;
 mod perplexity;
 mod rolling;
@@ -15,8 +21,9 @@ mod wikitext;
 mod windows;
 
 pub use error::EvalError;
+pub use items::ItemRecord;
 pub use llamacpp::{LLAMA_CPP_WINDOW, LlamaCppPerplexity, llamacpp_perplexity};
 pub use perplexity::{Divergence, Perplexity, PerplexityTask, divergence, perplexity, same_tokens};
 pub use rolling::{Document, ROLLING_LENGTH, RollingPerplexity, rolling_perplexity};
-pub use task::{Progress, Subject, Task, TaskOptions, TaskResult};
+pub use task::{ItemOptions, Progress, Subject, Task, TaskOptions, TaskResult};
 pub use windows::WindowOptions;

@@ -8,7 +8,7 @@
 
 use crate::error::EvalError;
 use crate::scored::{check_tokens, target_nlls};
-use crate::task::{Progress, Subject};
+use crate::task::{Progress, Subject, Task, TaskOptions, TaskResult};
 use serde::Serialize;
 use tailorq_model::Tokenizer;
 
@@ -99,4 +99,32 @@ pub(crate) fn leading_bos(tokenizer: &Tokenizer) -> Result<Option<u32>, EvalErro
     let begins = |special| Ok::<_, EvalError>(tokenizer.encode("a", special)?.first().copied());
     let (with, without) = (begins(true)?, begins(false)?);
     Ok(tokenizer.bos.filter(|bos| with == Some(*bos) && without != with))
+}
+
+/// [`llamacpp_perplexity`] as a task.
+pub(crate) struct LlamaCppTask;
+
+impl Task for LlamaCppTask {
+    fn name(&self) -> &'static str {
+        "perplexity_llamacpp"
+    }
+
+    fn about(&self) -> &'static str {
+        "perplexity as llama.cpp's tool computes it: the second half of each window"
+    }
+
+    fn run(
+        &self,
+        subject: &Subject<'_>,
+        options: &TaskOptions<'_>,
+        progress: &mut Progress<'_>,
+    ) -> Result<TaskResult, EvalError> {
+        let input = "a text to score (--text FILE)";
+        let text = options.text.ok_or(EvalError::MissingInput { task: self.name(), input })?;
+        let window = options.window.unwrap_or(LLAMA_CPP_WINDOW);
+        let perplexity = llamacpp_perplexity(subject, text, window, options.windows, progress)?;
+        let mut details = crate::perplexity::fields(&perplexity);
+        details.retain(|key, _| key != "value" && key != "tokens");
+        Ok(TaskResult { value: perplexity.value, tokens: perplexity.tokens, details })
+    }
 }

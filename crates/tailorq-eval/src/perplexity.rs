@@ -208,15 +208,17 @@ impl Task for PerplexityTask {
     ) -> Result<TaskResult, EvalError> {
         let input = "a text to score (--text FILE)";
         let text = options.text.ok_or(EvalError::MissingInput { task: self.name(), input })?;
+        let default = WindowOptions::default();
+        let windows = WindowOptions { window: options.window.unwrap_or(default.window), windows: options.windows };
         let (perplexity, divergence) = match &options.reference {
             None => {
                 let tokens = subject.tokenizer.encode(text, true)?;
-                (self::perplexity(subject, &tokens, options.windows, progress)?, None)
+                (self::perplexity(subject, &tokens, windows, progress)?, None)
             }
             Some(reference) => {
                 same_vocabulary(subject, reference)?;
                 let tokens = same_tokens(subject, reference, text)?;
-                let (perplexity, d) = self::divergence(subject, reference, &tokens, options.windows, progress)?;
+                let (perplexity, d) = self::divergence(subject, reference, &tokens, windows, progress)?;
                 (perplexity, Some((reference.name, d)))
             }
         };
@@ -232,7 +234,7 @@ impl Task for PerplexityTask {
 }
 
 /// The fields of a plain struct of numbers and words.
-fn fields(value: &impl Serialize) -> serde_json::Map<String, serde_json::Value> {
+pub(crate) fn fields(value: &impl Serialize) -> serde_json::Map<String, serde_json::Value> {
     match serde_json::to_value(value) {
         Ok(serde_json::Value::Object(map)) => map,
         _ => serde_json::Map::new(),

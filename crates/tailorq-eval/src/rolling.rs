@@ -6,10 +6,12 @@
 //! original text, so that models with different tokenizers can be compared.
 
 use crate::error::EvalError;
+use crate::items::{ItemRecord, read_rows, text};
 use crate::scored::{check_tokens, target_nlls};
-use crate::task::{Progress, Subject};
+use crate::task::{Progress, Subject, Task, TaskOptions, TaskResult};
 use crate::wikitext;
 use serde::Serialize;
+use serde_json::Map;
 use std::ops::Range;
 use tailorq_model::Tokenizer;
 
@@ -148,6 +150,84 @@ fn rolling_windows(n_tokens: usize, max_length: usize) -> Vec<Window> {
         predicted = end;
     }
     windows
+}
+
+/// `wikitext`.
+pub(crate) const WIKITEXT: &dyn Task = &RollingTask { name: "wikitext", wikitext: true };
+/// `rolling`.
+pub(crate) const ROLLING: &dyn Task = &RollingTask { name: "rolling", wikitext: false };
+
+/// [`rolling_perplexity`] as a task.
+struct RollingTask {
+    name: &'static str,
+    /// The text is a raw file of WikiText.
+    wikitext: bool,
+}
+
+impl RollingTask {
+    fn documents(&self, options: &TaskOptions<'_>) -> Result<Vec<Document>, EvalError> {
+        let input = "a text to score (--text FILE)";
+        let mut documents = match (self.wikitext, options.text, options.items.data) {
+            (true, Some(raw), _) => Document::wikitext(raw),
+            (false, Some(whole), _) => vec![Document::plain(whole.to_owned())],
+            (true, None, Some(folder)) => {
+                let path = folder.join("wikitext2/wiki.test.raw.txt");
+                let raw = std::fs::read_to_string(&path)
+                    .map_err(|e| EvalError::Data { path, problem: format!("cannot be read: {e}") })?;
+                Document::wikitext(&raw)
+            }
+            (false, None, Some(path)) => {
+                let rows = read_rows(path)?;
+                let document = |(index, row)| Ok(Document::plain(text(row, "text", path, index)?.to_owned()));
+                rows.iter().enumerate().map(document).collect::<Result<_, EvalError>>()?
+            }
+            (_, None, None) => return Err(EvalError::MissingInput { task: self.name, input }),
+        };
+        documents.truncate(options.items.limit.unwrap_or(usize::MAX));
+        Ok(documents)
+    }
+}
+
+impl Task for RollingTask {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn about(&self) -> &'static str {
+        if self.wikitext {
+            "word and byte perplexity of WikiText's pages as the harness computes them"
+        } else {
+            "the same of a text, or of each text of a JSONL file"
+        }
+    }
+
+    fn run(
+        &self,
+        subject: &Subject<'_>,
+        options: &TaskOptions<'_>,
+        progress: &mut Progress<'_>,
+    ) -> Result<TaskResult, EvalError> {
+        let documents = self.documents(options)?;
+        let most = subject.model.config.max_positions;
+        let max_length = options.window.unwrap_or(ROLLING_LENGTH.min(most));
+        let (perplexity, sums) = rolling_perplexity(subject, &documents, max_length, progress)?;
+        if let Some(log) = options.items.log {
+            for (index, sum) in sums.iter().enumerate() {
+                let scores = [("loglikelihood".to_owned(), (*sum).into())].into_iter().collect();
+                let record =
+                    ItemRecord { task: self.name, index, completion: None, prediction: None, gold: None, scores };
+                log(&record);
+            }
+        }
+        let mut details = Map::new();
+        for (key, value) in crate::perplexity::fields(&perplexity) {
+            let is_metric = ["word_perplexity", "byte_perplexity", "bits_per_byte"].contains(&key.as_str());
+            if key != "tokens" {
+                details.insert(if is_metric { format!("{key},none") } else { key }, value);
+            }
+        }
+        Ok(TaskResult { value: perplexity.word_perplexity, tokens: perplexity.tokens, details })
+    }
 }
 
 #[cfg(test)]

@@ -1,10 +1,15 @@
 //! What a task is, and which there are.
 
+use crate::completion_nll::{COMPLETION_NLL, GSM8K_NLL};
 use crate::error::EvalError;
+use crate::generation::{GSM8K, GSM8K_CHAT, GSM8K_COT, JSONL, SPIDER};
+use crate::items::ItemRecord;
+use crate::llamacpp::LlamaCppTask;
 use crate::perplexity::PerplexityTask;
-use crate::windows::WindowOptions;
+use crate::rolling::{ROLLING, WIKITEXT};
 use serde::Serialize;
 use std::ops::ControlFlow;
+use std::path::Path;
 use tailorq_model::{ChatTemplate, Model, Tokenizer};
 use tailorq_runtime::Device;
 
@@ -31,10 +36,31 @@ pub struct Subject<'a> {
 pub struct TaskOptions<'a> {
     /// The text that perplexity is measured on.
     pub text: Option<&'a str>,
-    /// How that text is cut.
-    pub windows: WindowOptions,
+    /// Tokens of a window; each task has its own default.
+    pub window: Option<usize>,
+    /// Score only the first so many windows.
+    pub windows: Option<usize>,
     /// The model that the subject is compared with.
     pub reference: Option<Subject<'a>>,
+    /// What tasks of many items read.
+    pub items: ItemOptions<'a>,
+}
+
+/// What tasks of many items may be told.
+#[derive(Clone, Copy, Default)]
+pub struct ItemOptions<'a> {
+    /// The folder of data sets, or one file.
+    pub data: Option<&'a Path>,
+    /// Only the first so many items.
+    pub limit: Option<usize>,
+    /// Most tokens of a generated answer; each task has its own default.
+    pub max_tokens: Option<usize>,
+    /// Texts that end an answer, beside those of the task.
+    pub stop: &'a [String],
+    /// Prompts of the task `jsonl` are continued as they are, and not asked as a chat.
+    pub plain: bool,
+    /// Hears of every item, in the order of the file.
+    pub log: Option<&'a dyn Fn(&ItemRecord)>,
 }
 
 /// A score, and everything that is worth telling beside it.
@@ -65,7 +91,19 @@ pub trait Task: Sync {
 }
 
 /// Every task.
-pub const ALL: &[&dyn Task] = &[&PerplexityTask];
+pub const ALL: &[&dyn Task] = &[
+    &PerplexityTask,
+    &LlamaCppTask,
+    WIKITEXT,
+    ROLLING,
+    GSM8K,
+    GSM8K_COT,
+    GSM8K_CHAT,
+    GSM8K_NLL,
+    COMPLETION_NLL,
+    SPIDER,
+    JSONL,
+];
 
 /// The task of this name, or an error that lists those that exist.
 pub fn find(name: &str) -> Result<&'static dyn Task, EvalError> {

@@ -183,8 +183,7 @@ fn the_task_reports_what_the_functions_measure() {
     let (fixture, other) = (Fixture::new(1, |_| {}), Fixture::new(2, |_| {}));
     let perplexity_task = task::find("perplexity").unwrap();
     assert!(task::find("poetry").is_err_and(|e| e.to_string().contains("perplexity")));
-    let windows = WindowOptions { window: 30, windows: None };
-    let mut options = TaskOptions { windows, ..TaskOptions::default() };
+    let mut options = TaskOptions { window: Some(30), ..TaskOptions::default() };
     let missing = perplexity_task.run(&fixture.subject(), &options, &mut go_on);
     assert!(matches!(missing, Err(EvalError::MissingInput { .. })));
     options.text = Some(TEXT);

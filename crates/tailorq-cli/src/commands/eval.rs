@@ -5,9 +5,12 @@ use crate::progress::Progress;
 use anyhow::{Context, ensure};
 use clap::Args;
 use serde_json::{Map, Value, json};
-use std::path::PathBuf;
+use std::cell::RefCell;
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
 use tailorq::{Device, OpenedModel};
-use tailorq_eval::{Subject, Task, TaskOptions, TaskResult, WindowOptions, task};
+use tailorq_eval::{ItemOptions, ItemRecord, Subject, Task, TaskOptions, TaskResult, task};
 
 /// Measure a model: perplexity on a text, and how far it is from a reference.
 ///
@@ -29,12 +32,30 @@ pub struct EvalArgs {
     /// The text that perplexity is measured on (UTF-8)
     #[arg(long, value_name = "FILE")]
     text: Option<PathBuf>,
-    /// Tokens of a window, at least 2
-    #[arg(long, value_name = "N", default_value_t = 2048, value_parser = clap::value_parser!(u32).range(2..))]
-    window: u32,
+    /// Tokens of a window, at least 2 [default: the task's, 2048 for perplexity]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(2..))]
+    window: Option<u32>,
     /// Score only the first N windows [default: all]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     windows: Option<u32>,
+    /// Folder of data sets (`gsm8k/test.jsonl`, `spider/...`), or the one file of the tasks jsonl, completion_nll and rolling
+    #[arg(long, value_name = "PATH")]
+    data: Option<PathBuf>,
+    /// Score only the first N items [default: all]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    limit: Option<u32>,
+    /// Most tokens of a generated answer [default: the task's, mostly 256]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    max_tokens: Option<u32>,
+    /// Text that ends a generated answer, beside those of the task; may be given several times
+    #[arg(long, value_name = "TEXT")]
+    stop: Vec<String>,
+    /// Continue the prompts of the task jsonl as they are instead of asking them as a chat
+    #[arg(long)]
+    plain: bool,
+    /// Write one JSON object for each item into this file
+    #[arg(long, value_name = "FILE")]
+    log_samples: Option<PathBuf>,
     /// Compare with this model (usually the original)
     #[arg(long, value_name = "MODEL")]
     reference: Option<String>,
@@ -50,10 +71,25 @@ pub fn execute(args: &EvalArgs, console: &Console) -> anyhow::Result<()> {
     let opened = super::open(&args.model, console)?;
     let reference = args.reference.as_deref().map(|source| super::open(source, console)).transpose()?;
     let device = tailorq::cpu();
+    let log = args.log_samples.as_deref().map(SampleLog::create).transpose()?;
+    let write = |record: &ItemRecord| {
+        if let Some(log) = &log {
+            log.write(record);
+        }
+    };
     let options = TaskOptions {
         text: text.as_deref(),
-        windows: WindowOptions { window: args.window as usize, windows: args.windows.map(|n| n as usize) },
+        window: args.window.map(|n| n as usize),
+        windows: args.windows.map(|n| n as usize),
         reference: reference.as_ref().map(|opened| subject(opened, device.as_ref())),
+        items: ItemOptions {
+            data: args.data.as_deref(),
+            limit: args.limit.map(|n| n as usize),
+            max_tokens: args.max_tokens.map(|n| n as usize),
+            stop: &args.stop,
+            plain: args.plain,
+            log: Some(&write),
+        },
     };
     let mut results = Vec::new();
     for task in tasks {
@@ -63,6 +99,9 @@ pub fn execute(args: &EvalArgs, console: &Console) -> anyhow::Result<()> {
             .with_context(|| format!("task {} on {}", task.name(), args.model))?;
         results.push((task.name(), result));
     }
+    if let Some(log) = log {
+        log.finish()?;
+    }
     for (_, result) in &results {
         if result.details.get("shortened") == Some(&Value::Bool(true)) {
             console.note("the text is shorter than a window: all of it was scored as one shorter window");
@@ -70,6 +109,35 @@ pub fn execute(args: &EvalArgs, console: &Console) -> anyhow::Result<()> {
     }
     console.object(&object(&args.model, &results))?;
     console.text(&table(&args.model, &results))
+}
+
+/// A file that gets a line for each item. Writing cannot fail where items are scored, so a failure is kept for the end.
+struct SampleLog {
+    path: PathBuf,
+    file: RefCell<BufWriter<File>>,
+    failure: RefCell<Option<std::io::Error>>,
+}
+
+impl SampleLog {
+    fn create(path: &Path) -> anyhow::Result<Self> {
+        let file = File::create(path).with_context(|| format!("cannot write {}", path.display()))?;
+        Ok(SampleLog { path: path.to_owned(), file: RefCell::new(BufWriter::new(file)), failure: RefCell::new(None) })
+    }
+
+    fn write(&self, record: &ItemRecord) {
+        let line = serde_json::to_string(record).map_err(std::io::Error::from);
+        let written = line.and_then(|line| writeln!(self.file.borrow_mut(), "{line}"));
+        if let Err(error) = written {
+            self.failure.borrow_mut().get_or_insert(error);
+        }
+    }
+
+    fn finish(self) -> anyhow::Result<()> {
+        let failed = self.failure.into_inner().map_or(Ok(()), Err);
+        failed
+            .and_then(|()| self.file.into_inner().flush())
+            .with_context(|| format!("cannot write {}", self.path.display()))
+    }
 }
 
 fn subject<'a>(opened: &'a OpenedModel, device: &'a dyn Device) -> Subject<'a> {
@@ -109,6 +177,17 @@ fn object(model: &str, results: &[(&str, TaskResult)]) -> Value {
     object.into()
 }
 
+/// Metrics in the harness' notation, with their standard errors: `exact_match,strict-match` and
+/// `exact_match_stderr,strict-match`.
+fn metrics<'a>(result: &'a TaskResult) -> Vec<(&'a str, f64, f64)> {
+    let stderr = |key: &str| {
+        let (metric, filter) = key.split_once(',')?;
+        result.details.get(&format!("{metric}_stderr,{filter}"))?.as_f64()
+    };
+    let metric = |(key, value): (&'a String, &Value)| Some((key.as_str(), value.as_f64()?, stderr(key)?));
+    result.details.iter().filter_map(metric).collect()
+}
+
 fn table(model: &str, results: &[(&str, TaskResult)]) -> String {
     let mut text = format!("{model}\n");
     for (name, result) in results {
@@ -119,6 +198,9 @@ fn table(model: &str, results: &[(&str, TaskResult)]) -> String {
             notes.push(format!("{windows} window{plural} of {window} tokens"));
         }
         text.push_str(&format!("  {name:<18}{:>12.4}   ({})\n", result.value, notes.join(", ")));
+        for (metric, value, stderr) in metrics(result) {
+            text.push_str(&format!("    {metric:<32}{value:>12.4} ± {stderr:.4}\n"));
+        }
         let Some(divergence) = result.details.get("divergence") else { continue };
         let number = |key: &str| divergence.get(key).and_then(Value::as_f64).unwrap_or(f64::NAN);
         let reference = divergence.get("reference").and_then(Value::as_str).unwrap_or_default();

@@ -1,0 +1,221 @@
+//! How surprised a model is by the right answers: the mean negative log-likelihood of a token of a completion, given its
+//! prompt through the chat template.
+//!
+//! Cheap and smooth: one pass an item, no generation, and a small change of the model is a small change of the value, which
+//! makes it the measure by which quantized models are compared first.
+
+use crate::completion::scored_completion;
+use crate::error::EvalError;
+use crate::generation::{Question, data_file, limited};
+use crate::items::{ItemRecord, read_rows};
+use crate::scored::{check_tokens, target_nlls};
+use crate::task::{Progress, Subject, Task, TaskOptions, TaskResult};
+use regex::Regex;
+use serde_json::Map;
+use std::sync::LazyLock;
+use tailorq_model::ChatMessage;
+
+static CALCULATOR: LazyLock<Regex> =
+    LazyLock::new(|| Regex::new("<<[^>]*>>").expect("the pattern is a constant that compiles"));
+
+/// A GSM8K solution without the calculator marks `<<48/2=24>>` that its training items carry.
+pub(crate) fn without_calculator_marks(solution: &str) -> String {
+    CALCULATOR.replace_all(solution, "").into_owned()
+}
+
+/// One item's share.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct CompletionNll {
+    /// Sum over the completion's tokens, in nats.
+    pub(crate) nll: f64,
+    /// Tokens of the completion that were scored.
+    pub(crate) tokens: usize,
+    /// Tokens cut from the start of the prompt, because prompt and completion did not fit the context.
+    pub(crate) cut_tokens: usize,
+}
+
+/// The mean over all tokens of all items.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct MeanNll {
+    /// Nats a token: all items' sums over all items' tokens.
+    pub(crate) value: f64,
+    /// Standard error over items (they are what was sampled): that of a ratio of two sums, linearized.
+    pub(crate) stderr: f64,
+    /// Tokens scored.
+    pub(crate) tokens: usize,
+    /// Items scored.
+    pub(crate) items: usize,
+}
+
+/// Scores one item: `completion` after the turns `before`. `item` is what a failure is told with.
+pub(crate) fn completion_nll(
+    subject: &Subject<'_>,
+    before: &[ChatMessage],
+    completion: &str,
+    item: usize,
+) -> Result<CompletionNll, EvalError> {
+    let scored = scored_completion(subject, before, completion)?;
+    let (context, tokens) = (subject.model.config.max_positions, scored.completion.len());
+    if tokens == 0 || scored.prompt.is_empty() {
+        return Err(EvalError::TextTooShort { tokens: scored.prompt.len() + tokens });
+    }
+    let mut inputs = scored.prompt;
+    inputs.extend_from_slice(&scored.completion[..tokens - 1]);
+    check_tokens(subject, &inputs)?;
+    check_tokens(subject, &scored.completion[tokens - 1..])?;
+    // As in the harness: what does not fit is lost at the start, and a completion longer than the context with it.
+    let cut_tokens = inputs.len().saturating_sub(context);
+    let inputs = &inputs[cut_tokens..];
+    let targets = &scored.completion[tokens.saturating_sub(inputs.len())..];
+    let first = inputs.len() - targets.len();
+    let nlls = target_nlls(subject, inputs, first, targets, item)?;
+    Ok(CompletionNll { nll: nlls.iter().sum(), tokens: targets.len(), cut_tokens })
+}
+
+/// The mean over items, or `None` without items.
+pub(crate) fn mean_nll(items: &[CompletionNll]) -> Option<MeanNll> {
+    let tokens: usize = items.iter().map(|i| i.tokens).sum();
+    if tokens == 0 {
+        return None;
+    }
+    let value = items.iter().map(|i| i.nll).sum::<f64>() / tokens as f64;
+    // Cochran 1977, Sampling Techniques, chapter 6, without the correction for a finite population.
+    let squares: f64 = items.iter().map(|i| (i.nll - value * i.tokens as f64).powi(2)).sum();
+    let n = items.len() as f64;
+    let stderr = if items.len() > 1 { (squares * n / (n - 1.0)).sqrt() / tokens as f64 } else { 0.0 };
+    Some(MeanNll { value, stderr, tokens, items: items.len() })
+}
+
+/// `gsm8k_nll`.
+pub const GSM8K_NLL: &dyn Task = &NllTask { name: "gsm8k_nll", gsm8k: true };
+/// `completion_nll`.
+pub const COMPLETION_NLL: &dyn Task = &NllTask { name: "completion_nll", gsm8k: false };
+
+struct NllTask {
+    name: &'static str,
+    /// The test items of GSM8K without calculator marks, rather than a file as it is.
+    gsm8k: bool,
+}
+
+impl Task for NllTask {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn about(&self) -> &'static str {
+        if self.gsm8k {
+            "how surprised the model is by the solutions of grade school word problems"
+        } else {
+            "how surprised the model is by the completions of prompts of your own"
+        }
+    }
+
+    fn run(
+        &self,
+        subject: &Subject<'_>,
+        options: &TaskOptions<'_>,
+        progress: &mut Progress<'_>,
+    ) -> Result<TaskResult, EvalError> {
+        let data = data_file(self.name, options)?;
+        let path = if self.gsm8k && data.is_dir() { data.join("gsm8k/test.jsonl") } else { data.to_owned() };
+        let rows = limited(read_rows(&path)?, options);
+        let mut shares = Vec::with_capacity(rows.len());
+        for (index, row) in rows.iter().enumerate() {
+            crate::perplexity::report(progress, index, rows.len())?;
+            let fail =
+                |problem: &str| EvalError::Data { path: path.clone(), problem: format!("item {index} {problem}") };
+            let (before, mut completion) = Question::read_pair(row).map_err(|problem| fail(&problem))?;
+            if self.gsm8k {
+                completion = without_calculator_marks(&completion);
+            }
+            let share = completion_nll(subject, &before, &completion, index)?;
+            if let Some(log) = options.items.log {
+                let scores = [("nll", share.nll.into()), ("tokens", share.tokens.into())];
+                log(&ItemRecord {
+                    task: self.name,
+                    index,
+                    completion: None,
+                    prediction: None,
+                    gold: Some(completion),
+                    scores: scores.map(|(name, score)| (name.to_owned(), score)).into_iter().collect(),
+                });
+            }
+            shares.push(share);
+        }
+        crate::perplexity::report(progress, rows.len(), rows.len())?;
+        let mean = mean_nll(&shares).ok_or(EvalError::TextTooShort { tokens: 0 })?;
+        let mut details = Map::new();
+        details.insert("items".to_owned(), mean.items.into());
+        details.insert("nll,none".to_owned(), mean.value.into());
+        details.insert("nll_stderr,none".to_owned(), mean.stderr.into());
+        let cut = shares.iter().filter(|s| s.cut_tokens > 0).count();
+        details.insert("shortened_prompts".to_owned(), cut.into());
+        Ok(TaskResult { value: mean.value, tokens: mean.tokens, details })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::completion::user;
+    use tailorq_model::testing::TinyModel;
+    use tailorq_model::{Batch, ChatTemplate};
+
+    #[test]
+    fn the_answer_and_its_end_are_scored_after_the_generation_prompt() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut tiny = TinyModel::new("llama", 1).unwrap();
+        tiny.config.max_positions = 64;
+        tiny.write_directory(dir.path()).unwrap();
+        let mut opened = tailorq_model::open(dir.path().to_str().unwrap()).unwrap();
+        let device = tailorq_kernels::cpu();
+        let (model, tokenizer) = (opened.model.clone(), opened.tokenizer.clone());
+        let nll = |ids: &[u32], first: usize| -> f64 {
+            let logits = model.logits(device.as_ref(), &model.hidden(device.as_ref(), &Batch::new([ids]), None));
+            let at = |t: usize| {
+                let row: Vec<f64> = logits.row(t - 1).iter().map(|l| f64::from(*l)).collect();
+                row.iter().map(|l| l.exp()).sum::<f64>().ln() - row[ids[t] as usize]
+            };
+            (first..ids.len()).map(at).sum()
+        };
+        let check = |template: Option<&ChatTemplate>, question: &str, whole: &str, tokens: usize, cut: usize| {
+            let subject =
+                Subject { name: "tiny", model: &model, tokenizer: &tokenizer, template, device: device.as_ref() };
+            let found = completion_nll(&subject, &[user(question)], "It is 4.", 0).unwrap();
+            let ids = tokenizer.encode(whole, false).unwrap();
+            let expected = nll(&ids[cut..], ids.len() - cut - tokens);
+            assert_eq!((found.tokens, found.cut_tokens), (tokens, cut), "{whole}");
+            assert!((found.nll / expected - 1.0).abs() < 1e-5, "{} {expected}", found.nll);
+        };
+        let template = opened.template.take().unwrap();
+        let chat = "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\nIt is 4.<|im_end|>";
+        // A byte is a token here: eight, and the one that ends the turn.
+        check(Some(&template), "2+2?", chat, 9, 0);
+        check(None, "2+2?", "2+2?\nIt is 4.", 8, 0);
+        // 101 tokens, of which the last is not read.
+        let long = chat.replace("2+2?", &"2".repeat(73));
+        check(Some(&template), &"2".repeat(73), &long, 9, 101 - 1 - 64);
+    }
+
+    #[test]
+    fn calculator_marks_go() {
+        assert_eq!(
+            without_calculator_marks("48/2 = <<48/2=24>>24 and <<24+1=25>>25\n#### 25"),
+            "48/2 = 24 and 25\n#### 25"
+        );
+        assert_eq!(without_calculator_marks("a << b"), "a << b");
+    }
+
+    #[test]
+    fn items_of_equal_length_have_the_standard_error_of_a_mean() {
+        let item = |nll| CompletionNll { nll, tokens: 4, cut_tokens: 0 };
+        let mean = mean_nll(&[item(4.0), item(8.0), item(12.0)]).unwrap();
+        // Means of items 1, 2, 3: standard deviation 1.
+        assert!((mean.value - 2.0).abs() < 1e-12 && (mean.stderr - 1.0 / 3f64.sqrt()).abs() < 1e-12);
+        assert_eq!((mean.tokens, mean.items), (12, 3));
+        let long = CompletionNll { nll: 9.0, tokens: 8, cut_tokens: 0 };
+        assert!((mean_nll(&[item(3.0), long]).unwrap().value - 1.0).abs() < 1e-12, "every token weighs the same");
+        assert_eq!(mean_nll(&[item(3.0)]).unwrap().stderr, 0.0);
+        assert!(mean_nll(&[]).is_none());
+    }
+}

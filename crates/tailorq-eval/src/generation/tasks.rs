@@ -1,0 +1,270 @@
+//! The generated tasks as [`Task`]s.
+
+use super::gsm8k::Style;
+use super::jsonl::Question;
+use super::spider::Databases;
+use super::{Answered, Ending, Exercise, Judgement, MAX_TOKENS, answer};
+use crate::error::EvalError;
+use crate::items::{ItemRecord, Row, first_present, mean_and_stderr, read_rows, text};
+use crate::mersenne::PythonRandom;
+use crate::sql::{Hardness, SqlLimits};
+use crate::task::{Progress, Subject, Task, TaskOptions, TaskResult};
+use serde_json::{Map, json};
+use std::path::{Path, PathBuf};
+
+/// The seed of the harness' few-shot sampler.
+const FEWSHOT_SEED: u32 = 1234;
+/// Few-shot examples of `gsm8k`.
+const SHOTS: usize = 5;
+
+/// `gsm8k`.
+pub const GSM8K: &dyn Task = &Gsm8k { name: "gsm8k", style: Style::FiveShot };
+/// `gsm8k_cot`.
+pub const GSM8K_COT: &dyn Task = &Gsm8k { name: "gsm8k_cot", style: Style::ChainOfThought };
+/// `gsm8k_chat`.
+pub const GSM8K_CHAT: &dyn Task = &Gsm8k { name: "gsm8k_chat", style: Style::Chat };
+/// `spider`.
+pub const SPIDER: &dyn Task = &Spider;
+/// `jsonl`.
+pub const JSONL: &dyn Task = &Jsonl;
+
+struct Gsm8k {
+    name: &'static str,
+    style: Style,
+}
+
+impl Task for Gsm8k {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn about(&self) -> &'static str {
+        match self.style {
+            Style::FiveShot => "grade school word problems after five random worked examples",
+            Style::ChainOfThought => "the same after eight fixed examples",
+            Style::Chat => "the same as a chat, without examples",
+        }
+    }
+
+    fn run(
+        &self,
+        subject: &Subject<'_>,
+        options: &TaskOptions<'_>,
+        progress: &mut Progress<'_>,
+    ) -> Result<TaskResult, EvalError> {
+        let folder = data_folder(self.name, options)?.join("gsm8k");
+        let path = folder.join("test.jsonl");
+        let rows = limited(read_rows(&path)?, options);
+        let (pool_path, pool) = match self.style {
+            Style::FiveShot => read_pool(&folder)?,
+            Style::ChainOfThought | Style::Chat => (path.clone(), Vec::new()),
+        };
+        let mut random = PythonRandom::new(FEWSHOT_SEED);
+        let mut exercises = Vec::with_capacity(rows.len());
+        for (index, row) in rows.iter().enumerate() {
+            let mut shots = Vec::new();
+            if self.style == Style::FiveShot {
+                // Drawn for every item in turn, so that an item's examples depend on its place alone.
+                for at in random.sample(pool.len(), SHOTS) {
+                    shots.push((
+                        text(&pool[at], "question", &pool_path, at)?,
+                        text(&pool[at], "answer", &pool_path, at)?,
+                    ));
+                }
+            }
+            let (question, solution) = (text(row, "question", &path, index)?, text(row, "answer", &path, index)?);
+            let style = self.style;
+            exercises.push(Exercise {
+                index,
+                prompt: style.prompt(&shots, question),
+                judge: Box::new(move |completion| Ok(style.judge(completion, solution))),
+            });
+        }
+        let max_tokens = if self.style == Style::Chat { 2 * MAX_TOKENS } else { MAX_TOKENS };
+        let ending = ending(options, max_tokens, self.style.stop());
+        Ok(scored(self.name, run(self.name, subject, &exercises, &ending, options, progress)?))
+    }
+}
+
+/// The training items from which examples are drawn.
+fn read_pool(folder: &Path) -> Result<(PathBuf, Vec<Row>), EvalError> {
+    let path = first_present(folder, &["train.jsonl", "calib.jsonl"]);
+    let pool = read_rows(&path)?;
+    if pool.len() < SHOTS {
+        let problem = format!("holds {} items, and {SHOTS} examples are drawn from them", pool.len());
+        return Err(EvalError::Data { path, problem });
+    }
+    Ok((path, pool))
+}
+
+struct Spider;
+
+impl Task for Spider {
+    fn name(&self) -> &'static str {
+        "spider"
+    }
+
+    fn about(&self) -> &'static str {
+        "questions about databases, answered by SQL that is run"
+    }
+
+    fn run(
+        &self,
+        subject: &Subject<'_>,
+        options: &TaskOptions<'_>,
+        progress: &mut Progress<'_>,
+    ) -> Result<TaskResult, EvalError> {
+        let folder = data_folder(self.name(), options)?.join("spider");
+        let path = folder.join("test.jsonl");
+        let rows = limited(read_rows(&path)?, options);
+        let databases = Databases::open(&folder)?;
+        let mut exercises = Vec::with_capacity(rows.len());
+        let mut classes = Vec::with_capacity(rows.len());
+        for (index, row) in rows.iter().enumerate() {
+            let field = |key| text(row, key, &path, index);
+            let (db_id, question, gold) = (field("db_id")?, field("question")?, field("query")?);
+            let databases = &databases;
+            classes.push(Hardness::of(gold));
+            exercises.push(Exercise {
+                index,
+                prompt: databases.prompt(db_id, question)?,
+                judge: Box::new(move |completion| {
+                    Ok(databases.judge(db_id, gold, completion, false, SqlLimits::default())?)
+                }),
+            });
+        }
+        let answers = run(self.name(), subject, &exercises, &ending(options, MAX_TOKENS, &[]), options, progress)?;
+        let by_class: Map<_, _> = (Hardness::ALL.iter())
+            .filter_map(|class| {
+                let of_class = answers.iter().filter(|a| classes[a.index] == *class);
+                let values: Vec<f64> = of_class.map(|a| a.judgement.scores[0].1).collect();
+                let (mean, stderr) = mean_and_stderr(&values);
+                let entry = json!({"execution_accuracy": mean, "stderr": stderr, "items": values.len()});
+                (!values.is_empty()).then(|| (class.name().to_owned(), entry))
+            })
+            .collect();
+        let mut result = scored(self.name(), answers);
+        result.details.insert("by_hardness".to_owned(), by_class.into());
+        Ok(result)
+    }
+}
+
+struct Jsonl;
+
+impl Task for Jsonl {
+    fn name(&self) -> &'static str {
+        "jsonl"
+    }
+
+    fn about(&self) -> &'static str {
+        "prompts and answers of your own: exact match and F1 of words, or the letter of an option"
+    }
+
+    fn run(
+        &self,
+        subject: &Subject<'_>,
+        options: &TaskOptions<'_>,
+        progress: &mut Progress<'_>,
+    ) -> Result<TaskResult, EvalError> {
+        let path = data_file(self.name(), options)?;
+        let rows = limited(read_rows(path)?, options);
+        let mut questions = Vec::with_capacity(rows.len());
+        for (index, row) in rows.iter().enumerate() {
+            let question = Question::read(row).map_err(|problem| EvalError::Data {
+                path: path.to_owned(),
+                problem: format!("item {index} {problem}"),
+            })?;
+            questions.push(question);
+        }
+        let with_options = questions.iter().filter(|q| q.n_options > 0).count();
+        if with_options > 0 && with_options < questions.len() {
+            let problem = "mixes items with options and items without: put them into two files".to_owned();
+            return Err(EvalError::Data { path: path.to_owned(), problem });
+        }
+        let chat = !options.items.plain;
+        let exercises: Vec<Exercise<'_>> = (questions.iter().enumerate())
+            .map(|(index, question)| Exercise {
+                index,
+                prompt: question.prompt(chat),
+                judge: Box::new(move |completion| Ok(question.judge(completion))),
+            })
+            .collect();
+        let ending = ending(options, MAX_TOKENS, &[]);
+        Ok(scored(self.name(), run(self.name(), subject, &exercises, &ending, options, progress)?))
+    }
+}
+
+/// The folder of data sets.
+fn data_folder<'a>(task: &'static str, options: &TaskOptions<'a>) -> Result<&'a Path, EvalError> {
+    let input = "a folder of data sets (--data DIR)";
+    options.items.data.ok_or(EvalError::MissingInput { task, input })
+}
+
+/// The one file of items.
+pub(crate) fn data_file<'a>(task: &'static str, options: &TaskOptions<'a>) -> Result<&'a Path, EvalError> {
+    let input = "a file of items (--data FILE.jsonl)";
+    options.items.data.ok_or(EvalError::MissingInput { task, input })
+}
+
+/// The first items, as many as asked for.
+pub(crate) fn limited(mut rows: Vec<Row>, options: &TaskOptions<'_>) -> Vec<Row> {
+    rows.truncate(options.items.limit.unwrap_or(usize::MAX));
+    rows
+}
+
+fn ending(options: &TaskOptions<'_>, max_tokens: usize, stop: &[&str]) -> Ending {
+    let mut stop: Vec<String> = stop.iter().map(|s| (*s).to_owned()).collect();
+    stop.extend_from_slice(options.items.stop);
+    Ending { max_tokens: options.items.max_tokens.unwrap_or(max_tokens), stop }
+}
+
+fn run(
+    task: &'static str,
+    subject: &Subject<'_>,
+    exercises: &[Exercise<'_>],
+    ending: &Ending,
+    options: &TaskOptions<'_>,
+    progress: &mut Progress<'_>,
+) -> Result<Vec<Answered>, EvalError> {
+    let answers = answer(subject, exercises, ending, &mut |done, total, _| progress(done, total))?;
+    if let Some(log) = options.items.log {
+        // Items are finished in no particular order, and a log should be the same every time.
+        answers.iter().for_each(|answered| log(&record(task, answered)));
+    }
+    Ok(answers)
+}
+
+fn record(task: &'static str, answered: &Answered) -> ItemRecord {
+    let Judgement { prediction, gold, scores } = &answered.judgement;
+    ItemRecord {
+        task,
+        index: answered.index,
+        completion: Some(answered.completion.text.clone()),
+        prediction: Some(prediction.clone()),
+        gold: Some(gold.clone()),
+        scores: scores.iter().map(|(name, score)| ((*name).to_owned(), (*score).into())).collect(),
+    }
+}
+
+/// The mean of every score with its standard error; the first is the task's value.
+fn scored(task: &'static str, answers: Vec<Answered>) -> TaskResult {
+    let mut details = Map::new();
+    details.insert("alias".to_owned(), task.into());
+    details.insert("items".to_owned(), answers.len().into());
+    let names: Vec<&'static str> =
+        answers.first().map(|a| a.judgement.scores.iter().map(|s| s.0).collect()).unwrap_or_default();
+    let mut value = f64::NAN;
+    for (at, name) in names.iter().enumerate() {
+        let values: Vec<f64> = answers.iter().map(|a| a.judgement.scores[at].1).collect();
+        let (mean, stderr) = mean_and_stderr(&values);
+        if at == 0 {
+            value = mean;
+        }
+        let (metric, filter) = name.split_once(',').unwrap_or((name, "none"));
+        details.insert((*name).to_owned(), mean.into());
+        details.insert(format!("{metric}_stderr,{filter}"), stderr.into());
+    }
+    let cut = answers.iter().filter(|a| a.completion.cut_tokens > 0).count();
+    details.insert("shortened_prompts".to_owned(), cut.into());
+    TaskResult { value, tokens: answers.iter().map(|a| a.completion.tokens.len()).sum(), details }
+}
