@@ -163,6 +163,26 @@ fn eval_measures_and_compares() {
 }
 
 #[test]
+fn eval_asks_and_logs_every_item() {
+    let place = Place::new();
+    place.write("items.jsonl", "{\"prompt\": \"a?\", \"answer\": \"a\"}\n{\"prompt\": \"b?\", \"answer\": \"b\"}\n");
+    let args = ["eval", "model-1", "--tasks", "jsonl,completion_nll", "--data", "items.jsonl", "--max-tokens", "4"];
+    let object = place.json(&[&args[..], &["--log-samples", "log.jsonl"]].concat());
+    assert_eq!(object["results"]["jsonl"]["items"], 2);
+    assert!(object["results"]["completion_nll"]["nll,none"].as_f64().unwrap() > 0.0);
+    let log = std::fs::read_to_string(place.path("log.jsonl")).unwrap();
+    let lines: Vec<Value> = log.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    let seen: Vec<_> = lines.iter().map(|l| (l["task"].as_str().unwrap(), l["index"].as_u64().unwrap())).collect();
+    assert_eq!(seen, [("jsonl", 0), ("jsonl", 1), ("completion_nll", 0), ("completion_nll", 1)]);
+    assert!(lines[0]["completion"].is_string() && lines[0]["gold"] == "a");
+    let table = text(&place.run(&[&args[..], &["--limit", "1"]].concat()).stdout);
+    assert!(table.contains("exact_match,none") && table.contains("f1,none"), "{table}");
+    place.fails(2, &["eval", "model-1", "--tasks", "gsm8k"], &["gsm8k", "--data"]);
+    place.fails(1, &["eval", "model-1", "--tasks", "gsm8k", "--data", "gone"], &["gone"]);
+    place.fails(1, &[&args[..], &["--log-samples", "gone/log.jsonl"]].concat(), &["gone/log.jsonl"]);
+}
+
+#[test]
 fn inspect_counts_bytes() {
     let place = Place::new();
     let object = place.json(&["inspect", "model-1"]);
