@@ -177,6 +177,8 @@ fn eval_asks_and_logs_every_item() {
     assert!(lines[0]["completion"].is_string() && lines[0]["gold"] == "a");
     let table = text(&place.run(&[&args[..], &["--limit", "1"]].concat()).stdout);
     assert!(table.contains("exact_match,none") && table.contains("f1,none"), "{table}");
+    let help = text(&place.run(&["eval", "--help"]).stdout);
+    assert!(help.contains("gsm8k_cot") && help.contains("perplexity_llamacpp"), "the help names every task: {help}");
     place.fails(2, &["eval", "model-1", "--tasks", "gsm8k"], &["gsm8k", "--data"]);
     place.fails(1, &["eval", "model-1", "--tasks", "gsm8k", "--data", "gone"], &["gone"]);
     place.fails(1, &[&args[..], &["--log-samples", "gone/log.jsonl"]].concat(), &["gone/log.jsonl"]);

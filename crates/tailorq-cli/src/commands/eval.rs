@@ -12,17 +12,15 @@ use std::path::{Path, PathBuf};
 use tailorq::{Device, OpenedModel};
 use tailorq_eval::{ItemOptions, ItemRecord, Subject, Task, TaskOptions, TaskResult, task};
 
-/// Measure a model: perplexity on a text, and how far it is from a reference.
+/// Measure a model by tasks: perplexity on a text, answers to a data set's questions, likelihoods of your own completions.
 ///
 /// Perplexity follows the definition of papers on quantization: the text is one stream of tokens, cut into windows
 /// without overlap (a shorter rest is dropped), each scored on its own; the value is exp of the mean negative
 /// log-likelihood. With `--reference`, the mean KL divergence of the model's predictions from the reference's (in nats a
-/// token) and the share of tokens on which both find the same word most likely, over the same tokens.
+/// token) and the share of tokens on which both find the same word most likely, over the same tokens. The rules of all
+/// tasks are in docs/evaluation.md.
 #[derive(Args)]
-#[command(after_help = "Examples:
-  tailorq eval ./my-model --task perplexity --text wiki.test.raw
-  tailorq eval ./my-model --text wiki.test.raw --window 1024 --windows 8 --json
-  tailorq eval ./my-model --text held-out.txt --reference original.gguf")]
+#[command(after_help = after_help())]
 pub struct EvalArgs {
     /// Directory, GGUF file or hub id
     model: String,
@@ -59,6 +57,20 @@ pub struct EvalArgs {
     /// Compare with this model (usually the original)
     #[arg(long, value_name = "MODEL")]
     reference: Option<String>,
+}
+
+fn after_help() -> String {
+    let mut help = String::from("Tasks:\n");
+    for task in task::ALL {
+        help.push_str(&format!("  {:<20} {}\n", task.name(), task.about()));
+    }
+    help + "
+Examples:
+  tailorq eval ./my-model --task perplexity --text wiki.test.raw
+  tailorq eval ./my-model --text wiki.test.raw --window 1024 --windows 8 --json
+  tailorq eval ./my-model --text held-out.txt --reference original.gguf
+  tailorq eval ./my-model --tasks gsm8k_nll,gsm8k,spider --data data --limit 200 --log-samples items.jsonl
+  tailorq eval ./my-model --tasks jsonl --data mine.jsonl --max-tokens 32 --stop $'\\n'"
 }
 
 /// Runs the command.
