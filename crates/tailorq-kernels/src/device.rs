@@ -49,6 +49,75 @@ pub struct AttentionSpan<'a> {
     pub past: usize,
 }
 
+/// Queries, keys and values of fresh sequences (no cache), one row a token.
+#[derive(Clone, Copy, Debug)]
+pub struct Heads<'a> {
+    /// `[n, heads * head_dim]`.
+    pub q: &'a [f32],
+    /// `[n, kv_heads * head_dim]`.
+    pub k: &'a [f32],
+    /// `[n, kv_heads * head_dim]`.
+    pub v: &'a [f32],
+}
+
+/// Gradients of [`Heads`], of the same shapes.
+#[derive(Debug)]
+pub struct HeadsMut<'a> {
+    /// `[n, heads * head_dim]`.
+    pub q: &'a mut [f32],
+    /// `[n, kv_heads * head_dim]`.
+    pub k: &'a mut [f32],
+    /// `[n, kv_heads * head_dim]`.
+    pub v: &'a mut [f32],
+}
+
+/// What shall be summed of the gradients `G` (`[out, in]`, one a sample) of a weight. Matrices that are there have the
+/// weight's shape.
+#[derive(Debug, Default)]
+pub struct GradientSums<'a> {
+    /// The sum of `G`: the gradient of the samples together.
+    pub sum: Option<&'a mut Matrix>,
+    /// The sum of `|G|`, element by element.
+    pub absolute: Option<&'a mut Matrix>,
+    /// The sum of `G^2`, element by element.
+    pub square: Option<&'a mut Matrix>,
+}
+
+/// The sum of exponentials of what was seen so far of a row: `sum exp(x) = sum * exp(max)`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct LogSumExp {
+    /// The largest element.
+    pub max: f32,
+    /// The sum of `exp(x - max)`.
+    pub sum: f64,
+}
+
+impl Default for LogSumExp {
+    /// Nothing was seen.
+    fn default() -> Self {
+        LogSumExp { max: f32::NEG_INFINITY, sum: 0.0 }
+    }
+}
+
+impl LogSumExp {
+    /// `ln sum exp(x)`.
+    pub fn value(self) -> f64 {
+        f64::from(self.max) + self.sum.ln()
+    }
+
+    /// Takes in further elements whose largest is `max` and whose `sum exp(x - max)` is `sum`.
+    pub(crate) fn merge(&mut self, max: f32, sum: f64) {
+        let larger = self.max.max(max);
+        if larger == f32::NEG_INFINITY {
+            // Nothing yet, or only infinitely small elements: their sum is what it was.
+            self.sum += sum;
+            return;
+        }
+        let part = |max: f32, sum: f64| if sum == 0.0 { 0.0 } else { sum * f64::from(max - larger).exp() };
+        *self = LogSumExp { max: larger, sum: part(self.max, self.sum) + part(max, sum) };
+    }
+}
+
 /// The operations of a language model and of its quantization. Shapes are checked by assertion: a wrong one is a bug.
 pub trait Device: Send + Sync {
     /// For reports: `reference`, `cpu avx512`, ...
@@ -81,6 +150,56 @@ pub trait Device: Send + Sync {
 
     /// `y += x`.
     fn add(&self, x: &[f32], y: &mut [f32]);
+
+    /// `dx[n, in] += dy[n, rows.len()] W[rows]`: what the chosen output rows of a linear pass back to its input.
+    fn linear_backward_rows(&self, dy: &[f32], w: &Weight, rows: Range<usize>, dx: &mut [f32]);
+
+    /// `dx[n, in] += dy[n, out] W`.
+    fn linear_backward(&self, dy: &[f32], w: &Weight, dx: &mut [f32]) {
+        self.linear_backward_rows(dy, w, 0..w.rows(), dx);
+    }
+
+    /// The weight gradients of a linear, one a span of rows (a sample): `G = dy[span]^T x[span]`, each taken into the
+    /// sums in the order of the spans. `dy` is `[n, out]`, `x` is `[n, in]`; no gradient is held whole.
+    fn weight_gradients(&self, dy: &[f32], x: &[f32], spans: &[Range<usize>], sums: GradientSums<'_>);
+
+    /// `dx += ` the gradient of [`Device::rms_norm`] with respect to its input `x`, where `dy` is that of its output.
+    fn rms_norm_backward(&self, x: &[f32], weight: &[f32], eps: f32, dy: &[f32], dx: &mut [f32]);
+
+    /// The transpose of [`Device::rope`], in place: gradients of rotated heads become gradients of plain ones.
+    fn rope_backward(&self, dx: &mut [f32], table: &RopeTable, positions: &[u32]);
+
+    /// Gradients of [`Device::attention`] over spans without a past, where `dy` is that of its output. Every row of a
+    /// span is replaced in `gradients`; rows of no span keep what they had.
+    fn attention_backward(
+        &self,
+        shape: AttentionShape,
+        heads: Heads<'_>,
+        spans: &[Range<usize>],
+        dy: &[f32],
+        gradients: HeadsMut<'_>,
+    );
+
+    /// Replaces gate and up (both before [`Device::swiglu`]) by their gradients, where `dy` is that of `silu(gate) * up`.
+    fn swiglu_backward(&self, dy: &[f32], gate: &mut [f32], up: &mut [f32]);
+
+    /// Takes a chunk of each row's logits into the row's sum of exponentials. `logits` is `[sums.len(), any width]`.
+    fn log_sum_exp(&self, logits: &[f32], sums: &mut [LogSumExp]);
+
+    /// `logits = weights[r] * exp(logits - log_sums[r])`: weighted probabilities, of which cross-entropy's gradient lacks
+    /// only the `-weights[r]` at the target. `logits` is `[weights.len(), any width]`, any chunk of the vocabulary.
+    fn softmax_weighted(&self, weights: &[f32], log_sums: &[f64], logits: &mut [f32]);
+
+    /// The Kullback-Leibler divergence of a chunk of the vocabulary from the same chunk of a reference, each given as
+    /// (logits, log-sums of the rows): with `p` the probabilities of the reference and `q` those of the logits,
+    /// `divergences[r] += sum p ln(p / q)` and `logits = weights[r] * (q - p)`, the gradient of the weighted divergence.
+    fn divergence_backward(
+        &self,
+        weights: &[f32],
+        reference: (&[f32], &[f64]),
+        logits: (&mut [f32], &[f64]),
+        divergences: &mut [f64],
+    );
 
     /// `H += X^T X` on the lower triangle (diagonal included) of the `[cols, cols]` matrix `h`; the strict upper triangle is
     /// left as it is. `x` is `[n, h.cols()]`.

@@ -1,4 +1,4 @@
-//! About twenty coarse operations, behind one trait: a scalar reference that defines each of them and the fast CPU device.
+//! About two dozen coarse operations, forward and backward, behind one trait: a scalar reference that defines each of them and the fast CPU device.
 //!
 //! Activations are `[tokens, width]` row-major f32. An operation's result depends on its inputs alone: work is cut into
 //! a fixed partition and each task runs sequentially, so that any number of threads gives the same bits.
@@ -8,7 +8,10 @@ mod device;
 mod reference;
 mod shapes;
 
-pub use device::{AttentionShape, AttentionSpan, Device, NotPositiveDefinite, RopeTable, Strided, StridedMut};
+pub use device::{
+    AttentionShape, AttentionSpan, Device, GradientSums, Heads, HeadsMut, LogSumExp, NotPositiveDefinite, RopeTable,
+    Strided, StridedMut,
+};
 
 use std::sync::Arc;
 

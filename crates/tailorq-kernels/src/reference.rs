@@ -3,7 +3,12 @@
 //! It is the truth that faster devices are measured against; nothing here is meant to be fast.
 #![forbid(unsafe_code)]
 
-use crate::{AttentionShape, AttentionSpan, Device, NotPositiveDefinite, RopeTable, Strided, StridedMut, shapes};
+mod backward;
+
+use crate::{
+    AttentionShape, AttentionSpan, Device, GradientSums, Heads, HeadsMut, LogSumExp, NotPositiveDefinite, RopeTable,
+    Strided, StridedMut, shapes,
+};
 use std::ops::Range;
 use tailorq_tensor::{Matrix, Weight};
 
@@ -95,6 +100,55 @@ impl Device for Reference {
         for (y, &x) in y.iter_mut().zip(x) {
             *y += x;
         }
+    }
+
+    fn linear_backward_rows(&self, dy: &[f32], w: &Weight, rows: Range<usize>, dx: &mut [f32]) {
+        backward::linear_rows(dy, w, rows, dx);
+    }
+
+    fn weight_gradients(&self, dy: &[f32], x: &[f32], spans: &[Range<usize>], sums: GradientSums<'_>) {
+        backward::weight_gradients(dy, x, spans, sums);
+    }
+
+    fn rms_norm_backward(&self, x: &[f32], weight: &[f32], eps: f32, dy: &[f32], dx: &mut [f32]) {
+        backward::rms_norm(x, weight, eps, dy, dx);
+    }
+
+    fn rope_backward(&self, dx: &mut [f32], table: &RopeTable, positions: &[u32]) {
+        backward::rope(dx, table, positions);
+    }
+
+    fn attention_backward(
+        &self,
+        shape: AttentionShape,
+        heads: Heads<'_>,
+        spans: &[Range<usize>],
+        dy: &[f32],
+        gradients: HeadsMut<'_>,
+    ) {
+        backward::attention(shape, &heads, spans, dy, gradients);
+    }
+
+    fn swiglu_backward(&self, dy: &[f32], gate: &mut [f32], up: &mut [f32]) {
+        backward::swiglu(dy, gate, up);
+    }
+
+    fn log_sum_exp(&self, logits: &[f32], sums: &mut [LogSumExp]) {
+        backward::log_sum_exp(logits, sums);
+    }
+
+    fn softmax_weighted(&self, weights: &[f32], log_sums: &[f64], logits: &mut [f32]) {
+        backward::softmax_weighted(weights, log_sums, logits);
+    }
+
+    fn divergence_backward(
+        &self,
+        weights: &[f32],
+        reference: (&[f32], &[f64]),
+        logits: (&mut [f32], &[f64]),
+        divergences: &mut [f64],
+    ) {
+        backward::divergence(weights, reference, logits, divergences);
     }
 
     fn gram(&self, x: &[f32], h: &mut Matrix) {

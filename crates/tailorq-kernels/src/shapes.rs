@@ -1,8 +1,8 @@
 //! The shape assertions of the operations, the same for every device. A shape that does not fit is a programming error.
 
-use crate::{AttentionShape, AttentionSpan, RopeTable};
+use crate::{AttentionShape, AttentionSpan, GradientSums, Heads, HeadsMut, RopeTable};
 use std::ops::Range;
-use tailorq_tensor::Weight;
+use tailorq_tensor::{Matrix, Weight};
 
 /// Tokens of a linear call.
 pub(crate) fn linear(x: &[f32], w: &Weight, bias: Option<&[f32]>, rows: &Range<usize>, y: &[f32]) -> usize {
@@ -16,6 +16,55 @@ pub(crate) fn linear(x: &[f32], w: &Weight, bias: Option<&[f32]>, rows: &Range<u
     assert_eq!(x.len(), n * w.cols(), "linear: x is [n, {}] and y is [n, {}]", w.cols(), rows.len());
     assert_eq!(y.len(), n * rows.len(), "linear: x is [n, {}] and y is [n, {}]", w.cols(), rows.len());
     n
+}
+
+/// Tokens of a backward call of a linear.
+pub(crate) fn linear_backward(dy: &[f32], w: &Weight, rows: &Range<usize>, dx: &[f32]) -> usize {
+    linear(dx, w, None, rows, dy)
+}
+
+/// `[out, in]` of a call for weight gradients; `None` when no sum is asked for.
+pub(crate) fn weight_gradients(
+    dy: &[f32],
+    x: &[f32],
+    spans: &[Range<usize>],
+    sums: &GradientSums<'_>,
+) -> Option<(usize, usize)> {
+    let all = [&sums.sum, &sums.absolute, &sums.square];
+    let mut shapes = all.into_iter().flatten().map(|m: &&mut Matrix| (m.rows(), m.cols()));
+    let (rows, cols) = shapes.next()?;
+    assert!(shapes.all(|shape| shape == (rows, cols)), "weight_gradients: sums of different shapes");
+    let n = spans.iter().map(|s| s.end).max().unwrap_or(0);
+    assert!(spans.iter().all(|s| s.start <= s.end), "weight_gradients: spans {spans:?}");
+    assert!(dy.len() >= n * rows && x.len() >= n * cols, "weight_gradients: a span ends after the last row");
+    assert_eq!(dy.len() * cols, x.len() * rows, "weight_gradients: dy is [n, {rows}] and x is [n, {cols}]");
+    Some((rows, cols))
+}
+
+/// Width of a chunk of logits of `rows` rows.
+pub(crate) fn logits(logits: &[f32], rows: usize) -> usize {
+    let width = logits.len() / rows.max(1);
+    assert_eq!(logits.len(), width * rows, "logits: {rows} rows of the same width");
+    width
+}
+
+/// Width of a chunk of logits with a weight and a log-sum for each row.
+pub(crate) fn softmax(weights: &[f32], log_sums: &[f64], chunk: &[f32]) -> usize {
+    assert_eq!(weights.len(), log_sums.len(), "logits: a weight and a log-sum for every row");
+    logits(chunk, weights.len())
+}
+
+/// Width of two chunks of logits, each with its log-sums.
+pub(crate) fn divergence(
+    weights: &[f32],
+    (reference, reference_log_sums): (&[f32], &[f64]),
+    (logits, log_sums): (&[f32], &[f64]),
+    divergences: &[f64],
+) -> usize {
+    assert_eq!(reference.len(), logits.len(), "divergence: logits of the reference have the same shape");
+    assert_eq!(divergences.len(), weights.len(), "divergence: one sum for every row");
+    softmax(weights, reference_log_sums, reference);
+    softmax(weights, log_sums, logits)
 }
 
 /// Checks lengths and ids of an embedding.
@@ -64,6 +113,31 @@ pub(crate) fn attention(shape: AttentionShape, q: &[f32], spans: &[AttentionSpan
         assert_eq!(span.keys.len(), expected, "attention: keys of span {:?} with {} before", span.rows, span.past);
         assert_eq!(span.values.len(), expected, "attention: values of span {:?} with {} before", span.rows, span.past);
     }
+}
+
+/// Checks the shapes of a backward attention call, and that the spans are disjoint; the rows.
+pub(crate) fn attention_backward(
+    shape: AttentionShape,
+    heads: &Heads<'_>,
+    spans: &[Range<usize>],
+    dy: &[f32],
+    gradients: &HeadsMut<'_>,
+) -> usize {
+    let kv_width = shape.kv_heads * shape.head_dim;
+    let keys_of = |rows: &Range<usize>| &heads.k[rows.start * kv_width..rows.end * kv_width];
+    let values_of = |rows: &Range<usize>| &heads.v[rows.start * kv_width..rows.end * kv_width];
+    let as_forward: Vec<_> = spans
+        .iter()
+        .map(|rows| AttentionSpan { rows: rows.clone(), keys: keys_of(rows), values: values_of(rows), past: 0 })
+        .collect();
+    attention(shape, heads.q, &as_forward, dy);
+    let n = heads.q.len() / (shape.heads * shape.head_dim);
+    assert_eq!(heads.k.len(), n * kv_width, "attention_backward: keys are [n, {kv_width}]");
+    assert_eq!(heads.v.len(), n * kv_width, "attention_backward: values are [n, {kv_width}]");
+    assert_eq!(gradients.q.len(), heads.q.len(), "attention_backward: gradients of queries");
+    assert_eq!(gradients.k.len(), heads.k.len(), "attention_backward: gradients of keys");
+    assert_eq!(gradients.v.len(), heads.v.len(), "attention_backward: gradients of values");
+    n
 }
 
 /// The keys that the query at absolute position `at` sees.

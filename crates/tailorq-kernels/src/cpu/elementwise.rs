@@ -7,7 +7,7 @@ use rayon::prelude::*;
 use tailorq_tensor::Weight;
 
 /// Elements a task.
-const CHUNK: usize = 1 << 14;
+pub(super) const CHUNK: usize = 1 << 14;
 
 /// Whole rows of `width` elements that make about one chunk.
 pub(super) fn rows_per_task(width: usize) -> usize {

@@ -16,7 +16,7 @@ per_isa! {
 ///
 /// Reduction by `n = round(x / ln 2)` with ln 2 in two parts, then the polynomial of Cephes' `expf` (Moshier).
 #[inline(always)]
-fn exp<S: Simd>(simd: S, x: S::F) -> S::F {
+pub(super) fn exp<S: Simd>(simd: S, x: S::F) -> S::F {
     let c = |value| simd.splat(value);
     // Outside these bounds the result is 0 or infinity anyway; within them the powers of two below exist.
     let x = simd.max(c(-104.0), simd.min(c(89.0), x));

@@ -4,6 +4,7 @@
 //! alone, and each part is computed by one thread from start to end.
 
 mod attention;
+mod backward;
 mod cholesky;
 mod dot;
 mod elementwise;
@@ -18,7 +19,10 @@ mod simd;
 mod tile;
 mod unpack;
 
-use crate::{AttentionShape, AttentionSpan, Device, NotPositiveDefinite, RopeTable, Strided, StridedMut};
+use crate::{
+    AttentionShape, AttentionSpan, Device, GradientSums, Heads, HeadsMut, LogSumExp, NotPositiveDefinite, RopeTable,
+    Strided, StridedMut,
+};
 use std::ops::Range;
 use tailorq_tensor::{Matrix, Weight};
 
@@ -52,7 +56,7 @@ impl Device for Cpu {
     }
 
     fn rope(&self, x: &mut [f32], table: &RopeTable, positions: &[u32]) {
-        rope::rope(self.isa, x, table, positions);
+        rope::rope(self.isa, x, table, positions, false);
     }
 
     fn attention(&self, shape: AttentionShape, q: &[f32], spans: &[AttentionSpan<'_>], y: &mut [f32]) {
@@ -65,6 +69,55 @@ impl Device for Cpu {
 
     fn add(&self, x: &[f32], y: &mut [f32]) {
         elementwise::add(x, y);
+    }
+
+    fn linear_backward_rows(&self, dy: &[f32], w: &Weight, rows: Range<usize>, dx: &mut [f32]) {
+        backward::linear::rows(self.isa, dy, w, rows, dx);
+    }
+
+    fn weight_gradients(&self, dy: &[f32], x: &[f32], spans: &[Range<usize>], sums: GradientSums<'_>) {
+        backward::linear::weight_gradients(self.isa, dy, x, spans, sums);
+    }
+
+    fn rms_norm_backward(&self, x: &[f32], weight: &[f32], eps: f32, dy: &[f32], dx: &mut [f32]) {
+        backward::elementwise::rms_norm(self.isa, x, weight, eps, dy, dx);
+    }
+
+    fn rope_backward(&self, dx: &mut [f32], table: &RopeTable, positions: &[u32]) {
+        rope::rope(self.isa, dx, table, positions, true);
+    }
+
+    fn attention_backward(
+        &self,
+        shape: AttentionShape,
+        heads: Heads<'_>,
+        spans: &[Range<usize>],
+        dy: &[f32],
+        gradients: HeadsMut<'_>,
+    ) {
+        backward::attention::attention(self.isa, shape, heads, spans, dy, gradients);
+    }
+
+    fn swiglu_backward(&self, dy: &[f32], gate: &mut [f32], up: &mut [f32]) {
+        backward::elementwise::swiglu(self.isa, dy, gate, up);
+    }
+
+    fn log_sum_exp(&self, logits: &[f32], sums: &mut [LogSumExp]) {
+        backward::logits::log_sum_exp(self.isa, logits, sums);
+    }
+
+    fn softmax_weighted(&self, weights: &[f32], log_sums: &[f64], logits: &mut [f32]) {
+        backward::logits::softmax_weighted(self.isa, weights, log_sums, logits);
+    }
+
+    fn divergence_backward(
+        &self,
+        weights: &[f32],
+        reference: (&[f32], &[f64]),
+        logits: (&mut [f32], &[f64]),
+        divergences: &mut [f64],
+    ) {
+        backward::logits::divergence(self.isa, weights, reference, logits, divergences);
     }
 
     fn gram(&self, x: &[f32], h: &mut Matrix) {
