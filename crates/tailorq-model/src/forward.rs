@@ -3,7 +3,8 @@
 use crate::kv::{BlockKv, KvCache};
 use crate::model::{Block, Linear, Model};
 use std::ops::Range;
-use tailorq_kernels::{AttentionShape, AttentionSpan, Device};
+use std::sync::Arc;
+use tailorq_kernels::{AttentionShape, AttentionSpan, Device, RopeTable};
 use tailorq_tensor::{InputGroup, Matrix, Slot};
 
 /// Words of the vocabulary whose logits are computed at once: with 2048 tokens, 32 MiB.
@@ -52,10 +53,21 @@ impl BlockStage<'_> {
 
     /// The mixed heads from the input of q, k and v: the input of o. Positions start at 0 in every span. `[n, heads * head_dim]`.
     pub fn attention_mix(&self, attention_input: &Matrix, spans: &[Range<usize>]) -> Matrix {
-        let (q, k, v) = self.rotated(attention_input, spans, |_| 0);
-        let width = k.cols();
-        let spans: Vec<_> = spans.iter().map(|rows| fresh_span(rows, width, &k, &v)).collect();
-        self.attend(&q, &spans)
+        let (q, k, v, _) = self.rotated(attention_input, spans, |_| 0);
+        self.mix(&[q, k, v], spans)
+    }
+
+    /// Queries, keys and values of fresh sequences, ready to be mixed; with them queries and keys as they were before
+    /// their norms, where the architecture has such.
+    pub(crate) fn heads(&self, x: &Matrix, spans: &[Range<usize>]) -> ([Matrix; 3], Option<[Matrix; 2]>) {
+        let (q, k, v, plain) = self.rotated(x, spans, |_| 0);
+        ([q, k, v], plain)
+    }
+
+    /// Attention of fresh sequences.
+    pub(crate) fn mix(&self, [q, k, v]: &[Matrix; 3], spans: &[Range<usize>]) -> Matrix {
+        let spans: Vec<_> = spans.iter().map(|rows| fresh_span(rows, k.cols(), k, v)).collect();
+        self.attend(q, &spans)
     }
 
     /// As [`BlockStage::attention_mix`], with one cache a span: its keys and values come first and grow by the new ones.
@@ -66,7 +78,7 @@ impl BlockStage<'_> {
         past: &[usize],
         caches: &mut [&mut BlockKv],
     ) -> Matrix {
-        let (q, k, v) = self.rotated(attention_input, spans, |span_idx| past[span_idx]);
+        let (q, k, v, _) = self.rotated(attention_input, spans, |span_idx| past[span_idx]);
         let width = k.cols();
         for (rows, cache) in spans.iter().zip(caches.iter_mut()) {
             cache.keys.extend_from_slice(&k.data()[rows.start * width..rows.end * width]);
@@ -115,39 +127,53 @@ impl BlockStage<'_> {
         self.add_mlp(&hidden, residual);
     }
 
-    /// Queries, keys and values, heads normalised (if the architecture does) and rotated; span `i` begins at position `first(i)`.
-    fn rotated(&self, x: &Matrix, spans: &[Range<usize>], first: impl Fn(usize) -> usize) -> (Matrix, Matrix, Matrix) {
+    /// Queries, keys and values, heads normalised (if the architecture does) and rotated; span `i` begins at position
+    /// `first(i)`. Last, queries and keys as they were before such norms.
+    fn rotated(
+        &self,
+        x: &Matrix,
+        spans: &[Range<usize>],
+        first: impl Fn(usize) -> usize,
+    ) -> (Matrix, Matrix, Matrix, Option<[Matrix; 2]>) {
         let (mut q, mut k, v) = (self.apply(Slot::Q, x), self.apply(Slot::K, x), self.apply(Slot::V, x));
-        if let Some((q_norm, k_norm)) = &self.block.qk_norm {
+        let plain = self.block.qk_norm.as_ref().map(|(q_norm, k_norm)| {
             // A head is a row of `head_dim` elements, so the norm of rows is the norm of heads.
             let eps = self.model.config.rms_eps;
-            for (heads, norm) in [(&mut q, q_norm), (&mut k, k_norm)] {
-                let before = heads.data().to_vec();
-                self.device.rms_norm(&before, norm, eps, heads.data_mut());
-            }
-        }
+            [(&mut q, q_norm), (&mut k, k_norm)].map(|(heads, norm)| {
+                let before = heads.clone();
+                self.device.rms_norm(before.data(), norm, eps, heads.data_mut());
+                before
+            })
+        });
         let positions = positions(x.rows(), spans, first);
-        let n_positions = positions.iter().max().map_or(0, |&p| p as usize + 1);
-        let table = self.model.rope.table(n_positions);
+        let table = self.rope_table(&positions);
         self.device.rope(q.data_mut(), &table, &positions);
         self.device.rope(k.data_mut(), &table, &positions);
-        (q, k, v)
+        (q, k, v, plain)
     }
 
-    fn attend(&self, q: &Matrix, spans: &[AttentionSpan<'_>]) -> Matrix {
+    /// Angles of all these positions.
+    pub(crate) fn rope_table(&self, positions: &[u32]) -> Arc<RopeTable> {
+        self.model.rope.table(positions.iter().max().map_or(0, |&p| p as usize + 1))
+    }
+
+    pub(crate) fn attention_shape(&self) -> AttentionShape {
         let config = &self.model.config;
-        let shape = AttentionShape {
+        AttentionShape {
             heads: config.n_heads,
             kv_heads: config.n_kv_heads,
             head_dim: config.head_dim,
             window: config.sliding_window,
-        };
+        }
+    }
+
+    fn attend(&self, q: &Matrix, spans: &[AttentionSpan<'_>]) -> Matrix {
         let mut y = Matrix::zeros(q.rows(), q.cols());
-        self.device.attention(shape, q.data(), spans, y.data_mut());
+        self.device.attention(self.attention_shape(), q.data(), spans, y.data_mut());
         y
     }
 
-    fn apply(&self, slot: Slot, x: &Matrix) -> Matrix {
+    pub(crate) fn apply(&self, slot: Slot, x: &Matrix) -> Matrix {
         apply_linear(self.device, self.block.linear(slot), x)
     }
 
@@ -171,7 +197,7 @@ fn fresh_span<'a>(rows: &Range<usize>, width: usize, k: &'a Matrix, v: &'a Matri
 }
 
 /// The position of every row: counted up from `first(i)` in span `i`.
-fn positions(n_rows: usize, spans: &[Range<usize>], first: impl Fn(usize) -> usize) -> Vec<u32> {
+pub(crate) fn positions(n_rows: usize, spans: &[Range<usize>], first: impl Fn(usize) -> usize) -> Vec<u32> {
     let mut positions = vec![0; n_rows];
     for (span_idx, rows) in spans.iter().enumerate() {
         for (i, position) in positions[rows.clone()].iter_mut().enumerate() {

@@ -1,6 +1,7 @@
-//! Language models as declarations: configuration, weights, tokenizer, chat template, forward.
+//! Language models as declarations: configuration, weights, tokenizer, chat template, forward, backward.
 
 pub mod arch;
+mod backward;
 mod config;
 mod error;
 mod forward;
@@ -8,17 +9,20 @@ mod kv;
 mod load;
 mod model;
 mod rope;
+mod tape;
 mod template;
 #[doc(hidden)]
 pub mod testing;
 mod tokenizer;
 
 pub use arch::{Architecture, Bias, LinearDecl};
+pub use backward::{LossGradient, Tap, Target, next_token_targets};
 pub use config::{ModelConfig, RopeScaling};
 pub use error::ModelError;
 pub use forward::{Batch, BlockStage};
 pub use kv::KvCache;
 pub use load::{ModelFiles, OpenedModel, open};
 pub use model::{Block, Linear, Model};
+pub use tape::{Spill, Tape, TapeError};
 pub use template::{ChatMessage, ChatTemplate};
 pub use tokenizer::Tokenizer;
