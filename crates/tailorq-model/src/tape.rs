@@ -81,6 +81,19 @@ impl<'s> Tape<'s> {
         }
     }
 
+    /// A copy of the matrix under `key`, which stays.
+    pub fn copy(&mut self, key: usize) -> Result<Matrix, TapeError> {
+        match &self.kept[&key] {
+            Kept::Memory(m) => Ok(m.clone()),
+            Kept::Spilled { rows, cols } => {
+                let mut m = Matrix::zeros(*rows, *cols);
+                let spill = self.spill.as_mut().expect("a spilled matrix has a place");
+                spill.get(key, m.data_mut())?;
+                Ok(m)
+            }
+        }
+    }
+
     fn forget(&mut self, key: usize) {
         if let Some(Kept::Memory(m)) = self.kept.remove(&key) {
             self.held -= size_of_val(m.data());

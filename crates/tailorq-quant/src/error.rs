@@ -1,5 +1,6 @@
 //! What can go wrong while quantizing: every message names the layer, the place in it and a remedy.
 
+use tailorq_model::TapeError;
 use tailorq_tensor::{LayerId, PackError};
 use thiserror::Error;
 
@@ -50,6 +51,25 @@ pub enum QuantError {
     /// There are no calibration tokens at all.
     #[error("the calibration data holds no tokens: give at least one sequence that is not empty")]
     NoCalibration,
+    /// The loss of the calibration data is NaN or infinite.
+    #[error(
+        "the loss on the calibration data is {loss}: activations overflowed; leave out the sequences that cause it"
+    )]
+    LossNotFinite {
+        /// The loss.
+        loss: f64,
+    },
+    /// Statistics of a layer hold NaN or infinity.
+    #[error(
+        "statistics of {layer} are not finite: activations or gradients overflowed on the calibration data; leave out the sequences that cause it"
+    )]
+    StatisticsNotFinite {
+        /// The layer.
+        layer: LayerId,
+    },
+    /// Block inputs could not be kept.
+    #[error(transparent)]
+    Tape(#[from] TapeError),
     /// The caller asked to stop.
     #[error("interrupted")]
     Interrupted,

@@ -1,7 +1,8 @@
 //! The workshop: from a dense weight and what calibration saw of its inputs to a packed matrix.
 //!
 //! `plan` says what each layer shall become, `quantize` holds the methods (one file each, listed in [`quantize::ALL`]),
-//! `calibrate` streams calibration sequences through the model block by block. No files and no datasets here: samples
+//! `calibrate` streams calibration sequences through the model block by block, `survey` gathers what they and the task's
+//! gradients say of every weight. No files and no datasets here: samples
 //! come in as token ids and layers go out as [`tailorq_tensor::PackedMatrix`].
 
 pub mod calibrate;
@@ -9,6 +10,7 @@ mod error;
 mod plan;
 pub mod quantize;
 mod simd;
+pub mod survey;
 
 pub use calibrate::{
     Activations, BlockQuantizer, KEPT_INPUT_BYTES, MICRO_BATCH_TOKENS, MicroBatch, QuantizedBlock, QuantizedLayer,

@@ -48,7 +48,7 @@ impl Activations {
 }
 
 /// Lays sequences together in order, up to [`MICRO_BATCH_TOKENS`].
-fn micro_batches(samples: &[Vec<u32>]) -> Vec<Batch> {
+pub(crate) fn micro_batches(samples: &[Vec<u32>]) -> Vec<Batch> {
     let mut batches = Vec::new();
     let mut open: Vec<&[u32]> = Vec::new();
     let mut n_tokens = 0;

@@ -3,5 +3,6 @@
 mod activations;
 mod block;
 
+pub(crate) use activations::micro_batches;
 pub use activations::{Activations, MICRO_BATCH_TOKENS, MicroBatch};
 pub use block::{BlockQuantizer, KEPT_INPUT_BYTES, QuantizedBlock, QuantizedLayer, advance};

@@ -1,0 +1,12 @@
+//! The survey: one pass over the calibration data that gathers what scores are made of, for the model as it is.
+//!
+//! Forward over all samples, block after block, keeping each block's input on a tape; then the loss; then backward, the
+//! last block first, each computed again from its input. When a block has seen all samples its statistics go to the
+//! caller and are forgotten, so that memory holds the statistics of one block, however many there are. Without
+//! anything that asks for gradients the forward pass is all there is, and blocks come first to last.
+
+mod run;
+mod stats;
+
+pub use run::{Loss, Summary, Survey, SurveySample};
+pub use stats::{BlockStats, GroupStats, LayerGradients, Needs, TokenWeight};

@@ -1,0 +1,212 @@
+//! What a survey can gather, and the statistics of one block.
+
+use std::ops::Range;
+use tailorq_kernels::{Device, GradientSums};
+use tailorq_model::{BlockStage, Tap};
+use tailorq_tensor::{InputGroup, Matrix, Slot};
+
+/// How much a token counts in a Hessian `sum_t s_t x_t x_t^T`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TokenWeight {
+    /// All tokens alike: the Hessian of GPTQ.
+    Uniform,
+    /// `1 / |x_t|^2`: tokens of massive activations count like any other.
+    InverseNorm,
+    /// The mean of the squared gradients of the layer's outputs (GuidedQuant, Kim et al. 2025, with one group).
+    Gradient,
+    /// That divided by `|x_t|^2`.
+    GradientInverseNorm,
+}
+
+impl TokenWeight {
+    /// Whether it reads output gradients, and so differs between linears of one input.
+    pub fn reads_gradients(self) -> bool {
+        matches!(self, TokenWeight::Gradient | TokenWeight::GradientInverseNorm)
+    }
+
+    fn weight(self, input: &[f32], gradient: &[f32]) -> f64 {
+        let guided = || squares(gradient) / gradient.len().max(1) as f64;
+        let size = squares(input);
+        let inverse = if size > 0.0 { 1.0 / size } else { 0.0 };
+        match self {
+            TokenWeight::Uniform => 1.0,
+            TokenWeight::InverseNorm => inverse,
+            TokenWeight::Gradient => guided(),
+            TokenWeight::GradientInverseNorm => guided() * inverse,
+        }
+    }
+}
+
+/// The statistics that somebody asks for.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Needs {
+    /// The sum of the samples' gradients.
+    pub sum: bool,
+    /// The sum of their absolute values (TACQ's gradient magnitude).
+    pub absolute: bool,
+    /// The sum of their squares (the diagonal Fisher information, up to the number of samples).
+    pub square: bool,
+    /// Hessians by the weight of their tokens, each kind at most once.
+    pub hessians: Vec<TokenWeight>,
+    /// `|x_t|` of every token and input.
+    pub token_norms: bool,
+    /// Leave the first token of every sample, an attention sink in many models, out of the Hessians.
+    pub without_first: bool,
+}
+
+impl Needs {
+    /// Whether a backward pass is needed.
+    pub fn gradients(&self) -> bool {
+        self.sum || self.absolute || self.square || self.hessians.iter().any(|w| w.reads_gradients())
+    }
+
+    /// What both ask for.
+    pub fn union(mut self, other: &Needs) -> Needs {
+        self.sum |= other.sum;
+        self.absolute |= other.absolute;
+        self.square |= other.square;
+        self.token_norms |= other.token_norms;
+        self.without_first |= other.without_first;
+        self.hessians.extend(other.hessians.iter().filter(|w| !self.hessians.contains(w)).copied().collect::<Vec<_>>());
+        self
+    }
+}
+
+/// What was gathered of an input that linears share.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GroupStats {
+    /// Which input.
+    pub group: InputGroup,
+    /// Lower triangles `[in, in]` of the Hessians whose weights do not read gradients; upper triangles are 0.
+    pub hessians: Vec<(TokenWeight, Matrix)>,
+    /// `|x_t|` of all tokens in the order of the samples; empty unless asked for.
+    pub token_norms: Vec<f32>,
+}
+
+/// What was gathered of the gradients of one linear, `[out, in]` each.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LayerGradients {
+    /// Which linear.
+    pub slot: Slot,
+    /// The sum of the samples' gradients.
+    pub sum: Option<Matrix>,
+    /// The sum of their absolute values.
+    pub absolute: Option<Matrix>,
+    /// The sum of their squares.
+    pub square: Option<Matrix>,
+    /// Lower triangles `[in, in]` of the Hessians whose weights read gradients.
+    pub hessians: Vec<(TokenWeight, Matrix)>,
+}
+
+/// The statistics of one block over all samples.
+#[derive(Clone, Debug, PartialEq)]
+pub struct BlockStats {
+    /// Which block.
+    pub block_idx: usize,
+    /// One for each input, in the order of [`InputGroup::ALL`].
+    pub groups: Vec<GroupStats>,
+    /// One for each linear, in the order of [`Slot::ALL`]; empty without gradients.
+    pub layers: Vec<LayerGradients>,
+}
+
+impl BlockStats {
+    /// Nothing gathered yet.
+    pub(super) fn new(stage: &BlockStage<'_>, block_idx: usize, needs: &Needs) -> Self {
+        let hessians = |width: usize, reads: bool| {
+            let kinds = needs.hessians.iter().filter(move |w| w.reads_gradients() == reads);
+            kinds.map(|&w| (w, Matrix::zeros(width, width))).collect::<Vec<_>>()
+        };
+        let group = |group| GroupStats {
+            group,
+            hessians: hessians(stage.model.input_width(group), false),
+            token_norms: Vec::new(),
+        };
+        let layer = |slot: Slot| {
+            let weight = &stage.block.linear(slot).weight;
+            let sum = |wanted: bool| wanted.then(|| Matrix::zeros(weight.rows(), weight.cols()));
+            LayerGradients {
+                slot,
+                sum: sum(needs.sum),
+                absolute: sum(needs.absolute),
+                square: sum(needs.square),
+                hessians: hessians(weight.cols(), true),
+            }
+        };
+        let layers = if needs.gradients() { Slot::ALL.map(layer).into() } else { Vec::new() };
+        BlockStats { block_idx, groups: InputGroup::ALL.map(group).into(), layers }
+    }
+
+    /// Takes in an input of some samples, `x` `[tokens, in]`.
+    pub(super) fn add_input(
+        &mut self,
+        device: &dyn Device,
+        (group, x): (InputGroup, &Matrix),
+        spans: &[Range<usize>],
+        needs: &Needs,
+    ) {
+        let stats = &mut self.groups[group as usize];
+        if needs.token_norms {
+            stats.token_norms.extend((0..x.rows()).map(|t| squares(x.row(t)).sqrt() as f32));
+        }
+        for (kind, hessian) in &mut stats.hessians {
+            add_hessian(device, (x, None), (*kind, needs.without_first, spans), hessian);
+        }
+    }
+
+    /// Takes in what the linears of one input saw in some samples, the input itself left aside.
+    pub(super) fn add_gradients(&mut self, device: &dyn Device, tap: &Tap<'_>, spans: &[Range<usize>], needs: &Needs) {
+        for (slot, dy) in tap.gradients {
+            let layer = &mut self.layers[slot.index()];
+            let sums = GradientSums {
+                sum: layer.sum.as_mut(),
+                absolute: layer.absolute.as_mut(),
+                square: layer.square.as_mut(),
+            };
+            device.weight_gradients(dy.data(), tap.input.data(), spans, sums);
+            for (kind, hessian) in &mut layer.hessians {
+                add_hessian(device, (tap.input, Some(dy)), (*kind, needs.without_first, spans), hessian);
+            }
+        }
+    }
+
+    /// The first linear or input whose statistics hold NaN or infinity.
+    pub(super) fn not_finite(&self) -> Option<Slot> {
+        let bad = |m: &Matrix| m.data().iter().any(|x| !x.is_finite());
+        let of_layer = |l: &&LayerGradients| {
+            let sums = [&l.sum, &l.absolute, &l.square];
+            sums.into_iter().flatten().any(bad) || l.hessians.iter().any(|(_, h)| bad(h))
+        };
+        let of_group =
+            |g: &&GroupStats| g.hessians.iter().any(|(_, h)| bad(h)) || g.token_norms.iter().any(|x| !x.is_finite());
+        let layer = self.layers.iter().find(of_layer).map(|l| l.slot);
+        layer.or_else(|| self.groups.iter().find(of_group).map(|g| g.group.slots()[0]))
+    }
+}
+
+/// `H += sum_t s_t x_t x_t^T`, by rows scaled with the square root of their weight.
+fn add_hessian(
+    device: &dyn Device,
+    (x, dy): (&Matrix, Option<&Matrix>),
+    (kind, without_first, spans): (TokenWeight, bool, &[Range<usize>]),
+    hessian: &mut Matrix,
+) {
+    if kind == TokenWeight::Uniform && !without_first {
+        device.gram(x.data(), hessian);
+        return;
+    }
+    let mut scaled = x.clone();
+    for span in spans {
+        for t in span.clone() {
+            let is_left_out = without_first && t == span.start;
+            let weight = if is_left_out { 0.0 } else { kind.weight(x.row(t), dy.map_or(&[], |dy| dy.row(t))) };
+            let factor = weight.sqrt() as f32;
+            scaled.row_mut(t).iter_mut().for_each(|v| *v *= factor);
+        }
+    }
+    device.gram(scaled.data(), hessian);
+}
+
+/// `|v|^2`, in f64.
+fn squares(v: &[f32]) -> f64 {
+    v.iter().map(|&x| f64::from(x) * f64::from(x)).sum()
+}
