@@ -199,6 +199,29 @@ fn inspect_counts_bytes() {
 }
 
 #[test]
+fn probe_prints_and_writes_gradients() {
+    let place = Place::new();
+    let args = ["probe", "model-1", "--text", "some words", "--gradients"];
+    let norms = place.json(&args);
+    assert!(norms["mean_cross_entropy"].as_f64().unwrap() > 1.0);
+    let found = norms["gradient_norms"].as_object().unwrap();
+    assert_eq!(found.len(), 14);
+    assert_eq!(found.keys().next().unwrap(), "model.layers.0.self_attn.q_proj.weight");
+    assert!(found.values().all(|norm| norm.as_f64().unwrap() > 0.0));
+    let whole = place.json(&[&args[..], &["--output", "all.safetensors", "--threads", "1"]].concat());
+    assert_eq!(whole["gradient_norms"], norms["gradient_norms"]);
+    place.json(&[&args[..], &["--output", "rows.safetensors", "--gradient-rows", "3"]].concat());
+    let shape =
+        |file: &str| safetensors_header(&place.path(file))["grad.model.layers.1.mlp.down_proj.weight"]["shape"].clone();
+    assert_eq!(shape("all.safetensors"), serde_json::json!([64, 96]));
+    assert_eq!(shape("rows.safetensors"), serde_json::json!([3, 96]));
+    place.write("one.json", "[5]");
+    place.fails(1, &["probe", "model-1", "--tokens", "one.json", "--gradients"], &["at least two tokens"]);
+    place.fails(2, &["probe", "model-1", "--text", "a", "--gradient-rows", "3", "--output", "x"], &["--gradients"]);
+    place.fails(2, &["probe", "model-1", "--text", "ab", "--gradients", "--gradient-rows", "0"], &["--gradient-rows"]);
+}
+
+#[test]
 fn probe_writes_tokens_and_logits() {
     let place = Place::new();
     place.write("ids.json", "[104, 105]");

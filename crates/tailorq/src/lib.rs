@@ -25,7 +25,7 @@ pub use inspect::{Inspection, Share, StoredMatrix, inspect};
 pub use observer::{Observer, Silent};
 pub use output::OutputMode;
 pub use pipeline::{Outcome, dry_run, quantize};
-pub use probe::{ProbeError, check_tokens, probe};
+pub use probe::{GradientOutput, GradientProbe, ProbeError, check_tokens, probe, probe_gradients};
 pub use recipe::{CalibrationInput, ModelInput, QuantizeSettings, Recipe, hash_files};
 pub use report::{CalibrationReport, LayerReport, Report, SizeReport};
 pub use tailorq_kernels::{Device, cpu, reference};
