@@ -15,6 +15,7 @@ mod probe;
 mod recipe;
 mod report;
 mod samples;
+mod spill;
 mod tables;
 mod threads;
 
@@ -28,6 +29,7 @@ pub use pipeline::{Outcome, dry_run, quantize};
 pub use probe::{GradientOutput, GradientProbe, ProbeError, check_tokens, probe, probe_gradients};
 pub use recipe::{CalibrationInput, ModelInput, QuantizeSettings, Recipe, hash_files};
 pub use report::{CalibrationReport, LayerReport, Report, SizeReport};
+pub use spill::SpillFile;
 pub use tailorq_kernels::{Device, cpu, reference};
 pub use tailorq_model::{ChatMessage, ChatTemplate, Model, ModelError, ModelFiles, OpenedModel, Tokenizer, open};
 pub use tailorq_tensor::{Bits, Group};
