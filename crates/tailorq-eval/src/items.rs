@@ -15,10 +15,17 @@ pub(crate) fn read_rows(path: &Path) -> Result<Vec<Row>, EvalError> {
     let text = String::from_utf8(bytes).map_err(|e| fail(format!("is no UTF-8 text: {e}")))?;
     let mut rows = Vec::new();
     for (line_idx, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
-        let row = serde_json::from_str(line);
-        rows.push(row.map_err(|e| fail(format!("line {} is not a JSON object: {e}", line_idx + 1)))?);
+        rows.push(parse_row(path, line_idx + 1, line)?);
     }
     if rows.is_empty() { Err(fail("holds no items".to_owned())) } else { Ok(rows) }
+}
+
+/// The object of a line, which is counted from 1.
+pub(crate) fn parse_row(path: &Path, line: usize, text: &str) -> Result<Row, EvalError> {
+    serde_json::from_str(text).map_err(|e| EvalError::Data {
+        path: path.to_owned(),
+        problem: format!("line {line} is not a JSON object: {e}"),
+    })
 }
 
 /// A text field of the item `index` of a file.
@@ -44,21 +51,16 @@ pub struct ItemRecord {
     /// What the model wrote, where it wrote something.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub completion: Option<String>,
-    /// What was taken from it.
+    /// Log-likelihoods in nats of what could be chosen, in the order of the choices.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub prediction: Option<String>,
+    pub loglikelihoods: Option<Vec<f64>>,
+    /// What was taken from either: a text, or the place of the most likely choice.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prediction: Option<Value>,
     /// What was expected.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub gold: Option<String>,
+    pub gold: Option<Value>,
     /// Numbers of the item, under the names of the metrics they are averaged into.
     #[serde(flatten)]
     pub scores: Map<String, Value>,
-}
-
-/// The mean and the standard error (sample deviation over the root of the count, as in the harness) of a metric.
-pub(crate) fn mean_and_stderr(values: &[f64]) -> (f64, f64) {
-    let n = values.len() as f64;
-    let mean = values.iter().sum::<f64>() / n;
-    let squares: f64 = values.iter().map(|v| (v - mean).powi(2)).sum();
-    (mean, if values.len() > 1 { (squares / (n - 1.0) / n).sqrt() } else { 0.0 })
 }

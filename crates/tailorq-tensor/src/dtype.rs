@@ -1,5 +1,7 @@
 //! Element types of dense tensors on disk.
 
+use half::f16;
+use half::slice::HalfFloatSliceExt;
 use std::fmt;
 
 /// The dense number types that a checkpoint may hold.
@@ -31,11 +33,7 @@ impl DType {
                     *o = f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
                 }
             }
-            DType::F16 => {
-                for (o, b) in out.iter_mut().zip(bytes.chunks_exact(2)) {
-                    *o = half::f16::from_le_bytes([b[0], b[1]]).to_f32();
-                }
-            }
+            DType::F16 => decode_halves(bytes, out),
             DType::BF16 => {
                 for (o, b) in out.iter_mut().zip(bytes.chunks_exact(2)) {
                     *o = f32::from_bits(u32::from(u16::from_le_bytes([b[0], b[1]])) << 16);
@@ -48,9 +46,22 @@ impl DType {
     pub fn encode(self, values: &[f32]) -> Vec<u8> {
         match self {
             DType::F32 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
-            DType::F16 => values.iter().flat_map(|v| half::f16::from_f32(*v).to_le_bytes()).collect(),
+            DType::F16 => values.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()).collect(),
             DType::BF16 => values.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect(),
         }
+    }
+}
+
+/// In portions, because `half` converts a slice with the processor's own instruction and a single number without it.
+fn decode_halves(bytes: &[u8], out: &mut [f32]) {
+    const PORTION: usize = 512;
+    let mut halves = [f16::ZERO; PORTION];
+    for (out, bytes) in out.chunks_mut(PORTION).zip(bytes.chunks(2 * PORTION)) {
+        let halves = &mut halves[..out.len()];
+        for (half, b) in halves.iter_mut().zip(bytes.as_chunks::<2>().0) {
+            *half = f16::from_le_bytes(*b);
+        }
+        halves.convert_to_f32_slice(out);
     }
 }
 

@@ -5,9 +5,10 @@ use super::jsonl::Question;
 use super::spider::Databases;
 use super::{Answered, Ending, Exercise, Judgement, MAX_TOKENS, answer};
 use crate::error::EvalError;
-use crate::items::{ItemRecord, Row, first_present, mean_and_stderr, read_rows, text};
+use crate::items::{ItemRecord, Row, first_present, read_rows, text};
 use crate::mersenne::PythonRandom;
 use crate::sql::{Hardness, SqlLimits};
+use crate::statistics::Estimate;
 use crate::task::{Progress, Subject, Task, TaskOptions, TaskResult};
 use serde_json::{Map, json};
 use std::path::{Path, PathBuf};
@@ -138,9 +139,11 @@ impl Task for Spider {
             .filter_map(|class| {
                 let of_class = answers.iter().filter(|a| classes[a.index] == *class);
                 let values: Vec<f64> = of_class.map(|a| a.judgement.scores[0].1).collect();
-                let (mean, stderr) = mean_and_stderr(&values);
-                let entry = json!({"execution_accuracy": mean, "stderr": stderr, "items": values.len()});
-                (!values.is_empty()).then(|| (class.name().to_owned(), entry))
+                (!values.is_empty()).then(|| {
+                    let Estimate { mean, stderr, .. } = Estimate::of(&values);
+                    let entry = json!({"execution_accuracy": mean, "stderr": stderr, "items": values.len()});
+                    (class.name().to_owned(), entry)
+                })
             })
             .collect();
         let mut result = scored(self.name(), answers);
@@ -240,8 +243,9 @@ fn record(task: &'static str, answered: &Answered) -> ItemRecord {
         task,
         index: answered.index,
         completion: Some(answered.completion.text.clone()),
-        prediction: Some(prediction.clone()),
-        gold: Some(gold.clone()),
+        loglikelihoods: None,
+        prediction: Some(prediction.clone().into()),
+        gold: Some(gold.clone().into()),
         scores: scores.iter().map(|(name, score)| ((*name).to_owned(), (*score).into())).collect(),
     }
 }
@@ -256,13 +260,11 @@ fn scored(task: &'static str, answers: Vec<Answered>) -> TaskResult {
     let mut value = f64::NAN;
     for (at, name) in names.iter().enumerate() {
         let values: Vec<f64> = answers.iter().map(|a| a.judgement.scores[at].1).collect();
-        let (mean, stderr) = mean_and_stderr(&values);
+        let estimate = Estimate::of(&values);
         if at == 0 {
-            value = mean;
+            value = estimate.mean;
         }
-        let (metric, filter) = name.split_once(',').unwrap_or((name, "none"));
-        details.insert((*name).to_owned(), mean.into());
-        details.insert(format!("{metric}_stderr,{filter}"), stderr.into());
+        estimate.write(name, &mut details);
     }
     let cut = answers.iter().filter(|a| a.completion.cut_tokens > 0).count();
     details.insert("shortened_prompts".to_owned(), cut.into());

@@ -5,7 +5,6 @@
 //! works on fixed-size arrays, which lets the compiler drop bounds checks and vectorize.
 
 use half::f16;
-use half::slice::HalfFloatSliceExt;
 
 /// A type of tensor.
 #[derive(Clone, Copy, Debug)]
@@ -114,18 +113,8 @@ fn f32_rows(bytes: &[u8], out: &mut [f32]) {
     tailorq_tensor::DType::F32.decode(bytes, out);
 }
 
-/// In portions that fit the cache, each converted by the processor's own instruction where there is one.
 fn f16_rows(bytes: &[u8], out: &mut [f32]) {
-    const PORTION: usize = 512;
-    assert_eq!(bytes.len(), 2 * out.len(), "two bytes a weight");
-    let mut halves = [f16::ZERO; PORTION];
-    for (out, bytes) in out.chunks_mut(PORTION).zip(bytes.chunks(2 * PORTION)) {
-        let halves = &mut halves[..out.len()];
-        for (half, b) in halves.iter_mut().zip(bytes.as_chunks::<2>().0) {
-            *half = f16::from_le_bytes(*b);
-        }
-        halves.convert_to_f32_slice(out);
-    }
+    tailorq_tensor::DType::F16.decode(bytes, out);
 }
 
 fn bf16_rows(bytes: &[u8], out: &mut [f32]) {
