@@ -21,7 +21,10 @@ pub(crate) fn chat_prompt(subject: &Subject<'_>, messages: &[ChatMessage]) -> Re
 
 /// The text after which the assistant speaks, and whether the tokenizer adds its own special tokens (a template writes
 /// them itself).
-pub(crate) fn rendered_prompt(template: Option<&ChatTemplate>, messages: &[ChatMessage]) -> Result<(String, bool), EvalError> {
+pub(crate) fn rendered_prompt(
+    template: Option<&ChatTemplate>,
+    messages: &[ChatMessage],
+) -> Result<(String, bool), EvalError> {
     Ok(match template {
         Some(template) => (template.render_at(messages, true, TEMPLATE_TIME)?, false),
         None => (messages.iter().map(|m| m.content.as_str()).chain([""]).collect::<Vec<_>>().join("\n"), true),

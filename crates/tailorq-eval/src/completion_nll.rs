@@ -132,12 +132,9 @@ impl Task for NllTask {
             if let Some(log) = options.items.log {
                 let scores = [("nll", share.nll.into()), ("tokens", share.tokens.into())];
                 log(&ItemRecord {
-                    task: self.name,
-                    index,
-                    completion: None,
-                    prediction: None,
-                    gold: Some(completion),
+                    gold: Some(completion.into()),
                     scores: scores.map(|(name, score)| (name.to_owned(), score)).into_iter().collect(),
+                    ..ItemRecord::new(self.name, index)
                 });
             }
             shares.push(share);
@@ -150,7 +147,7 @@ impl Task for NllTask {
         details.insert("nll_stderr,none".to_owned(), mean.stderr.into());
         let cut = shares.iter().filter(|s| s.cut_tokens > 0).count();
         details.insert("shortened_prompts".to_owned(), cut.into());
-        Ok(TaskResult { value: mean.value, tokens: mean.tokens, details })
+        Ok(TaskResult::new(mean.value, mean.tokens, details))
     }
 }
 

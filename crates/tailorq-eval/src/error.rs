@@ -89,6 +89,26 @@ pub enum EvalError {
         /// The window, from 0.
         window: usize,
     },
+    /// The model computed NaN or infinity for an item.
+    #[error("{model} computes no finite probabilities for item {index}: its weights are damaged or overflow")]
+    NotFiniteItem {
+        /// The model.
+        model: String,
+        /// The item, from 0.
+        index: usize,
+    },
+    /// A choice that has no token or more than the model can read.
+    #[error("task {task}: a choice of item {index} has {tokens} tokens, and 1 to {limit} can be scored")]
+    Unscorable {
+        /// The task.
+        task: &'static str,
+        /// The item, from 0.
+        index: usize,
+        /// Tokens of the choice.
+        tokens: usize,
+        /// The model's context.
+        limit: usize,
+    },
     /// A text with nothing before it needs a token to begin after.
     #[error("{model} has neither a BOS nor an EOS token, and the first token of a document has to follow one of them")]
     NoPrefixToken {

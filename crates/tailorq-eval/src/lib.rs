@@ -4,11 +4,13 @@
 //! Nothing here knows how a model was made: an original and a quantized model are scored by the same code.
 
 mod answers;
+mod choice;
 mod completion;
 mod completion_nll;
 mod error;
 mod generation;
 mod items;
+mod likelihood;
 mod llamacpp;
 mod mersenne;
 mod online;

@@ -125,6 +125,6 @@ impl Task for LlamaCppTask {
         let perplexity = llamacpp_perplexity(subject, text, window, options.windows, progress)?;
         let mut details = crate::perplexity::fields(&perplexity);
         details.retain(|key, _| key != "value" && key != "tokens");
-        Ok(TaskResult { value: perplexity.value, tokens: perplexity.tokens, details })
+        Ok(TaskResult::new(perplexity.value, perplexity.tokens, details))
     }
 }

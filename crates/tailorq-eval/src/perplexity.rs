@@ -229,7 +229,7 @@ impl Task for PerplexityTask {
             compared.insert("reference".to_owned(), name.into());
             details.insert("divergence".to_owned(), compared.into());
         }
-        Ok(TaskResult { value: perplexity.value, tokens: perplexity.tokens, details })
+        Ok(TaskResult::new(perplexity.value, perplexity.tokens, details))
     }
 }
 

@@ -214,9 +214,7 @@ impl Task for RollingTask {
         if let Some(log) = options.items.log {
             for (index, sum) in sums.iter().enumerate() {
                 let scores = [("loglikelihood".to_owned(), (*sum).into())].into_iter().collect();
-                let record =
-                    ItemRecord { task: self.name, index, completion: None, prediction: None, gold: None, scores };
-                log(&record);
+                log(&ItemRecord { scores, ..ItemRecord::new(self.name, index) });
             }
         }
         let mut details = Map::new();
@@ -226,7 +224,7 @@ impl Task for RollingTask {
                 details.insert(if is_metric { format!("{key},none") } else { key }, value);
             }
         }
-        Ok(TaskResult { value: perplexity.word_perplexity, tokens: perplexity.tokens, details })
+        Ok(TaskResult::new(perplexity.word_perplexity, perplexity.tokens, details))
     }
 }
 

@@ -1,5 +1,6 @@
 //! What a task is, and which there are.
 
+use crate::choice::{ARC_CHALLENGE, ARC_EASY, BOOLQ, HELLASWAG, MMLU, OPENBOOKQA, PIQA, WINOGRANDE};
 use crate::completion_nll::{COMPLETION_NLL, GSM8K_NLL};
 use crate::error::EvalError;
 use crate::generation::{GSM8K, GSM8K_CHAT, GSM8K_COT, JSONL, SPIDER};
@@ -53,6 +54,8 @@ pub struct ItemOptions<'a> {
     pub data: Option<&'a Path>,
     /// Only the first so many items.
     pub limit: Option<usize>,
+    /// Examples before each item; each task has its own default.
+    pub num_fewshot: Option<usize>,
     /// Most tokens of a generated answer; each task has its own default.
     pub max_tokens: Option<usize>,
     /// Texts that end an answer, beside those of the task.
@@ -73,6 +76,16 @@ pub struct TaskResult {
     /// Further numbers of the task, in the order in which they are shown.
     #[serde(flatten)]
     pub details: serde_json::Map<String, serde_json::Value>,
+    /// Results of the parts of a task (groups and subjects), under their names; they stand beside the task's own.
+    #[serde(skip)]
+    pub parts: Vec<(String, serde_json::Map<String, serde_json::Value>)>,
+}
+
+impl TaskResult {
+    /// A result without parts.
+    pub(crate) fn new(value: f64, tokens: usize, details: serde_json::Map<String, serde_json::Value>) -> Self {
+        TaskResult { value, tokens, details, parts: Vec::new() }
+    }
 }
 
 /// One way to score a model.
@@ -96,6 +109,14 @@ pub const ALL: &[&dyn Task] = &[
     &LlamaCppTask,
     WIKITEXT,
     ROLLING,
+    ARC_EASY,
+    ARC_CHALLENGE,
+    PIQA,
+    BOOLQ,
+    OPENBOOKQA,
+    WINOGRANDE,
+    HELLASWAG,
+    MMLU,
     GSM8K,
     GSM8K_COT,
     GSM8K_CHAT,

@@ -79,7 +79,7 @@ fn gsm8k_runs_in_its_three_ways() {
     ] {
         let (result, records) = f.logged(name, at(f.dir.path()));
         assert_eq!(records.iter().map(|r| r.index).collect::<Vec<_>>(), [0, 1, 2, 3], "{name}");
-        assert_eq!((records[2].task, records[2].gold.as_deref()), (name, Some("3")));
+        assert_eq!((records[2].task, records[2].gold.clone()), (name, Some("3".into())));
         for key in [first, "exact_match,flexible-extract"] {
             let mean = records.iter().map(|r| r.scores[key].as_f64().unwrap()).sum::<f64>() / 4.0;
             assert_eq!(result.details[key].as_f64().unwrap(), mean, "{name} {key}");
@@ -107,7 +107,7 @@ fn completions_are_scored_with_and_without_a_folder() {
     assert_eq!((result.tokens as u64, result.details["items"].as_u64()), (tokens, Some(5)));
     assert!((result.value - nll / tokens as f64).abs() < 1e-12);
     assert!(result.details["nll_stderr,none"].as_f64().unwrap() > 0.0);
-    assert_eq!(records[0].gold.as_deref(), Some("1\n#### 1"), "without calculator marks");
+    assert_eq!(records[0].gold, Some("1\n#### 1".into()), "without calculator marks");
     // Eight bytes and the end of the turn. The marks are scored where the file is taken as it is.
     assert_eq!(records[0].scores["tokens"], 9);
     let as_it_is = f.run("completion_nll", at(&path)).unwrap();

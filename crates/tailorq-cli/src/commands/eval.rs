@@ -42,6 +42,9 @@ pub struct EvalArgs {
     /// Score only the first N items [default: all]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     limit: Option<u32>,
+    /// Examples before each item [default: the task's; papers give MMLU 5]
+    #[arg(long, value_name = "N")]
+    num_fewshot: Option<u32>,
     /// Most tokens of a generated answer [default: the task's, mostly 256]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     max_tokens: Option<u32>,
@@ -69,6 +72,8 @@ Examples:
   tailorq eval ./my-model --task perplexity --text wiki.test.raw
   tailorq eval ./my-model --text wiki.test.raw --window 1024 --windows 8 --json
   tailorq eval ./my-model --text held-out.txt --reference original.gguf
+  tailorq eval ./my-model --tasks arc_easy,piqa,boolq --data data --reference original.gguf
+  tailorq eval ./my-model --tasks mmlu --num-fewshot 5 --data data --json
   tailorq eval ./my-model --tasks gsm8k_nll,gsm8k,spider --data data --limit 200 --log-samples items.jsonl
   tailorq eval ./my-model --tasks jsonl --data mine.jsonl --max-tokens 32 --stop $'\\n'"
 }
@@ -97,6 +102,7 @@ pub fn execute(args: &EvalArgs, console: &Console) -> anyhow::Result<()> {
         items: ItemOptions {
             data: args.data.as_deref(),
             limit: args.limit.map(|n| n as usize),
+            num_fewshot: args.num_fewshot.map(|n| n as usize),
             max_tokens: args.max_tokens.map(|n| n as usize),
             stop: &args.stop,
             plain: args.plain,
@@ -183,8 +189,11 @@ fn object(model: &str, results: &[(&str, TaskResult)]) -> Value {
         object.insert("value".to_owned(), result.value.into());
         object.insert("tokens".to_owned(), result.tokens.into());
     }
-    let by_task: Map<String, Value> =
-        results.iter().map(|(name, result)| ((*name).to_owned(), json!(result))).collect();
+    let mut by_task = Map::new();
+    for (name, result) in results {
+        by_task.insert((*name).to_owned(), json!(result));
+        by_task.extend(result.parts.iter().map(|(part, details)| (part.clone(), details.clone().into())));
+    }
     object.insert("results".to_owned(), by_task.into());
     object.into()
 }

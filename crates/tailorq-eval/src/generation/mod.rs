@@ -13,7 +13,7 @@ mod tasks;
 
 pub(crate) use jsonl::Question;
 pub use tasks::{GSM8K, GSM8K_CHAT, GSM8K_COT, JSONL, SPIDER};
-pub(crate) use tasks::{data_file, limited};
+pub(crate) use tasks::{data_file, data_folder, limited, read_pool};
 
 use crate::completion::chat_prompt;
 use crate::error::EvalError;

@@ -5,16 +5,13 @@ use super::jsonl::Question;
 use super::spider::Databases;
 use super::{Answered, Ending, Exercise, Judgement, MAX_TOKENS, answer};
 use crate::error::EvalError;
-use crate::items::{ItemRecord, Row, first_present, read_rows, text};
-use crate::mersenne::PythonRandom;
+use crate::items::{ItemRecord, Row, first_present, mean_and_stderr, read_rows, text};
+use crate::mersenne::{FEWSHOT_SEED, PythonRandom};
 use crate::sql::{Hardness, SqlLimits};
-use crate::statistics::Estimate;
 use crate::task::{Progress, Subject, Task, TaskOptions, TaskResult};
 use serde_json::{Map, json};
 use std::path::{Path, PathBuf};
 
-/// The seed of the harness' few-shot sampler.
-const FEWSHOT_SEED: u32 = 1234;
 /// Few-shot examples of `gsm8k`.
 const SHOTS: usize = 5;
 
@@ -56,8 +53,9 @@ impl Task for Gsm8k {
         let folder = data_folder(self.name, options)?.join("gsm8k");
         let path = folder.join("test.jsonl");
         let rows = limited(read_rows(&path)?, options);
+        let n_shots = options.items.num_fewshot.unwrap_or(SHOTS);
         let (pool_path, pool) = match self.style {
-            Style::FiveShot => read_pool(&folder)?,
+            Style::FiveShot => read_pool(&folder, n_shots)?,
             Style::ChainOfThought | Style::Chat => (path.clone(), Vec::new()),
         };
         let mut random = PythonRandom::new(FEWSHOT_SEED);
@@ -66,7 +64,7 @@ impl Task for Gsm8k {
             let mut shots = Vec::new();
             if self.style == Style::FiveShot {
                 // Drawn for every item in turn, so that an item's examples depend on its place alone.
-                for at in random.sample(pool.len(), SHOTS) {
+                for at in random.sample(pool.len(), n_shots) {
                     shots.push((
                         text(&pool[at], "question", &pool_path, at)?,
                         text(&pool[at], "answer", &pool_path, at)?,
@@ -87,12 +85,12 @@ impl Task for Gsm8k {
     }
 }
 
-/// The training items from which examples are drawn.
-fn read_pool(folder: &Path) -> Result<(PathBuf, Vec<Row>), EvalError> {
+/// The training items from which `shots` examples are drawn for every question.
+pub(crate) fn read_pool(folder: &Path, shots: usize) -> Result<(PathBuf, Vec<Row>), EvalError> {
     let path = first_present(folder, &["train.jsonl", "calib.jsonl"]);
     let pool = read_rows(&path)?;
-    if pool.len() < SHOTS {
-        let problem = format!("holds {} items, and {SHOTS} examples are drawn from them", pool.len());
+    if pool.len() < shots {
+        let problem = format!("holds {} items, and {shots} examples are drawn from them", pool.len());
         return Err(EvalError::Data { path, problem });
     }
     Ok((path, pool))
@@ -140,7 +138,7 @@ impl Task for Spider {
                 let of_class = answers.iter().filter(|a| classes[a.index] == *class);
                 let values: Vec<f64> = of_class.map(|a| a.judgement.scores[0].1).collect();
                 (!values.is_empty()).then(|| {
-                    let Estimate { mean, stderr, .. } = Estimate::of(&values);
+                    let (mean, stderr) = mean_and_stderr(&values);
                     let entry = json!({"execution_accuracy": mean, "stderr": stderr, "items": values.len()});
                     (class.name().to_owned(), entry)
                 })
@@ -198,7 +196,7 @@ impl Task for Jsonl {
 }
 
 /// The folder of data sets.
-fn data_folder<'a>(task: &'static str, options: &TaskOptions<'a>) -> Result<&'a Path, EvalError> {
+pub(crate) fn data_folder<'a>(task: &'static str, options: &TaskOptions<'a>) -> Result<&'a Path, EvalError> {
     let input = "a folder of data sets (--data DIR)";
     options.items.data.ok_or(EvalError::MissingInput { task, input })
 }
@@ -260,13 +258,15 @@ fn scored(task: &'static str, answers: Vec<Answered>) -> TaskResult {
     let mut value = f64::NAN;
     for (at, name) in names.iter().enumerate() {
         let values: Vec<f64> = answers.iter().map(|a| a.judgement.scores[at].1).collect();
-        let estimate = Estimate::of(&values);
+        let (mean, stderr) = mean_and_stderr(&values);
         if at == 0 {
-            value = estimate.mean;
+            value = mean;
         }
-        estimate.write(name, &mut details);
+        let (metric, filter) = name.split_once(',').unwrap_or((name, "none"));
+        details.insert((*name).to_owned(), mean.into());
+        details.insert(format!("{metric}_stderr,{filter}"), stderr.into());
     }
     let cut = answers.iter().filter(|a| a.completion.cut_tokens > 0).count();
     details.insert("shortened_prompts".to_owned(), cut.into());
-    TaskResult { value, tokens: answers.iter().map(|a| a.completion.tokens.len()).sum(), details }
+    TaskResult::new(value, answers.iter().map(|a| a.completion.tokens.len()).sum(), details)
 }

@@ -1,0 +1,111 @@
+//! Tasks of choices: each choice is scored as a continuation of the question, and the most likely one is the answer.
+//!
+//! As in lm-evaluation-harness' `multiple_choice`: `acc` takes the largest sum of log-probabilities, `acc_norm` the
+//! largest sum over the number of code points of the choice. Examples before a question are drawn from the training
+//! items by one generator a task, for every item in turn.
+
+mod arc;
+mod boolq;
+mod hellaswag;
+mod mmlu;
+mod openbookqa;
+mod piqa;
+mod question;
+mod run;
+mod verdict;
+mod winogrande;
+
+pub(crate) use arc::{ARC_CHALLENGE, ARC_EASY};
+pub(crate) use boolq::BOOLQ;
+pub(crate) use hellaswag::HELLASWAG;
+pub(crate) use mmlu::MMLU;
+pub(crate) use openbookqa::OPENBOOKQA;
+pub(crate) use piqa::PIQA;
+pub(crate) use winogrande::WINOGRANDE;
+
+use crate::error::EvalError;
+use crate::generation::{data_folder, limited, read_pool};
+use crate::items::read_rows;
+use crate::mersenne::{FEWSHOT_SEED, PythonRandom};
+use crate::task::{Progress, Subject, Task, TaskOptions, TaskResult};
+use question::{Item, Question};
+use run::{Asked, decide, summarize};
+
+/// A task of choices whose rows are read one by one.
+struct ChoiceTask {
+    /// Also the folder of its data.
+    name: &'static str,
+    about: &'static str,
+    /// Whether `acc_norm` is reported.
+    by_length: bool,
+    read: fn(&Item<'_>) -> Result<Question, EvalError>,
+}
+
+impl ChoiceTask {
+    fn ask(&self, options: &TaskOptions<'_>) -> Result<Vec<Asked>, EvalError> {
+        let folder = data_folder(self.name, options)?.join(self.name);
+        let path = folder.join("test.jsonl");
+        let rows = limited(read_rows(&path)?, options);
+        let n_shots = options.items.num_fewshot.unwrap_or(0);
+        let (pool_path, pool) = if n_shots > 0 { read_pool(&folder, n_shots)? } else { (path.clone(), Vec::new()) };
+        let mut random = PythonRandom::new(FEWSHOT_SEED);
+        let mut asked = Vec::with_capacity(rows.len());
+        for (index, row) in rows.iter().enumerate() {
+            let mut before = String::new();
+            // Drawn for every item in turn, so that an item's examples depend on its place alone.
+            let drawn = if n_shots > 0 { random.sample(pool.len(), n_shots) } else { Vec::new() };
+            for at in drawn {
+                let item = Item { row: &pool[at], path: &pool_path, index: at };
+                before.push_str(&(self.read)(&item)?.shot());
+            }
+            asked.push(Asked::new(&(self.read)(&Item { row, path: &path, index })?, &before));
+        }
+        Ok(asked)
+    }
+}
+
+impl Task for ChoiceTask {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn about(&self) -> &'static str {
+        self.about
+    }
+
+    fn run(
+        &self,
+        subject: &Subject<'_>,
+        options: &TaskOptions<'_>,
+        progress: &mut Progress<'_>,
+    ) -> Result<TaskResult, EvalError> {
+        let decided = decide(self.name, subject, self.ask(options)?, self.by_length, options, progress)?;
+        Ok(summarize(self.name, &decided, self.by_length, options))
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod testing {
+    //! What the tests of the tasks share.
+
+    use super::{Item, Question};
+    use crate::error::EvalError;
+    use std::path::Path;
+
+    /// Reads a row given as JSON.
+    pub(crate) fn read(read: fn(&Item<'_>) -> Result<Question, EvalError>, json: &str) -> Result<Question, EvalError> {
+        let row = serde_json::from_str(json).expect("the test writes JSON");
+        read(&Item { row: &row, path: Path::new("test.jsonl"), index: 3 })
+    }
+
+    /// Contexts with continuations, and the right one.
+    pub(crate) fn texts(question: &Question) -> (Vec<(String, String)>, usize) {
+        let requests = question.requests("");
+        (requests.into_iter().map(|r| (r.context, r.continuation)).collect(), question.gold)
+    }
+
+    /// What [`texts`] gives for one context.
+    pub(crate) fn of(context: &str, continuations: &[&str], gold: usize) -> (Vec<(String, String)>, usize) {
+        (continuations.iter().map(|c| (context.to_owned(), (*c).to_owned())).collect(), gold)
+    }
+}

@@ -1,0 +1,126 @@
+//! From questions to results: scoring, the log, the reference.
+
+use super::question::Question;
+use super::verdict::{Verdict, flips, insert_share};
+use crate::error::EvalError;
+use crate::items::ItemRecord;
+use crate::likelihood::{Likelihood, PreparedItem, Request, prepare, score_items};
+use crate::task::{Progress, Subject, TaskOptions, TaskResult};
+use rayon::prelude::*;
+use serde_json::{Map, json};
+
+/// A question in its place, after its description and examples.
+pub(super) struct Asked {
+    requests: Vec<Request>,
+    lengths: Vec<usize>,
+    gold: usize,
+}
+
+impl Asked {
+    pub(super) fn new(question: &Question, before: &str) -> Self {
+        Asked { requests: question.requests(before), lengths: question.lengths(), gold: question.gold }
+    }
+}
+
+/// The decisions on all items.
+pub(super) struct Decided {
+    pub(super) verdicts: Vec<Verdict>,
+    of_reference: Option<Vec<Verdict>>,
+    /// Tokens of choices that were scored.
+    pub(super) tokens: usize,
+    /// Items of which a context lost its beginning.
+    shortened: usize,
+}
+
+/// Scores all questions, with the reference too if there is one, and logs them in their order.
+pub(super) fn decide(
+    task: &'static str,
+    subject: &Subject<'_>,
+    asked: Vec<Asked>,
+    by_length: bool,
+    options: &TaskOptions<'_>,
+    progress: &mut Progress<'_>,
+) -> Result<Decided, EvalError> {
+    let n = asked.len();
+    let total = if options.reference.is_some() { 2 * n } else { n };
+    let items = prepare_all(task, subject, &asked)?;
+    let tokens = items.iter().flat_map(|i| &i.branches).map(|b| b.targets.len()).sum();
+    let shortened = items.iter().filter(|i| i.shortened > 0).count();
+    let scores = score_items(subject, &items, &mut |done, _| progress(done, total))?;
+    let verdicts = judge(&asked, &scores);
+    let mut of_reference = None;
+    if let Some(reference) = &options.reference {
+        let items = prepare_all(task, reference, &asked)?;
+        let scores = score_items(reference, &items, &mut |done, _| progress(n + done, total))?;
+        of_reference = Some(judge(&asked, &scores));
+    }
+    if let Some(log) = options.items.log {
+        for (index, verdict) in verdicts.iter().enumerate() {
+            log(&record(task, index, verdict, of_reference.as_ref().map(|all| &all[index]), by_length));
+        }
+    }
+    Ok(Decided { verdicts, of_reference, tokens, shortened })
+}
+
+fn prepare_all(task: &'static str, subject: &Subject<'_>, asked: &[Asked]) -> Result<Vec<PreparedItem>, EvalError> {
+    let prepared: Vec<_> =
+        (asked.par_iter().enumerate()).map(|(index, a)| prepare(subject, task, index, &a.requests)).collect();
+    // Of several errors the first in the order of the file is told, whichever thread came first.
+    prepared.into_iter().collect()
+}
+
+fn judge(asked: &[Asked], scores: &[Vec<Likelihood>]) -> Vec<Verdict> {
+    asked.iter().zip(scores).map(|(a, likelihoods)| Verdict::new(likelihoods, &a.lengths, a.gold)).collect()
+}
+
+fn record(
+    task: &'static str,
+    index: usize,
+    verdict: &Verdict,
+    of_reference: Option<&Verdict>,
+    by_length: bool,
+) -> ItemRecord {
+    let mut scores = Map::new();
+    scores.insert("is_greedy".to_owned(), json!(verdict.is_greedy));
+    scores.insert("acc".to_owned(), u8::from(verdict.is_right()).into());
+    if by_length {
+        scores.insert("prediction_norm".to_owned(), verdict.prediction_norm.into());
+        scores.insert("acc_norm".to_owned(), u8::from(verdict.is_right_by_length()).into());
+    }
+    if let Some(of_reference) = of_reference {
+        scores.insert("reference_prediction".to_owned(), of_reference.prediction.into());
+        scores.insert("reference_loglikelihoods".to_owned(), json!(of_reference.loglikelihoods));
+    }
+    ItemRecord {
+        loglikelihoods: Some(verdict.loglikelihoods.clone()),
+        prediction: Some(verdict.prediction.into()),
+        gold: Some(verdict.gold.into()),
+        scores,
+        ..ItemRecord::new(task, index)
+    }
+}
+
+/// What all decisions come to.
+pub(super) fn summarize(
+    task: &'static str,
+    decided: &Decided,
+    by_length: bool,
+    options: &TaskOptions<'_>,
+) -> TaskResult {
+    let verdicts = &decided.verdicts;
+    let mut details = Map::new();
+    details.insert("alias".to_owned(), task.into());
+    details.insert("items".to_owned(), verdicts.len().into());
+    details.insert("num_fewshot".to_owned(), options.items.num_fewshot.unwrap_or(0).into());
+    let right: Vec<bool> = verdicts.iter().map(Verdict::is_right).collect();
+    let value = insert_share(&mut details, "acc", &right);
+    if by_length {
+        let right: Vec<bool> = verdicts.iter().map(Verdict::is_right_by_length).collect();
+        insert_share(&mut details, "acc_norm", &right);
+    }
+    details.insert("shortened_prompts".to_owned(), decided.shortened.into());
+    if let (Some(of_reference), Some(reference)) = (&decided.of_reference, &options.reference) {
+        details.insert("flips".to_owned(), flips(reference.name, of_reference, verdicts));
+    }
+    TaskResult::new(value, decided.tokens, details)
+}

@@ -1,0 +1,92 @@
+//! What log-likelihoods decide, and what many decisions come to.
+
+use crate::items::{mean_and_stderr, wilson_interval};
+use crate::likelihood::Likelihood;
+use serde_json::{Map, Value, json};
+
+/// A model's decision on an item.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Verdict {
+    /// Sum of each choice, in nats.
+    pub(crate) loglikelihoods: Vec<f64>,
+    /// Whether greedy decoding would write each choice.
+    pub(crate) is_greedy: Vec<bool>,
+    /// The most likely choice.
+    pub(crate) prediction: usize,
+    /// The most likely choice by its length.
+    pub(crate) prediction_norm: usize,
+    /// The right choice.
+    pub(crate) gold: usize,
+}
+
+impl Verdict {
+    /// `lengths` are the choices' code points.
+    pub(crate) fn new(likelihoods: &[Likelihood], lengths: &[usize], gold: usize) -> Self {
+        let loglikelihoods: Vec<f64> = likelihoods.iter().map(|l| l.sum).collect();
+        let by_length = loglikelihoods.iter().zip(lengths).map(|(sum, length)| sum / *length as f64);
+        Verdict {
+            prediction: first_largest(loglikelihoods.iter().copied()),
+            prediction_norm: first_largest(by_length),
+            is_greedy: likelihoods.iter().map(|l| l.is_greedy).collect(),
+            loglikelihoods,
+            gold,
+        }
+    }
+
+    /// `acc`.
+    pub(crate) fn is_right(&self) -> bool {
+        self.prediction == self.gold
+    }
+
+    /// `acc_norm`.
+    pub(crate) fn is_right_by_length(&self) -> bool {
+        self.prediction_norm == self.gold
+    }
+}
+
+/// The place of the largest number, of equals the first.
+fn first_largest(values: impl Iterator<Item = f64>) -> usize {
+    let mut best = (0, f64::NEG_INFINITY);
+    for (at, value) in values.enumerate() {
+        if value > best.1 {
+            best = (at, value);
+        }
+    }
+    best.0
+}
+
+/// A share with its standard error and interval, under the harness' names.
+pub(crate) fn insert_share(details: &mut Map<String, Value>, metric: &str, hits: &[bool]) -> f64 {
+    let values: Vec<f64> = hits.iter().map(|hit| f64::from(u8::from(*hit))).collect();
+    let (mean, stderr) = mean_and_stderr(&values);
+    insert_numbers(details, metric, mean, stderr, wilson_interval(values.iter().sum(), values.len()));
+    mean
+}
+
+/// The same from numbers that are known.
+pub(crate) fn insert_numbers(
+    details: &mut Map<String, Value>,
+    metric: &str,
+    mean: f64,
+    stderr: f64,
+    interval: [f64; 2],
+) {
+    details.insert(format!("{metric},none"), mean.into());
+    details.insert(format!("{metric}_stderr,none"), stderr.into());
+    details.insert(format!("{metric}_interval95,none"), json!(interval));
+}
+
+/// How the decisions of two models differ on the same items.
+pub(crate) fn flips(reference: &str, of_reference: &[Verdict], of_model: &[Verdict]) -> Value {
+    let pairs = || of_reference.iter().zip(of_model);
+    let count = |test: &dyn Fn(&Verdict, &Verdict) -> bool| pairs().filter(|(r, m)| test(r, m)).count();
+    let right = of_reference.iter().filter(|r| r.is_right()).count();
+    json!({
+        "reference": reference,
+        "reference_acc": right as f64 / of_reference.len() as f64,
+        "right_to_wrong": count(&|r, m| r.is_right() && !m.is_right()),
+        "wrong_to_right": count(&|r, m| !r.is_right() && m.is_right()),
+        "changed_predictions": count(&|r, m| r.prediction != m.prediction),
+        "items": of_model.len(),
+    })
+}
