@@ -185,6 +185,41 @@ fn eval_asks_and_logs_every_item() {
 }
 
 #[test]
+fn eval_scores_choices() {
+    let place = Place::new();
+    let row = |i: usize| {
+        let gold = ["A", "B"][i % 2];
+        format!(
+            r#"{{"question": "Q{i}?", "choices": {{"text": ["a{i}", "bb"], "label": ["A", "B"]}}, "answerKey": "{gold}"}}"#
+        )
+    };
+    let rows = |range: std::ops::Range<usize>| range.map(row).collect::<Vec<_>>().join("\n");
+    std::fs::create_dir_all(place.path("data/arc_easy")).unwrap();
+    place.write("data/arc_easy/test.jsonl", rows(0..8));
+    place.write("data/arc_easy/calib.jsonl", rows(20..26));
+    let args =
+        ["eval", "model-1", "--tasks", "arc_easy", "--data", "data", "--num-fewshot", "2", "--reference", "model-2"];
+    let object = place.json(&[&args[..], &["--log-samples", "log.jsonl", "--threads", "1"]].concat());
+    let result = &object["results"]["arc_easy"];
+    for key in ["acc,none", "acc_stderr,none", "acc_norm,none", "acc_norm_stderr,none"] {
+        assert!(result[key].is_f64(), "{key}: {result}");
+    }
+    assert_eq!((&object["n-shot"]["arc_easy"], &object["n-samples"]["arc_easy"]), (&2.into(), &8.into()));
+    let log = std::fs::read_to_string(place.path("log.jsonl")).unwrap();
+    let lines: Vec<Value> = log.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    assert_eq!(lines.len(), 8);
+    let right = lines.iter().filter(|line| line["prediction"] == line["gold"]).count();
+    assert_eq!(result["acc,none"].as_f64().unwrap(), right as f64 / 8.0);
+    let table = text(&place.run(&args).stdout);
+    let row = table.lines().find(|line| line.contains("acc,none")).unwrap();
+    let cells: Vec<&str> = row.split('|').map(str::trim).collect();
+    assert_eq!(cells[..5], ["", "arc_easy", "8", "2", "acc,none"]);
+    assert_eq!(cells[5], format!("{:.4}", right as f64 / 8.0));
+    assert!(table.contains("arc_easy against model-2") && table.contains("from right to wrong"), "{table}");
+    place.fails(1, &["eval", "model-1", "--tasks", "piqa", "--data", "data"], &["piqa/test.jsonl"]);
+}
+
+#[test]
 fn inspect_counts_bytes() {
     let place = Place::new();
     let object = place.json(&["inspect", "model-1"]);

@@ -85,6 +85,36 @@ impl Task for ChoiceTask {
 }
 
 #[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::task::ItemOptions;
+
+    #[test]
+    fn examples_are_the_ones_that_python_draws() {
+        let dir = tempfile::tempdir().unwrap();
+        let row = |i: usize| format!(r#"{{"goal": "g{i}", "sol1": "a{i}", "sol2": "b{i}", "label": {}}}"#, i % 2);
+        let rows = |n: usize| (0..n).map(row).collect::<Vec<_>>().join("\n");
+        std::fs::create_dir(dir.path().join("piqa")).unwrap();
+        std::fs::write(dir.path().join("piqa/test.jsonl"), rows(3)).unwrap();
+        std::fs::write(dir.path().join("piqa/train.jsonl"), rows(30)).unwrap();
+        let items = ItemOptions { data: Some(dir.path()), num_fewshot: Some(2), ..ItemOptions::default() };
+        let options = TaskOptions { items, ..TaskOptions::default() };
+        let asked = piqa::TASK.ask(&options).unwrap();
+        // `r = random.Random(1234)`, then `r.sample(range(30), 2)` three times: [24, 14], [3, 0], [2, 29].
+        let contexts: Vec<&str> = asked.iter().map(|a| a.requests[1].context.as_str()).collect();
+        assert_eq!(
+            contexts,
+            [
+                "Question: g24\nAnswer: a24\n\nQuestion: g14\nAnswer: a14\n\nQuestion: g0\nAnswer:",
+                "Question: g3\nAnswer: b3\n\nQuestion: g0\nAnswer: a0\n\nQuestion: g1\nAnswer:",
+                "Question: g2\nAnswer: a2\n\nQuestion: g29\nAnswer: b29\n\nQuestion: g2\nAnswer:",
+            ]
+        );
+        assert_eq!(asked[2].requests[1].continuation, " b2");
+    }
+}
+
+#[cfg(test)]
 pub(crate) mod testing {
     //! What the tests of the tasks share.
 

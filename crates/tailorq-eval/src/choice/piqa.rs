@@ -6,8 +6,10 @@ use crate::error::EvalError;
 use crate::task::Task;
 
 /// `piqa`.
-pub(crate) const PIQA: &dyn Task =
-    &ChoiceTask { name: "piqa", about: "everyday physics: which of two ways works", by_length: true, read };
+pub(crate) const PIQA: &dyn Task = &TASK;
+
+pub(super) const TASK: ChoiceTask =
+    ChoiceTask { name: "piqa", about: "everyday physics: which of two ways works", by_length: true, read };
 
 fn read(item: &Item<'_>) -> Result<Question, EvalError> {
     let choices = [item.text("sol1")?, item.text("sol2")?];

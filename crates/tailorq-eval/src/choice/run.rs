@@ -11,7 +11,7 @@ use serde_json::{Map, json};
 
 /// A question in its place, after its description and examples.
 pub(super) struct Asked {
-    requests: Vec<Request>,
+    pub(super) requests: Vec<Request>,
     lengths: Vec<usize>,
     gold: usize,
 }

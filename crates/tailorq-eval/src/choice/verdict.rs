@@ -90,3 +90,35 @@ pub(crate) fn flips(reference: &str, of_reference: &[Verdict], of_model: &[Verdi
         "items": of_model.len(),
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn verdict(sums: &[f64], lengths: &[usize], gold: usize) -> Verdict {
+        let likelihoods: Vec<Likelihood> = sums.iter().map(|&sum| Likelihood { sum, is_greedy: false }).collect();
+        Verdict::new(&likelihoods, lengths, gold)
+    }
+
+    #[test]
+    fn length_decides_by_code_points_and_ties_by_place() {
+        let long = verdict(&[-4.0, -6.0], &[2, 6], 1);
+        assert_eq!((long.prediction, long.prediction_norm), (0, 1));
+        assert!(!long.is_right() && long.is_right_by_length());
+        let tied = verdict(&[-3.0, -2.0, -2.0], &[3, 2, 2], 2);
+        assert_eq!((tied.prediction, tied.prediction_norm), (1, 0));
+    }
+
+    #[test]
+    fn flips_are_told_by_direction() {
+        let (yes, no) = (verdict(&[-1.0, -2.0], &[1, 1], 0), verdict(&[-2.0, -1.0], &[1, 1], 0));
+        let reference = [yes.clone(), yes.clone(), no.clone(), yes.clone()];
+        let model = [no.clone(), yes, no, verdict(&[-2.0, -1.0], &[1, 1], 0)];
+        let told = flips("original", &reference, &model);
+        assert_eq!(
+            (&told["right_to_wrong"], &told["wrong_to_right"], &told["items"]),
+            (&2.into(), &0.into(), &4.into())
+        );
+        assert_eq!((&told["changed_predictions"], &told["reference_acc"]), (&2.into(), &0.75.into()));
+    }
+}

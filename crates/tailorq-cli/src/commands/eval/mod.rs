@@ -1,16 +1,19 @@
 //! `tailorq eval`: measure a model.
 
+mod results;
+
 use crate::console::Console;
 use crate::progress::Progress;
 use anyhow::{Context, ensure};
 use clap::Args;
-use serde_json::{Map, Value, json};
+use results::{object, table};
+use serde_json::Value;
 use std::cell::RefCell;
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 use tailorq::{Device, OpenedModel};
-use tailorq_eval::{ItemOptions, ItemRecord, Subject, Task, TaskOptions, TaskResult, task};
+use tailorq_eval::{ItemOptions, ItemRecord, Subject, Task, TaskOptions, task};
 
 /// Measure a model by tasks: perplexity on a text, answers to a data set's questions, likelihoods of your own completions.
 ///
@@ -178,57 +181,4 @@ fn find_tasks(names: &[String]) -> anyhow::Result<Vec<&'static dyn Task>> {
         }
     }
     Ok(tasks)
-}
-
-/// `{"model", "results": {TASK: {...}}}`; a lone perplexity stands at the top as well.
-fn object(model: &str, results: &[(&str, TaskResult)]) -> Value {
-    let mut object = Map::new();
-    object.insert("model".to_owned(), model.into());
-    if let [("perplexity", result)] = results {
-        object.insert("task".to_owned(), "perplexity".into());
-        object.insert("value".to_owned(), result.value.into());
-        object.insert("tokens".to_owned(), result.tokens.into());
-    }
-    let mut by_task = Map::new();
-    for (name, result) in results {
-        by_task.insert((*name).to_owned(), json!(result));
-        by_task.extend(result.parts.iter().map(|(part, details)| (part.clone(), details.clone().into())));
-    }
-    object.insert("results".to_owned(), by_task.into());
-    object.into()
-}
-
-/// Metrics in the harness' notation, with their standard errors: `exact_match,strict-match` and
-/// `exact_match_stderr,strict-match`.
-fn metrics<'a>(result: &'a TaskResult) -> Vec<(&'a str, f64, f64)> {
-    let stderr = |key: &str| {
-        let (metric, filter) = key.split_once(',')?;
-        result.details.get(&format!("{metric}_stderr,{filter}"))?.as_f64()
-    };
-    let metric = |(key, value): (&'a String, &Value)| Some((key.as_str(), value.as_f64()?, stderr(key)?));
-    result.details.iter().filter_map(metric).collect()
-}
-
-fn table(model: &str, results: &[(&str, TaskResult)]) -> String {
-    let mut text = format!("{model}\n");
-    for (name, result) in results {
-        let mut notes = vec![format!("{} scored", result.tokens)];
-        let number = |key: &str| result.details.get(key).and_then(Value::as_u64);
-        if let (Some(windows), Some(window)) = (number("windows"), number("window")) {
-            let plural = if windows == 1 { "" } else { "s" };
-            notes.push(format!("{windows} window{plural} of {window} tokens"));
-        }
-        text.push_str(&format!("  {name:<18}{:>12.4}   ({})\n", result.value, notes.join(", ")));
-        for (metric, value, stderr) in metrics(result) {
-            text.push_str(&format!("    {metric:<32}{value:>12.4} ± {stderr:.4}\n"));
-        }
-        let Some(divergence) = result.details.get("divergence") else { continue };
-        let number = |key: &str| divergence.get(key).and_then(Value::as_f64).unwrap_or(f64::NAN);
-        let reference = divergence.get("reference").and_then(Value::as_str).unwrap_or_default();
-        text.push_str(&format!("against {reference}\n"));
-        text.push_str(&format!("  {:<18}{:>12.4}\n", "its perplexity", number("reference_perplexity")));
-        text.push_str(&format!("  {:<18}{:>12.4}   nats a token\n", "mean KL", number("mean_kl")));
-        text.push_str(&format!("  {:<18}{:>10.2} %\n", "top-1 agreement", 100.0 * number("top1_agreement")));
-    }
-    text
 }
