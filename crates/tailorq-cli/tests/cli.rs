@@ -204,7 +204,7 @@ fn eval_scores_choices() {
     for key in ["acc,none", "acc_stderr,none", "acc_norm,none", "acc_norm_stderr,none"] {
         assert!(result[key].is_f64(), "{key}: {result}");
     }
-    assert_eq!((&object["n-shot"]["arc_easy"], &object["n-samples"]["arc_easy"]), (&2.into(), &8.into()));
+    assert_eq!((&object["n-shot"]["arc_easy"], &object["n-samples"]["arc_easy"]["effective"]), (&2.into(), &8.into()));
     let log = std::fs::read_to_string(place.path("log.jsonl")).unwrap();
     let lines: Vec<Value> = log.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
     assert_eq!(lines.len(), 8);

@@ -196,6 +196,12 @@ fn missing_and_bad_data_are_named() {
     assert!(run("mmlu", &model, None, at).unwrap_err().to_string().contains("alchemy"));
 }
 
+/// 1e-3, but for long continuations of low likelihood: the reference took the log-softmax in f32, which alone moves a
+/// sum of -157.3757 over 152 thousand words by 1.8e-3 (its own logits agree in f64 to 3e-5).
+fn tolerance(sum: f64) -> f64 {
+    1e-3_f64.max(2e-5 * sum.abs())
+}
+
 fn directories() -> Option<[PathBuf; 3]> {
     let find = |variable: &str| {
         let value = std::env::var(variable).ok().filter(|v| !v.is_empty());
@@ -234,7 +240,8 @@ fn real_checkpoints_give_the_reference_log_likelihoods() {
                 assert_eq!(record.gold.as_ref(), Some(&expected["gold"]), "{name} {task} {}", record.index);
                 let sums: Vec<f64> = serde_json::from_value(expected["loglikelihoods"].clone()).unwrap();
                 let ours = record.loglikelihoods.as_ref().unwrap();
-                let close = sums.len() == ours.len() && ours.iter().zip(&sums).all(|(a, b)| (a - b).abs() < 1e-3);
+                let close =
+                    sums.len() == ours.len() && ours.iter().zip(&sums).all(|(a, b)| (a - b).abs() < tolerance(*b));
                 assert!(close, "{name} {task} {}: {ours:?}, not {sums:?}", record.index);
             }
             n_tasks += 1;

@@ -3,7 +3,8 @@
 use serde_json::{Map, Value, json};
 use tailorq_eval::TaskResult;
 
-/// `{"model", "n-shot", "n-samples", "results": {TASK: {...}}}`, as in the harness; parts of a task stand beside it, a lone perplexity stands at the top as well.
+/// `{"model", "n-shot", "n-samples", "results": {TASK: {...}}}` as in the harness, of whose samples only the effective
+/// number is told; parts of a task stand beside it, a lone perplexity stands at the top as well.
 pub(super) fn object(model: &str, results: &[(&str, TaskResult)]) -> Value {
     let mut object = Map::new();
     object.insert("model".to_owned(), model.into());
@@ -18,7 +19,10 @@ pub(super) fn object(model: &str, results: &[(&str, TaskResult)]) -> Value {
         by_task.extend(result.parts.iter().map(|(part, details)| (part.clone(), details.clone().into())));
     }
     for (name, key) in [("n-shot", "num_fewshot"), ("n-samples", "items")] {
-        let known = |(task, details): (&String, &Value)| Some((task.clone(), details.get(key)?.clone()));
+        let known = |(task, details): (&String, &Value)| {
+            let number = details.get(key)?;
+            Some((task.clone(), if key == "items" { json!({"effective": number}) } else { number.clone() }))
+        };
         let known: Map<String, Value> = by_task.iter().filter_map(known).collect();
         if !known.is_empty() {
             object.insert(name.to_owned(), known.into());
@@ -41,7 +45,7 @@ pub(super) fn table(model: &str, results: &[(&str, TaskResult)]) -> String {
         all_rows.extend(of_task);
     }
     if !all_rows.is_empty() {
-        text.push_str(&markdown(&all_rows));
+        text.push_str(&format!("\n{}\n", markdown(&all_rows)));
     }
     results.iter().filter_map(|(name, result)| flips(name, result)).for_each(|line| text.push_str(&line));
     text
