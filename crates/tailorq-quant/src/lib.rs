@@ -17,5 +17,5 @@ pub use calibrate::{
     advance,
 };
 pub use error::QuantError;
-pub use plan::LayerSettings;
+pub use plan::{Clip, LayerSettings};
 pub use quantize::{LayerStats, Needs, Note, Quantized, Quantizer, find};

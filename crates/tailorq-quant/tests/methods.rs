@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use tailorq_kernels::Device;
 use tailorq_quant::quantize::{ALL, Gptq, GridRule, Rtn, proxy_loss};
-use tailorq_quant::{LayerSettings, LayerStats, Note, QuantError, Quantized, Quantizer, find};
+use tailorq_quant::{Clip, LayerSettings, LayerStats, Note, QuantError, Quantized, Quantizer, find};
 use tailorq_tensor::{Bits, Group, Matrix, PackedMatrix, Rng};
 
 fn cpu() -> Arc<dyn Device> {
@@ -95,7 +95,8 @@ mod textbook {
     pub fn gptq(w: &Matrix, h: &Matrix, s: &LayerSettings) -> Vec<u8> {
         let (rows, cols) = (w.rows(), w.cols());
         let u = factor(h, s.damping);
-        let rule = GridRule::new(s.layout, s.clip_search);
+        let rule = GridRule::new(s.layout, s.clip);
+        let cost: Vec<f32> = (0..cols).map(|j| (1.0 / (u[j][j] * u[j][j])) as f32).collect();
         let len = s.layout.group.len(cols);
         let max = f64::from(s.layout.bits.max_code());
         let mut codes = vec![0u8; rows * cols];
@@ -105,7 +106,8 @@ mod textbook {
             for j in 0..cols {
                 if j % len == 0 {
                     let group: Vec<f32> = row[j..(j + len).min(cols)].iter().map(|v| *v as f32).collect();
-                    grid = Some(rule.fit(&group, None).unwrap());
+                    let cost = (s.clip == Clip::Hessian).then_some(&cost[j..j + group.len()]);
+                    grid = Some(rule.fit(&group, cost).unwrap());
                 }
                 let grid = grid.unwrap();
                 let (scale, zero) = (grid.scale.to_f64(), f64::from(grid.zero));
@@ -128,12 +130,14 @@ fn agrees_with_the_textbook() {
         for (bits, group) in
             [(Bits::Two, Group::Inputs(32)), (Bits::Three, Group::Inputs(128)), (Bits::Four, Group::Row)]
         {
-            for (symmetric, clip_search) in [(false, true), (true, false)] {
+            for (symmetric, clip) in
+                [(false, Clip::Hessian), (true, Clip::Hessian), (false, Clip::Magnitude), (true, Clip::None)]
+            {
                 let w = normal(40, cols, i as u64);
                 let h = hessian(cols, 4 * cols, 7 + i as u64);
                 let mut s = settings(bits, group);
                 s.layout.symmetric = symmetric;
-                s.clip_search = clip_search;
+                s.clip = clip;
                 let expected = textbook::gptq(&w, &h, &s);
                 let found = codes(&run(&Gptq, &w, Some(&h), 4 * cols, &s).matrix);
                 let n_same = expected.iter().zip(&found).filter(|(a, b)| a == b).count();
@@ -415,12 +419,40 @@ fn names_find_methods() {
     assert!(!Rtn.needs().hessian && Gptq.needs().hessian);
 }
 
+/// A grid chosen for what errors cost loses less of the layer's output, in both column orders.
+#[test]
+fn clipping_by_the_hessian_loses_less() {
+    let (w, h) = (normal(48, 256, 1), hessian(256, 1024, 2));
+    for bits in [Bits::Two, Bits::Three] {
+        for act_order in [false, true] {
+            let loss = |clip| {
+                let s = LayerSettings { clip, act_order, ..settings(bits, Group::Inputs(64)) };
+                run(&Gptq, &w, Some(&h), 1024, &s).proxy_loss.unwrap()
+            };
+            let [none, magnitude, hessian] = Clip::ALL.map(loss);
+            assert!(hessian < 0.97 * magnitude, "{bits:?}, act-order {act_order}: {none} {magnitude} {hessian}");
+        }
+    }
+}
+
+/// Without a Hessian there is nothing to weigh by: the grids are those of the search by magnitude.
+#[test]
+fn rounding_clips_by_magnitude() {
+    let w = normal(8, 96, 3);
+    let codes_of = |clip| {
+        let s = LayerSettings { clip, ..settings(Bits::Two, Group::Inputs(32)) };
+        codes(&run(&Rtn, &w, None, 0, &s).matrix)
+    };
+    assert_eq!(codes_of(Clip::Hessian), codes_of(Clip::Magnitude));
+    assert_ne!(codes_of(Clip::Hessian), codes_of(Clip::None));
+}
+
 #[test]
 fn settings_as_files_write_them() {
     let read = |text: &str| serde_json::from_str::<LayerSettings>(text);
     let defaults = read(r#"{"layout":{"bits":3,"group":128,"symmetric":false}}"#).unwrap();
     assert_eq!(defaults, LayerSettings::new(Bits::Three, Group::Inputs(128)));
-    let other = LayerSettings { act_order: true, damping: 0.05, clip_search: false, ..defaults };
+    let other = LayerSettings { act_order: true, damping: 0.05, clip: Clip::None, ..defaults };
     assert_eq!(read(&serde_json::to_string(&other).unwrap()).unwrap(), other);
     assert!(read(r#"{"layout":{"bits":3,"group":128,"symmetric":false},"dampng":1}"#).is_err());
     assert!(read(r#"{"layout":{"bits":5,"group":128,"symmetric":false}}"#).is_err());
@@ -454,10 +486,10 @@ fn timing() {
         });
         for bits in [Bits::Two, Bits::Three] {
             for q in ALL {
-                for clip_search in [false, true] {
-                    let s = LayerSettings { clip_search, ..settings(bits, Group::Inputs(128)) };
+                for clip in Clip::ALL {
+                    let s = LayerSettings { clip, ..settings(bits, Group::Inputs(128)) };
                     let stats = LayerStats { hessian: q.needs().hessian.then_some(&h), n_tokens };
-                    report(format!("{rows}x{cols} {bits:?} {} clip {clip_search}", q.name()), &mut || {
+                    report(format!("{rows}x{cols} {bits:?} {} clip {}", q.name(), clip.name()), &mut || {
                         q.quantize(cpu().as_ref(), &w, &stats, &s).unwrap();
                     });
                 }

@@ -6,7 +6,7 @@ use serde::Serialize;
 use std::time::Instant;
 use tailorq_kernels::Device;
 use tailorq_model::Model;
-use tailorq_quant::{KEPT_INPUT_BYTES, MICRO_BATCH_TOKENS};
+use tailorq_quant::{Clip, KEPT_INPUT_BYTES, MICRO_BATCH_TOKENS};
 use tailorq_tensor::{Matrix, Rng, Slot, Weight};
 
 /// Process, tokenizer and code.
@@ -108,7 +108,7 @@ fn total_flops(model: &Model, tokens: usize) -> f64 {
 }
 
 fn search_seconds(weights: u64, settings: &QuantizeSettings) -> f64 {
-    let share = if settings.clip_search { 1.0 } else { 0.1 };
+    let share = if settings.clip != Clip::None { 1.0 } else { 0.1 };
     share * weights as f64 / (CLIP_WEIGHTS_PER_SECOND * rayon::current_num_threads() as f64)
 }
 

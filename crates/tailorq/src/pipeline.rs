@@ -130,7 +130,7 @@ fn quantize_blocks(
     let model = &model;
     let layer = LayerSettings {
         layout: settings.layout(),
-        clip_search: settings.clip_search,
+        clip: settings.clip,
         damping: settings.damping,
         act_order: settings.act_order,
     };

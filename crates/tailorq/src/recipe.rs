@@ -5,10 +5,11 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::io::Read;
 use std::path::{Path, PathBuf};
+use tailorq_quant::Clip;
 use tailorq_tensor::{Bits, Group, Layout};
 
 /// Bumped when an old recipe no longer means the same bytes.
-pub const RECIPE_SCHEMA: u32 = 1;
+pub const RECIPE_SCHEMA: u32 = 2;
 
 /// A quantization run, repeatable byte for byte. Threads, output directory and times are not part of it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -49,8 +50,8 @@ pub struct QuantizeSettings {
     pub group: Group,
     /// Symmetric grid: no zeros are stored.
     pub symmetric: bool,
-    /// Search for the range of each group that loses least.
-    pub clip_search: bool,
+    /// How the range of each group is found.
+    pub clip: Clip,
     /// Added to the Hessian's diagonal, as a share of its mean.
     pub damping: f64,
     /// Quantize columns in the order of falling Hessian diagonal.
@@ -70,7 +71,7 @@ impl Default for QuantizeSettings {
             bits: Bits::Three,
             group: Group::Inputs(128),
             symmetric: false,
-            clip_search: true,
+            clip: Clip::default(),
             damping: 0.01,
             act_order: false,
             true_sequential: true,

@@ -3,7 +3,7 @@
 use crate::error::PipelineError;
 use crate::report::{LayerReport, rounded};
 use tailorq_kernels::Device;
-use tailorq_quant::{LayerSettings, LayerStats};
+use tailorq_quant::{Clip, LayerSettings, LayerStats};
 use tailorq_tensor::{DType, Layout, Matrix, PackedMatrix, Weight};
 
 /// Rows in work at a time: bounds memory and lets threads share a panel.
@@ -17,7 +17,12 @@ pub fn pack_table(
     layout: Layout,
 ) -> Result<(PackedMatrix, LayerReport), PipelineError> {
     let rtn = tailorq_quant::find("rtn").expect("rtn is a registered method");
-    let settings = LayerSettings { layout, clip_search: layout.bits.count() < 8, damping: 0.0, act_order: false };
+    let settings = LayerSettings {
+        layout,
+        clip: if layout.bits.count() < 8 { Clip::Magnitude } else { Clip::None },
+        damping: 0.0,
+        act_order: false,
+    };
     let (mut panels, mut notes) = (Vec::new(), Vec::new());
     let (mut squares, mut lost) = (0.0, 0.0);
     for_each_panel(table, |first_row, panel| {

@@ -57,8 +57,12 @@ pub struct QuantizeArgs {
     /// Symmetric grid: no zero points are stored
     #[arg(long)]
     sym: bool,
-    /// Take each group's range as it is, without searching for the best clipping
-    #[arg(long)]
+    /// How each group's range is found: as it is (none), by the least error of its weights (magnitude), or by the least
+    /// error of the layer's output (hessian; rtn has no Hessian and searches by magnitude)
+    #[arg(long, value_name = "none|magnitude|hessian", default_value = "hessian")]
+    clip: tailorq::Clip,
+    /// The same as --clip none
+    #[arg(long, conflicts_with = "clip")]
     no_clip: bool,
     /// Added to the Hessian's diagonal, as a share of its mean
     #[arg(long, value_name = "SHARE", default_value_t = 0.01, visible_alias = "damp-percent")]
@@ -73,7 +77,7 @@ pub struct QuantizeArgs {
     #[arg(long, value_name = "N", default_value_t = 8)]
     head_bits: u32,
     /// Repeat the run of this recipe.toml, byte for byte; refuses inputs that are not the recipe's
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["method", "bits", "group", "samples", "sequence_length", "seed", "sym", "no_clip", "damp", "act_order", "embedding_bits", "head_bits"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["method", "bits", "group", "samples", "sequence_length", "seed", "sym", "clip", "no_clip", "damp", "act_order", "embedding_bits", "head_bits"])]
     recipe: Option<PathBuf>,
     /// Go on with a stopped run (an empty directory starts afresh, a finished run is left alone)
     #[arg(long, conflicts_with = "overwrite")]
@@ -130,7 +134,7 @@ impl QuantizeArgs {
             bits: self.bits,
             group: self.group,
             symmetric: self.sym,
-            clip_search: !self.no_clip,
+            clip: if self.no_clip { tailorq::Clip::None } else { self.clip },
             damping: self.damp,
             act_order: self.act_order,
             true_sequential: true,

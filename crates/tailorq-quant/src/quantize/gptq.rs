@@ -5,7 +5,8 @@
 //! `w_k - e U_jk`. Rows are independent given `U`, so each task takes some rows through all columns: inside a block of
 //! 128 columns one by one, and the rest of the matrix once a block.
 //!
-//! Two deviations from the reference code. Inputs that were never active have no say in `H`; their weights are rounded,
+//! Three deviations from the reference code. The clip search weighs the error of column `j` with `1 / U_jj^2`, what it will
+//! cost, where the reference weighs all alike ([`Clip::Magnitude`] does as the reference). Inputs that were never active have no say in `H`; their weights are rounded,
 //! not zeroed, because the task's own prompts may use them where the calibration sample did not. And these inputs do not
 //! enter the mean of the diagonal that the damping is a fraction of.
 
@@ -13,7 +14,7 @@ use super::grid::{Grid, GridRule, Line};
 use super::rows::{Rows, at_group, check_finite, quantize_rows};
 use super::{LayerStats, Needs, Note, Quantized, Quantizer, Rtn, check_settings};
 use crate::simd::{LANES, Simd, multiply_add, round_within};
-use crate::{LayerSettings, QuantError};
+use crate::{Clip, LayerSettings, QuantError};
 use std::ops::Range;
 use tailorq_kernels::{Device, Strided, StridedMut};
 use tailorq_tensor::{Group, Matrix};
@@ -128,6 +129,18 @@ impl Factor {
         notes.push(Note::FellBackToRtn { damping });
         None
     }
+
+    /// `1 / U_jj^2` by original column, brought to a mean of 1: rounding column `j` with the error `e` adds `e^2 / U_jj^2`
+    /// to the objective (Frantar et al. 2022, equation 2), once later columns have made up for what they can.
+    fn importance(&self) -> Vec<f32> {
+        let squares = self.inverse_diagonal.iter().map(|d| f64::from(*d).powi(2));
+        let mean = squares.clone().sum::<f64>() / self.inverse_diagonal.len().max(1) as f64;
+        let mut importance = vec![0.0; self.inverse_diagonal.len()];
+        for (j, square) in squares.enumerate() {
+            importance[original(self.order.as_deref(), j)] = (square / mean) as f32;
+        }
+        importance
+    }
 }
 
 /// The original column of step `j`.
@@ -163,6 +176,8 @@ struct Job<'a> {
     settings: &'a LayerSettings,
     factor: &'a Factor,
     rule: GridRule,
+    /// One factor an input, in the original order, for the clip search; empty without one by the Hessian.
+    importance: Vec<f32>,
     group_len: usize,
     /// Grids are fitted on the original weights before any column is rounded.
     static_grids: bool,
@@ -176,12 +191,18 @@ impl<'a> Job<'a> {
             weights,
             settings,
             factor,
-            rule: GridRule::new(settings.layout, settings.clip_search),
+            rule: GridRule::new(settings.layout, settings.clip),
+            importance: if settings.clip == Clip::Hessian { factor.importance() } else { Vec::new() },
             group_len: settings.layout.group.len(weights.cols()),
             // A group that is a whole row starts before anything has changed, so both ways give the same grid.
             static_grids: settings.act_order || settings.layout.group == Group::Row,
             simd: Simd::detect(),
         }
+    }
+
+    /// The factors of some inputs for the clip search.
+    fn importance(&self, inputs: Range<usize>) -> Option<&[f32]> {
+        (!self.importance.is_empty()).then(|| &self.importance[inputs])
     }
 
     /// Quantizes the rows `first..first + n`.
@@ -224,7 +245,8 @@ impl<'a> Job<'a> {
     fn fit_static(&self, task: &mut Task) -> Result<(), QuantError> {
         for r in 0..task.n {
             for (g, group) in self.weights.row(task.first + r).chunks(self.group_len).enumerate() {
-                let grid = self.rule.fit(group, None).map_err(at_group(task.first + r, g))?;
+                let inputs = g * self.group_len..g * self.group_len + group.len();
+                let grid = self.rule.fit(group, self.importance(inputs)).map_err(at_group(task.first + r, g))?;
                 task.rows.set_grid(r, g, grid);
                 task.grids.push(grid);
             }
@@ -257,8 +279,10 @@ impl<'a> Job<'a> {
             for start in (0..block.len()).step_by(self.group_len) {
                 let group = start..(start + self.group_len).min(block.len());
                 let group_idx = (block.start + start) / self.group_len;
-                let grid: Grid =
-                    self.rule.fit(&state.weights[group.clone()], None).map_err(at_group(task.first + r, group_idx))?;
+                // Grids are fitted on the way only in the natural order, where steps are inputs.
+                let importance = self.importance(block.start + group.start..block.start + group.end);
+                let grid: Grid = (self.rule.fit(&state.weights[group.clone()], importance))
+                    .map_err(at_group(task.first + r, group_idx))?;
                 task.rows.set_grid(r, group_idx, grid);
                 state.set_grid(group.clone(), Line::new(grid, self.settings.layout.bits));
                 self.columns(&mut state, group, block, &task.factor_block);

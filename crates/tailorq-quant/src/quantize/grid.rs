@@ -3,6 +3,7 @@
 //! The scale is rounded to f16 before any code is chosen, so the grid that errors are measured on is the grid that is
 //! stored. Every grid contains 0 exactly.
 
+use crate::Clip;
 use crate::simd::{LANES, Simd, multiply_add, round_within};
 use half::f16;
 use tailorq_tensor::{Bits, Layout};
@@ -87,9 +88,14 @@ pub struct GridRule {
 }
 
 impl GridRule {
-    /// The rule for a layout, with GPTQ's clip search or without one.
-    pub fn new(layout: Layout, clip_search: bool) -> Self {
-        GridRule { bits: layout.bits, symmetric: layout.symmetric, clip: clip_search.then(ClipSearch::default) }
+    /// The rule for a layout. With [`Clip::Hessian`] the importances given to [`GridRule::fit`] are those of squared errors.
+    pub fn new(layout: Layout, clip: Clip) -> Self {
+        let clip = match clip {
+            Clip::None => None,
+            Clip::Magnitude => Some(ClipSearch::default()),
+            Clip::Hessian => Some(ClipSearch { norm: 2.0, ..ClipSearch::default() }),
+        };
+        GridRule { bits: layout.bits, symmetric: layout.symmetric, clip }
     }
 
     /// The grid for one group of finite weights. `importance`, one factor a weight, weighs the errors of the clip search;
@@ -194,10 +200,11 @@ fn search_loop<const FUSED: bool>(
         // Errors are summed in units of the scale, so the bound is brought to these units.
         let unit = power::<FUSED>(line.scale, clip.norm);
         let bound = best_penalty / unit;
-        let sum = if importance.is_empty() {
-            penalty::<FUSED, false>(weights, weights, line, clip.norm, bound)
-        } else {
-            penalty::<FUSED, true>(weights, importance, line, clip.norm, bound)
+        let sum = match (importance.is_empty(), clip.norm == 2.0) {
+            (true, false) => penalty::<FUSED, false, false>(weights, weights, line, clip.norm, bound),
+            (true, true) => penalty::<FUSED, false, true>(weights, weights, line, clip.norm, bound),
+            (false, false) => penalty::<FUSED, true, false>(weights, importance, line, clip.norm, bound),
+            (false, true) => penalty::<FUSED, true, true>(weights, importance, line, clip.norm, bound),
         };
         if sum < bound {
             (best, best_penalty) = (grid, sum * unit);
@@ -206,9 +213,9 @@ fn search_loop<const FUSED: bool>(
     best
 }
 
-/// `sum importance |w / scale - q|^norm`, given up (as some value not below `bound`) once it reaches `bound`.
+/// `sum importance |w / scale - q|^norm` (`norm` is 2 where `SQUARED`), given up (as some value not below `bound`) once it reaches `bound`.
 #[inline(always)]
-fn penalty<const FUSED: bool, const WEIGHTED: bool>(
+fn penalty<const FUSED: bool, const WEIGHTED: bool, const SQUARED: bool>(
     weights: &[f32],
     importance: &[f32],
     line: Line,
@@ -221,13 +228,13 @@ fn penalty<const FUSED: bool, const WEIGHTED: bool>(
     for (w, imp) in weights.chunks(STRIDE).zip(importance.chunks(STRIDE)) {
         for (w, imp) in w.chunks(LANES).zip(imp.chunks(LANES)) {
             if let (Ok(w), Ok(imp)) = (w.try_into(), imp.try_into()) {
-                add_penalties::<FUSED, WEIGHTED>(w, imp, line, norm, &mut sums);
+                add_penalties::<FUSED, WEIGHTED, SQUARED>(w, imp, line, norm, &mut sums);
             } else {
                 // Zeros cost nothing on a grid that contains 0.
                 let (mut tail, mut tail_imp) = ([0.0f32; LANES], [0.0f32; LANES]);
                 tail[..w.len()].copy_from_slice(w);
                 tail_imp[..w.len()].copy_from_slice(imp);
-                add_penalties::<FUSED, WEIGHTED>(&tail, &tail_imp, line, norm, &mut sums);
+                add_penalties::<FUSED, WEIGHTED, SQUARED>(&tail, &tail_imp, line, norm, &mut sums);
             }
         }
         let total = sum_lanes(&sums);
@@ -239,7 +246,7 @@ fn penalty<const FUSED: bool, const WEIGHTED: bool>(
 }
 
 #[inline(always)]
-fn add_penalties<const FUSED: bool, const WEIGHTED: bool>(
+fn add_penalties<const FUSED: bool, const WEIGHTED: bool, const SQUARED: bool>(
     weights: &[f32; LANES],
     importance: &[f32; LANES],
     line: Line,
@@ -249,7 +256,7 @@ fn add_penalties<const FUSED: bool, const WEIGHTED: bool>(
     for i in 0..LANES {
         let t = weights[i] * line.inverse;
         let error = (t - round_within(t, line.low, line.high)).abs();
-        let p = power::<FUSED>(error, norm);
+        let p = if SQUARED { error * error } else { power::<FUSED>(error, norm) };
         sums[i] += if WEIGHTED { p * importance[i] } else { p };
     }
 }

@@ -39,7 +39,7 @@ impl Quantizer for Rtn {
 fn round_rows(weights: &Matrix, settings: &LayerSettings, first: usize, n: usize) -> Result<Rows, QuantError> {
     check_finite(weights, first, n)?;
     let (layout, cols) = (settings.layout, weights.cols());
-    let rule = GridRule::new(layout, settings.clip_search);
+    let rule = GridRule::new(layout, settings.clip.without_hessian());
     let group_len = layout.group.len(cols);
     let mut rows = Rows::new(n, cols, settings);
     for r in 0..n {
