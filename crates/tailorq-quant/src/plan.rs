@@ -11,10 +11,11 @@ pub enum Clip {
     /// Its extremes as they are.
     None,
     /// The shrunken range with the least `sum |e|^2.4` over the group: the search of GPTQ's reference code.
+    #[default]
     Magnitude,
     /// The shrunken range with the least `sum e_j^2 / U_jj^2`: what rounding column `j` adds to GPTQ's objective, so that
-    /// inputs which matter keep a fine grid and others pay for it. Methods without a Hessian search by magnitude.
-    #[default]
+    /// inputs which matter keep a fine grid and others pay for it. Lowers the loss of nearly every layer, and yet not
+    /// that of every model. Methods without a Hessian search by magnitude.
     Hessian,
 }
 
@@ -67,7 +68,7 @@ pub struct LayerSettings {
 }
 
 impl LayerSettings {
-    /// The defaults for a width and a group: asymmetric, clip search by the Hessian, damping 0.01, columns in natural order.
+    /// The defaults for a width and a group: asymmetric, clip search by magnitude, damping 0.01, columns in natural order.
     pub fn new(bits: Bits, group: Group) -> Self {
         LayerSettings {
             layout: Layout { bits, group, symmetric: false },

@@ -59,7 +59,7 @@ pub struct QuantizeArgs {
     sym: bool,
     /// How each group's range is found: as it is (none), by the least error of its weights (magnitude), or by the least
     /// error of the layer's output (hessian; rtn has no Hessian and searches by magnitude)
-    #[arg(long, value_name = "none|magnitude|hessian", default_value = "hessian")]
+    #[arg(long, value_name = "none|magnitude|hessian", default_value = "magnitude")]
     clip: tailorq::Clip,
     /// The same as --clip none
     #[arg(long, conflicts_with = "clip")]
