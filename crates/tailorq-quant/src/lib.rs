@@ -14,7 +14,7 @@ pub mod survey;
 
 pub use calibrate::{
     Activations, BlockQuantizer, KEPT_INPUT_BYTES, MICRO_BATCH_TOKENS, MicroBatch, QuantizedBlock, QuantizedLayer,
-    advance,
+    TokenWeight, advance,
 };
 pub use error::QuantError;
 pub use plan::{Clip, LayerSettings};

@@ -5,7 +5,7 @@
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
-use tailorq_quant::{Activations, BlockQuantizer, LayerSettings, find};
+use tailorq_quant::{Activations, BlockQuantizer, LayerSettings, TokenWeight, find};
 use tailorq_tensor::{Bits, Group, Rng};
 
 /// The largest GGUF file of the directory in the environment.
@@ -42,6 +42,7 @@ fn measure(path: &Path) {
                 quantizer,
                 settings_of: &settings,
                 true_sequential: true,
+                token_weight: TokenWeight::default(),
             };
             let mut acts = Activations::embed(device.as_ref(), &opened.model, &samples).unwrap();
             let mut last = Instant::now();

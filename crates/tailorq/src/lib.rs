@@ -32,6 +32,6 @@ pub use report::{CalibrationReport, LayerReport, Report, SizeReport};
 pub use spill::SpillFile;
 pub use tailorq_kernels::{Device, cpu, reference};
 pub use tailorq_model::{ChatMessage, ChatTemplate, Model, ModelError, ModelFiles, OpenedModel, Tokenizer, open};
-pub use tailorq_quant::Clip;
+pub use tailorq_quant::{Clip, TokenWeight};
 pub use tailorq_tensor::{Bits, Group};
 pub use threads::set_threads;

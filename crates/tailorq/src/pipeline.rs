@@ -141,6 +141,7 @@ fn quantize_blocks(
         quantizer: tailorq_quant::find(&settings.method).expect("checked when the recipe was resolved"),
         settings_of: &settings_of,
         true_sequential: settings.true_sequential,
+        token_weight: settings.token_weight,
     };
     let mut activations = samples.map(|s| Activations::embed(device, model, &s.sequences)).transpose()?;
     let total = model.blocks.len() * Slot::ALL.len();

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::io::Read;
 use std::path::{Path, PathBuf};
-use tailorq_quant::Clip;
+use tailorq_quant::{Clip, TokenWeight};
 use tailorq_tensor::{Bits, Group, Layout};
 
 /// Bumped when an old recipe no longer means the same bytes.
@@ -56,6 +56,8 @@ pub struct QuantizeSettings {
     pub damping: f64,
     /// Quantize columns in the order of falling Hessian diagonal.
     pub act_order: bool,
+    /// How much each token counts in the Hessian.
+    pub token_weight: TokenWeight,
     /// Later linears of a block see the quantized earlier ones.
     pub true_sequential: bool,
     /// Code width of the embedding: 4, 8, or 16 for half precision.
@@ -74,6 +76,7 @@ impl Default for QuantizeSettings {
             clip: Clip::default(),
             damping: 0.01,
             act_order: false,
+            token_weight: TokenWeight::default(),
             true_sequential: true,
             embedding_bits: 8,
             head_bits: 8,
@@ -102,6 +105,10 @@ impl QuantizeSettings {
         }
         if !(self.damping.is_finite() && (0.0..=100.0).contains(&self.damping)) {
             return fail(format!("damping is {}: use a share of the mean diagonal from 0 to 100", self.damping));
+        }
+        if self.token_weight.reads_gradients() {
+            let names = TokenWeight::OF_INPUTS.map(TokenWeight::name).join(", ");
+            return fail(format!("token weight {} needs gradients: use one of {names}", self.token_weight.name()));
         }
         for (what, bits) in [("embedding", self.embedding_bits), ("head", self.head_bits)] {
             if ![4, 8, 16].contains(&bits) {
@@ -264,6 +271,7 @@ mod tests {
             |s| s.damping = f64::NAN,
             |s| s.damping = -1.0,
             |s| s.head_bits = 5,
+            |s| s.token_weight = TokenWeight::Gradient,
         ] {
             let mut settings = QuantizeSettings::default();
             change(&mut settings);

@@ -67,6 +67,10 @@ pub struct QuantizeArgs {
     /// Added to the Hessian's diagonal, as a share of its mean
     #[arg(long, value_name = "SHARE", default_value_t = 0.01, visible_alias = "damp-percent")]
     damp: f64,
+    /// How much each calibration token counts: all alike (uniform), or as if all inputs were of one length (inverse-norm),
+    /// so that the few tokens with massive activations do not decide everything
+    #[arg(long, value_name = "uniform|inverse-norm", default_value = "uniform")]
+    token_weight: tailorq::TokenWeight,
     /// Quantize columns in the order of falling activation energy (groups stay where they are; nothing extra is stored)
     #[arg(long, visible_alias = "desc-act")]
     act_order: bool,
@@ -77,7 +81,7 @@ pub struct QuantizeArgs {
     #[arg(long, value_name = "N", default_value_t = 8)]
     head_bits: u32,
     /// Repeat the run of this recipe.toml, byte for byte; refuses inputs that are not the recipe's
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["method", "bits", "group", "samples", "sequence_length", "seed", "sym", "clip", "no_clip", "damp", "act_order", "embedding_bits", "head_bits"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["method", "bits", "group", "samples", "sequence_length", "seed", "sym", "clip", "no_clip", "damp", "token_weight", "act_order", "embedding_bits", "head_bits"])]
     recipe: Option<PathBuf>,
     /// Go on with a stopped run (an empty directory starts afresh, a finished run is left alone)
     #[arg(long, conflicts_with = "overwrite")]
@@ -137,6 +141,7 @@ impl QuantizeArgs {
             clip: if self.no_clip { tailorq::Clip::None } else { self.clip },
             damping: self.damp,
             act_order: self.act_order,
+            token_weight: self.token_weight,
             true_sequential: true,
             embedding_bits: self.embedding_bits,
             head_bits: self.head_bits,

@@ -1,6 +1,7 @@
 //! One block at a time: statistics of each input, quantized weights in its place, on to the next input.
 
 use super::activations::Activations;
+use super::tokens::{TokenWeight, add_hessian};
 use crate::quantize::{LayerStats, Note, Quantized, Quantizer};
 use crate::{LayerSettings, QuantError};
 use std::ops::{ControlFlow, Range};
@@ -28,6 +29,8 @@ pub struct BlockQuantizer<'a> {
     pub settings_of: &'a dyn Fn(LayerId) -> LayerSettings,
     /// Each input is measured with all earlier linears of its block quantized, not with the original ones.
     pub true_sequential: bool,
+    /// How much each token counts in the Hessians; a kind that reads no gradients.
+    pub token_weight: TokenWeight,
 }
 
 /// The quantized layers of one block.
@@ -103,6 +106,10 @@ impl BlockQuantizer<'_> {
         self.quantize_keeping(KEPT_INPUT_BYTES, block_idx, acts, watch)
     }
 
+    fn add_hessian(&self, x: &Matrix, spans: &[Range<usize>], hessian: &mut Matrix) {
+        add_hessian(self.device, (x, None), (self.token_weight, false, spans), hessian);
+    }
+
     /// [`BlockQuantizer::quantize_block`] with a bound on the inputs that are kept.
     fn quantize_keeping(
         &self,
@@ -111,6 +118,10 @@ impl BlockQuantizer<'_> {
         acts: Option<&mut Activations>,
         watch: &mut Watch<'_>,
     ) -> Result<QuantizedBlock, QuantError> {
+        if self.token_weight.reads_gradients() {
+            let name = self.token_weight.name();
+            return Err(QuantError::Settings(format!("token weight {name} reads gradients, which this pass has not")));
+        }
         let block = self.model.blocks[block_idx].clone();
         let mut work = Work { run: self, kept_bytes, block_idx, block, layers: Vec::new() };
         match acts {
@@ -256,7 +267,7 @@ impl Work<'_> {
         let mut hessian = self.empty_hessian(group);
         for (i, place) in kept.iter_mut().enumerate() {
             let x = input(&self.stage(), acts, i);
-            self.run.device.gram(x.data(), &mut hessian);
+            self.run.add_hessian(&x, &acts.batches[i].spans, &mut hessian);
             let bytes = size_of_val(x.data());
             if bytes <= room {
                 room -= bytes;
@@ -279,7 +290,7 @@ impl Work<'_> {
         for batch in &acts.batches {
             let mut add = |group, x: &Matrix| {
                 if let Some((_, h)) = hessians.iter_mut().find(|(g, _)| *g == group) {
-                    self.run.device.gram(x.data(), h);
+                    self.run.add_hessian(x, &batch.spans, h);
                 }
             };
             let x = stage.attention_input(&batch.residual);

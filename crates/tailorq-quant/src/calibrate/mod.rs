@@ -2,7 +2,10 @@
 
 mod activations;
 mod block;
+mod tokens;
 
 pub(crate) use activations::micro_batches;
 pub use activations::{Activations, MICRO_BATCH_TOKENS, MicroBatch};
 pub use block::{BlockQuantizer, KEPT_INPUT_BYTES, QuantizedBlock, QuantizedLayer, advance};
+pub use tokens::TokenWeight;
+pub(crate) use tokens::{add_hessian, squares};

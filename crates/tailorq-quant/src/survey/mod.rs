@@ -8,5 +8,6 @@
 mod run;
 mod stats;
 
+pub use crate::calibrate::TokenWeight;
 pub use run::{Loss, Summary, Survey, SurveySample};
-pub use stats::{BlockStats, GroupStats, LayerGradients, Needs, TokenWeight};
+pub use stats::{BlockStats, GroupStats, LayerGradients, Needs};

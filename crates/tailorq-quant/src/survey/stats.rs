@@ -1,41 +1,10 @@
 //! What a survey can gather, and the statistics of one block.
 
+use crate::calibrate::{TokenWeight, add_hessian, squares};
 use std::ops::Range;
 use tailorq_kernels::{Device, GradientSums};
 use tailorq_model::{BlockStage, Tap};
 use tailorq_tensor::{InputGroup, Matrix, Slot};
-
-/// How much a token counts in a Hessian `sum_t s_t x_t x_t^T`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum TokenWeight {
-    /// All tokens alike: the Hessian of GPTQ.
-    Uniform,
-    /// `1 / |x_t|^2`: tokens of massive activations count like any other.
-    InverseNorm,
-    /// The mean of the squared gradients of the layer's outputs (GuidedQuant, Kim et al. 2025, with one group).
-    Gradient,
-    /// That divided by `|x_t|^2`.
-    GradientInverseNorm,
-}
-
-impl TokenWeight {
-    /// Whether it reads output gradients, and so differs between linears of one input.
-    pub fn reads_gradients(self) -> bool {
-        matches!(self, TokenWeight::Gradient | TokenWeight::GradientInverseNorm)
-    }
-
-    fn weight(self, input: &[f32], gradient: &[f32]) -> f64 {
-        let guided = || squares(gradient) / gradient.len().max(1) as f64;
-        let size = squares(input);
-        let inverse = if size > 0.0 { 1.0 / size } else { 0.0 };
-        match self {
-            TokenWeight::Uniform => 1.0,
-            TokenWeight::InverseNorm => inverse,
-            TokenWeight::Gradient => guided(),
-            TokenWeight::GradientInverseNorm => guided() * inverse,
-        }
-    }
-}
 
 /// The statistics that somebody asks for.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -181,32 +150,4 @@ impl BlockStats {
         let layer = self.layers.iter().find(of_layer).map(|l| l.slot);
         layer.or_else(|| self.groups.iter().find(of_group).map(|g| g.group.slots()[0]))
     }
-}
-
-/// `H += sum_t s_t x_t x_t^T`, by rows scaled with the square root of their weight.
-fn add_hessian(
-    device: &dyn Device,
-    (x, dy): (&Matrix, Option<&Matrix>),
-    (kind, without_first, spans): (TokenWeight, bool, &[Range<usize>]),
-    hessian: &mut Matrix,
-) {
-    if kind == TokenWeight::Uniform && !without_first {
-        device.gram(x.data(), hessian);
-        return;
-    }
-    let mut scaled = x.clone();
-    for span in spans {
-        for t in span.clone() {
-            let is_left_out = without_first && t == span.start;
-            let weight = if is_left_out { 0.0 } else { kind.weight(x.row(t), dy.map_or(&[], |dy| dy.row(t))) };
-            let factor = weight.sqrt() as f32;
-            scaled.row_mut(t).iter_mut().for_each(|v| *v *= factor);
-        }
-    }
-    device.gram(scaled.data(), hessian);
-}
-
-/// `|v|^2`, in f64.
-fn squares(v: &[f32]) -> f64 {
-    v.iter().map(|&x| f64::from(x) * f64::from(x)).sum()
 }

@@ -88,7 +88,14 @@ impl Fixture {
 
     fn run<'a>(&'a self, quantizer: &'a dyn Quantizer, true_sequential: bool) -> BlockQuantizer<'a> {
         let (device, model) = (self.device.as_ref(), &self.model);
-        BlockQuantizer { device, model, quantizer, settings_of: &settings, true_sequential }
+        BlockQuantizer {
+            device,
+            model,
+            quantizer,
+            settings_of: &settings,
+            true_sequential,
+            token_weight: TokenWeight::Uniform,
+        }
     }
 }
 
@@ -222,4 +229,22 @@ fn threads_do_not_matter() {
         assert_eq!(codes, &results[0].0);
         assert_eq!(residuals(acts), residuals(&results[0].1));
     }
+}
+
+/// Inputs of one length: a token with massive activations counts like any other, and codes differ from those of the plain
+/// Hessian; both ways of gathering (input by input, and all at once) weigh alike.
+#[test]
+fn tokens_count_as_they_are_told() {
+    let f = Fixture::new();
+    let quantize = |true_sequential, token_weight| {
+        let run = BlockQuantizer { token_weight, ..f.run(&Gptq, true_sequential) };
+        run.quantize_block(0, Some(&mut f.acts()), &mut |_| ControlFlow::Continue(()))
+    };
+    let of = |true_sequential, weight| quantize(true_sequential, weight).unwrap();
+    let first = |block: &QuantizedBlock| block.layers[0].matrix.parts().codes.to_vec();
+    // Nothing is quantized before the first layer, so both ways see the same inputs there.
+    let [a, b] = [true, false].map(|t| of(t, TokenWeight::InverseNorm));
+    assert_eq!(first(&a), first(&b));
+    assert_ne!(codes(&a), codes(&of(true, TokenWeight::Uniform)));
+    assert!(matches!(quantize(true, TokenWeight::Gradient), Err(QuantError::Settings(_))));
 }

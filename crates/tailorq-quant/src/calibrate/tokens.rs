@@ -1,0 +1,93 @@
+//! How much each token counts in a Hessian.
+
+use serde::{Deserialize, Serialize};
+use std::ops::Range;
+use std::str::FromStr;
+use tailorq_kernels::Device;
+use tailorq_tensor::Matrix;
+
+/// How much a token counts in a Hessian `sum_t s_t x_t x_t^T`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum TokenWeight {
+    /// All tokens alike: the Hessian of GPTQ.
+    #[default]
+    Uniform,
+    /// `1 / |x_t|^2`: tokens of massive activations count like any other.
+    InverseNorm,
+    /// The mean of the squared gradients of the layer's outputs (GuidedQuant, Kim et al. 2025, with one group).
+    Gradient,
+    /// That divided by `|x_t|^2`.
+    GradientInverseNorm,
+}
+
+impl TokenWeight {
+    /// The kinds that read inputs alone, as a quantizer that sees no gradients can use them.
+    pub const OF_INPUTS: [TokenWeight; 2] = [TokenWeight::Uniform, TokenWeight::InverseNorm];
+
+    /// As in recipes and on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            TokenWeight::Uniform => "uniform",
+            TokenWeight::InverseNorm => "inverse-norm",
+            TokenWeight::Gradient => "gradient",
+            TokenWeight::GradientInverseNorm => "gradient-inverse-norm",
+        }
+    }
+
+    /// Whether it reads output gradients, and so differs between linears of one input.
+    pub fn reads_gradients(self) -> bool {
+        matches!(self, TokenWeight::Gradient | TokenWeight::GradientInverseNorm)
+    }
+
+    fn weight(self, input: &[f32], gradient: &[f32]) -> f64 {
+        let guided = || squares(gradient) / gradient.len().max(1) as f64;
+        let size = squares(input);
+        let inverse = if size > 0.0 { 1.0 / size } else { 0.0 };
+        match self {
+            TokenWeight::Uniform => 1.0,
+            TokenWeight::InverseNorm => inverse,
+            TokenWeight::Gradient => guided(),
+            TokenWeight::GradientInverseNorm => guided() * inverse,
+        }
+    }
+}
+
+impl FromStr for TokenWeight {
+    type Err = String;
+
+    /// Reads one of [`TokenWeight::OF_INPUTS`].
+    fn from_str(s: &str) -> Result<Self, String> {
+        let names = TokenWeight::OF_INPUTS.map(TokenWeight::name).join(", ");
+        let found = TokenWeight::OF_INPUTS.into_iter().find(|w| w.name() == s);
+        found.ok_or_else(|| format!("there is no token weight '{s}': use one of {names}"))
+    }
+}
+
+/// `H += sum_t s_t x_t x_t^T`, by rows scaled with the square root of their weight.
+pub(crate) fn add_hessian(
+    device: &dyn Device,
+    (x, dy): (&Matrix, Option<&Matrix>),
+    (kind, without_first, spans): (TokenWeight, bool, &[Range<usize>]),
+    hessian: &mut Matrix,
+) {
+    if kind == TokenWeight::Uniform && !without_first {
+        device.gram(x.data(), hessian);
+        return;
+    }
+    let mut scaled = x.clone();
+    for span in spans {
+        for t in span.clone() {
+            let is_left_out = without_first && t == span.start;
+            let weight = if is_left_out { 0.0 } else { kind.weight(x.row(t), dy.map_or(&[], |dy| dy.row(t))) };
+            let factor = weight.sqrt() as f32;
+            scaled.row_mut(t).iter_mut().for_each(|v| *v *= factor);
+        }
+    }
+    device.gram(scaled.data(), hessian);
+}
+
+/// `|v|^2`, in f64.
+pub(crate) fn squares(v: &[f32]) -> f64 {
+    v.iter().map(|&x| f64::from(x) * f64::from(x)).sum()
+}
