@@ -119,8 +119,7 @@ impl Task for LlamaCppTask {
         options: &TaskOptions<'_>,
         progress: &mut Progress<'_>,
     ) -> Result<TaskResult, EvalError> {
-        let input = "a text to score (--text FILE)";
-        let text = options.text.ok_or(EvalError::MissingInput { task: self.name(), input })?;
+        let text = crate::perplexity::text_to_score(self.name(), options)?;
         let window = options.window.unwrap_or(LLAMA_CPP_WINDOW);
         let perplexity = llamacpp_perplexity(subject, text, window, options.windows, progress)?;
         let mut details = crate::perplexity::fields(&perplexity);

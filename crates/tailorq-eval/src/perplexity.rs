@@ -180,12 +180,12 @@ fn check_windows(subject: &Subject<'_>, tokens: &[u32], window: usize) -> Result
             format!("{} was trained for a context of {}: use at most that", subject.name, config.max_positions);
         return Err(EvalError::BadOption { option: "window", value: window, remedy });
     }
-    match tokens.iter().enumerate().find(|(_, id)| **id as usize >= config.vocab) {
-        None => Ok(()),
-        Some((position, &id)) => {
-            Err(EvalError::UnknownToken { id, position, model: subject.name.to_owned(), vocab: config.vocab })
-        }
-    }
+    crate::scored::check_tokens(subject, tokens)
+}
+
+/// The text that a perplexity is measured on.
+pub(crate) fn text_to_score<'a>(task: &'static str, options: &TaskOptions<'a>) -> Result<&'a str, EvalError> {
+    options.text.ok_or(EvalError::MissingInput { task, input: "a text to score (--text FILE)" })
 }
 
 /// [`perplexity`], and [`divergence`] when there is a reference, as a task.
@@ -206,8 +206,7 @@ impl Task for PerplexityTask {
         options: &TaskOptions<'_>,
         progress: &mut Progress<'_>,
     ) -> Result<TaskResult, EvalError> {
-        let input = "a text to score (--text FILE)";
-        let text = options.text.ok_or(EvalError::MissingInput { task: self.name(), input })?;
+        let text = text_to_score(self.name(), options)?;
         let default = WindowOptions::default();
         let windows = WindowOptions { window: options.window.unwrap_or(default.window), windows: options.windows };
         let (perplexity, divergence) = match &options.reference {

@@ -7,7 +7,7 @@ use super::question::{Item, Question};
 use super::run::{Asked, decide, summarize};
 use super::verdict::{Verdict, insert_numbers, insert_share};
 use crate::error::EvalError;
-use crate::generation::{data_folder, limited};
+use crate::generation::{TestItems, test_items};
 use crate::items::{Row, python_strip, read_rows, wilson_interval};
 use crate::task::{Progress, Subject, Task, TaskOptions, TaskResult};
 use serde_json::{Map, Value};
@@ -115,9 +115,7 @@ impl Task for Mmlu {
         options: &TaskOptions<'_>,
         progress: &mut Progress<'_>,
     ) -> Result<TaskResult, EvalError> {
-        let folder = data_folder(self.name(), options)?.join("mmlu");
-        let path = folder.join("test.jsonl");
-        let rows = limited(read_rows(&path)?, options);
+        let TestItems { folder, path, rows } = test_items(self.name(), "mmlu", options)?;
         let n_shots = options.items.num_fewshot.unwrap_or(0);
         let examples =
             if n_shots > 0 { Examples::read(&folder.join("dev.jsonl"), n_shots)? } else { Examples::default() };

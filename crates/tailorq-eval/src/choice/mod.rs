@@ -24,8 +24,7 @@ pub(crate) use piqa::PIQA;
 pub(crate) use winogrande::WINOGRANDE;
 
 use crate::error::EvalError;
-use crate::generation::{data_folder, limited, read_pool};
-use crate::items::read_rows;
+use crate::generation::{TestItems, read_pool, test_items};
 use crate::mersenne::{FEWSHOT_SEED, PythonRandom};
 use crate::task::{Progress, Subject, Task, TaskOptions, TaskResult};
 use question::{Item, Question};
@@ -43,9 +42,7 @@ struct ChoiceTask {
 
 impl ChoiceTask {
     fn ask(&self, options: &TaskOptions<'_>) -> Result<Vec<Asked>, EvalError> {
-        let folder = data_folder(self.name, options)?.join(self.name);
-        let path = folder.join("test.jsonl");
-        let rows = limited(read_rows(&path)?, options);
+        let TestItems { folder, path, rows } = test_items(self.name, self.name, options)?;
         let n_shots = options.items.num_fewshot.unwrap_or(0);
         let (pool_path, pool) = if n_shots > 0 { read_pool(&folder, n_shots)? } else { (path.clone(), Vec::new()) };
         let mut random = PythonRandom::new(FEWSHOT_SEED);

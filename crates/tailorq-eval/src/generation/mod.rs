@@ -13,7 +13,7 @@ mod tasks;
 
 pub(crate) use jsonl::Question;
 pub use tasks::{GSM8K, GSM8K_CHAT, GSM8K_COT, JSONL, SPIDER};
-pub(crate) use tasks::{data_file, data_folder, limited, read_pool};
+pub(crate) use tasks::{TestItems, data_file, limited, read_pool, test_items};
 
 use crate::completion::chat_prompt;
 use crate::error::EvalError;

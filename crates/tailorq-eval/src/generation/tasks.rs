@@ -50,9 +50,7 @@ impl Task for Gsm8k {
         options: &TaskOptions<'_>,
         progress: &mut Progress<'_>,
     ) -> Result<TaskResult, EvalError> {
-        let folder = data_folder(self.name, options)?.join("gsm8k");
-        let path = folder.join("test.jsonl");
-        let rows = limited(read_rows(&path)?, options);
+        let TestItems { folder, path, rows } = test_items(self.name, "gsm8k", options)?;
         let n_shots = options.items.num_fewshot.unwrap_or(SHOTS);
         let (pool_path, pool) = match self.style {
             Style::FiveShot => read_pool(&folder, n_shots)?,
@@ -113,9 +111,7 @@ impl Task for Spider {
         options: &TaskOptions<'_>,
         progress: &mut Progress<'_>,
     ) -> Result<TaskResult, EvalError> {
-        let folder = data_folder(self.name(), options)?.join("spider");
-        let path = folder.join("test.jsonl");
-        let rows = limited(read_rows(&path)?, options);
+        let TestItems { folder, path, rows } = test_items(self.name(), "spider", options)?;
         let databases = Databases::open(&folder)?;
         let mut exercises = Vec::with_capacity(rows.len());
         let mut classes = Vec::with_capacity(rows.len());
@@ -195,10 +191,23 @@ impl Task for Jsonl {
     }
 }
 
-/// The folder of data sets.
-pub(crate) fn data_folder<'a>(task: &'static str, options: &TaskOptions<'a>) -> Result<&'a Path, EvalError> {
+/// The test items of a data set.
+pub(crate) struct TestItems {
+    /// Where the data set lies.
+    pub(crate) folder: PathBuf,
+    /// Its `test.jsonl`.
+    pub(crate) path: PathBuf,
+    /// As many of its rows as asked for.
+    pub(crate) rows: Vec<Row>,
+}
+
+/// Reads the items of the data set `name` in the folder of data sets.
+pub(crate) fn test_items(task: &'static str, name: &str, options: &TaskOptions<'_>) -> Result<TestItems, EvalError> {
     let input = "a folder of data sets (--data DIR)";
-    options.items.data.ok_or(EvalError::MissingInput { task, input })
+    let folder = options.items.data.ok_or(EvalError::MissingInput { task, input })?.join(name);
+    let path = folder.join("test.jsonl");
+    let rows = limited(read_rows(&path)?, options);
+    Ok(TestItems { folder, path, rows })
 }
 
 /// The one file of items.
