@@ -5,6 +5,7 @@
 //! gradients say of every weight. No files and no datasets here: samples
 //! come in as token ids and layers go out as [`tailorq_tensor::PackedMatrix`].
 
+pub mod allocate;
 pub mod calibrate;
 mod error;
 mod plan;
