@@ -220,6 +220,33 @@ fn eval_scores_choices() {
 }
 
 #[test]
+fn eval_refuses_what_a_model_was_calibrated_on() {
+    let place = Place::new();
+    let row = |i: usize| {
+        format!(
+            "{{\"question\": \"What is {i} plus {i}, if you add them both up?\", \"answer\": \"#### {}\"}}\n",
+            2 * i
+        )
+    };
+    let rows = |range: std::ops::Range<usize>| range.map(row).collect::<String>();
+    std::fs::create_dir_all(place.path("data/gsm8k")).unwrap();
+    place.write("data/gsm8k/test.jsonl", rows(0..3));
+    place.write("calibration.jsonl", rows(2..10));
+    let quantize = ["quantize", "model-1", "--bits", "4", "--calibration", "calibration.jsonl", "--output", "q"];
+    let made = place.run(&quantize);
+    assert_eq!(made.status.code(), Some(0), "{}", text(&made.stderr));
+    let eval = ["eval", "q", "--tasks", "gsm8k_nll", "--data", "data"];
+    place.fails(1, &eval, &["gsm8k_nll", "item 2", "test.jsonl line 3", "--allow-calibration-items"]);
+    place.json(&[&eval[..], &["--limit", "2"]].concat());
+    let allowed = [&eval[..], &["--allow-calibration-items"]].concat();
+    assert_eq!(place.json(&allowed)["results"]["gsm8k_nll"]["calibration_items"], 1);
+    assert!(text(&place.run(&allowed).stderr).contains("1 items of gsm8k_nll were calibration items"));
+    place.fails(1, &[&eval[..], &["--reference", "model-1"]].concat(), &["item of q"]);
+    place.write("q/report.json", "{");
+    place.fails(1, &eval, &["report.json", "no JSON"]);
+}
+
+#[test]
 fn inspect_counts_bytes() {
     let place = Place::new();
     let object = place.json(&["inspect", "model-1"]);

@@ -4,10 +4,12 @@
 //! Cheap and smooth: one pass an item, no generation, and a small change of the model is a small change of the value, which
 //! makes it the measure by which quantized models are compared first.
 
+use crate::calibration::{Identity, check_items};
 use crate::completion::scored_completion;
+use crate::data::{Item, Items, data_file, read_split};
 use crate::error::EvalError;
-use crate::generation::{Question, data_file, limited};
-use crate::items::{ItemRecord, read_rows};
+use crate::generation::{Question, asked};
+use crate::items::ItemRecord;
 use crate::scored::{check_tokens, target_nlls};
 use crate::task::{Progress, Subject, Task, TaskOptions, TaskResult};
 use regex::Regex;
@@ -117,14 +119,19 @@ impl Task for NllTask {
         progress: &mut Progress<'_>,
     ) -> Result<TaskResult, EvalError> {
         let data = data_file(self.name, options)?;
-        let path = if self.gsm8k && data.is_dir() { data.join("gsm8k/test.jsonl") } else { data.to_owned() };
-        let rows = limited(read_rows(&path)?, options);
-        let mut shares = Vec::with_capacity(rows.len());
-        for (index, row) in rows.iter().enumerate() {
-            crate::perplexity::report(progress, index, rows.len())?;
-            let fail =
-                |problem: &str| EvalError::Data { path: path.clone(), problem: format!("item {index} {problem}") };
-            let (before, mut completion) = Question::read_pair(row).map_err(|problem| fail(&problem))?;
+        let items = match self.gsm8k && !data.is_file() {
+            true => read_split(&data.join("gsm8k"), &["test"], "the items")?,
+            false => Items::read(data)?,
+        };
+        let items = items.limited(options);
+        let read = |item: Item<'_>| Question::read_pair(item.row).map_err(|problem| item.fail(problem));
+        let identity = |item| read(item).map(|(before, completion)| Identity::new(&asked(&before), &completion));
+        let known = check_items(self.name, options, &items, identity)?;
+        let mut shares = Vec::with_capacity(items.len());
+        for item in items.iter() {
+            let index = item.index;
+            crate::perplexity::report(progress, index, items.len())?;
+            let (before, mut completion) = read(item)?;
             if self.gsm8k {
                 completion = without_calculator_marks(&completion);
             }
@@ -139,7 +146,7 @@ impl Task for NllTask {
             }
             shares.push(share);
         }
-        crate::perplexity::report(progress, rows.len(), rows.len())?;
+        crate::perplexity::report(progress, items.len(), items.len())?;
         let mean = mean_nll(&shares).ok_or(EvalError::TextTooShort { tokens: 0 })?;
         let mut details = Map::new();
         details.insert("items".to_owned(), mean.items.into());
@@ -147,6 +154,7 @@ impl Task for NllTask {
         details.insert("nll_stderr,none".to_owned(), mean.stderr.into());
         let cut = shares.iter().filter(|s| s.cut_tokens > 0).count();
         details.insert("shortened_prompts".to_owned(), cut.into());
+        known.tell(&mut details);
         Ok(TaskResult::new(mean.value, mean.tokens, details))
     }
 }

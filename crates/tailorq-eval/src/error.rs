@@ -126,6 +126,27 @@ pub enum EvalError {
         /// What is wrong with it.
         problem: String,
     },
+    /// The model was made with a test item at hand.
+    #[error(
+        "item {index} of task {task} ({path} line {line}) was a calibration item of {model}{more}: its score would flatter \
+         the model. Test on other items, or score all of them with --allow-calibration-items",
+        path = path.display(),
+        more = if *others == 0 { String::new() } else { format!(", and so were {others} more") }
+    )]
+    CalibrationItem {
+        /// The task.
+        task: &'static str,
+        /// The file of the item.
+        path: PathBuf,
+        /// Its line there, from 1.
+        line: usize,
+        /// The item, from 0.
+        index: usize,
+        /// Further items of which the same is true.
+        others: usize,
+        /// The model.
+        model: String,
+    },
     /// A database or a gold query is of no use.
     #[error(transparent)]
     Sql(#[from] SqlError),

@@ -4,10 +4,13 @@
 //! Nothing here knows how a model was made: an original and a quantized model are scored by the same code.
 
 mod answers;
+mod calibration;
 mod choice;
 mod completion;
 mod completion_nll;
+mod data;
 mod error;
+mod fewshot;
 mod generation;
 mod items;
 mod likelihood;
@@ -22,6 +25,7 @@ pub mod task;
 mod wikitext;
 mod windows;
 
+pub use calibration::{CalibrationItems, fingerprint, text_fingerprint};
 pub use error::EvalError;
 pub use items::ItemRecord;
 pub use llamacpp::{LLAMA_CPP_WINDOW, LlamaCppPerplexity, llamacpp_perplexity};

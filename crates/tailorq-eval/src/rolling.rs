@@ -5,8 +5,10 @@
 //! context, and the last, shorter one has as much context as fits. The sum is then spread over words or bytes of the
 //! original text, so that models with different tokenizers can be compared.
 
+use crate::calibration::{CalibrationCount, Identity, check_items};
+use crate::data::{Item, Items};
 use crate::error::EvalError;
-use crate::items::{ItemRecord, read_rows, text};
+use crate::items::ItemRecord;
 use crate::scored::{check_tokens, target_nlls};
 use crate::task::{Progress, Subject, Task, TaskOptions, TaskResult};
 use crate::wikitext;
@@ -165,8 +167,9 @@ struct RollingTask {
 }
 
 impl RollingTask {
-    fn documents(&self, options: &TaskOptions<'_>) -> Result<Vec<Document>, EvalError> {
+    fn documents(&self, options: &TaskOptions<'_>) -> Result<(Vec<Document>, CalibrationCount), EvalError> {
         let input = "a text to score (--text FILE)";
+        let mut known = CalibrationCount::default();
         let mut documents = match (self.wikitext, options.text, options.items.data) {
             (true, Some(raw), _) => Document::wikitext(raw),
             (false, Some(whole), _) => vec![Document::plain(whole.to_owned())],
@@ -177,14 +180,16 @@ impl RollingTask {
                 Document::wikitext(&raw)
             }
             (false, None, Some(path)) => {
-                let rows = read_rows(path)?;
-                let document = |(index, row)| Ok(Document::plain(text(row, "text", path, index)?.to_owned()));
-                rows.iter().enumerate().map(document).collect::<Result<_, EvalError>>()?
+                let items = Items::read(path)?.limited(options);
+                let identity = |item: Item<'_>| Ok(Identity::new(item.text("text")?, ""));
+                known = check_items(self.name, options, &items, identity)?;
+                let document = |item: Item<'_>| Ok(Document::plain(item.text("text")?.to_owned()));
+                items.iter().map(document).collect::<Result<_, EvalError>>()?
             }
             (_, None, None) => return Err(EvalError::MissingInput { task: self.name, input }),
         };
         documents.truncate(options.items.limit.unwrap_or(usize::MAX));
-        Ok(documents)
+        Ok((documents, known))
     }
 }
 
@@ -207,7 +212,7 @@ impl Task for RollingTask {
         options: &TaskOptions<'_>,
         progress: &mut Progress<'_>,
     ) -> Result<TaskResult, EvalError> {
-        let documents = self.documents(options)?;
+        let (documents, known) = self.documents(options)?;
         let most = subject.model.config.max_positions;
         let max_length = options.window.unwrap_or(ROLLING_LENGTH.min(most));
         let (perplexity, sums) = rolling_perplexity(subject, &documents, max_length, progress)?;
@@ -224,6 +229,7 @@ impl Task for RollingTask {
                 details.insert(if is_metric { format!("{key},none") } else { key }, value);
             }
         }
+        known.tell(&mut details);
         Ok(TaskResult::new(perplexity.word_perplexity, perplexity.tokens, details))
     }
 }

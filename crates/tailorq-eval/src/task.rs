@@ -1,5 +1,6 @@
 //! What a task is, and which there are.
 
+use crate::calibration::CalibrationItems;
 use crate::choice::{ARC_CHALLENGE, ARC_EASY, BOOLQ, HELLASWAG, MMLU, OPENBOOKQA, PIQA, WINOGRANDE};
 use crate::completion_nll::{COMPLETION_NLL, GSM8K_NLL};
 use crate::error::EvalError;
@@ -62,6 +63,10 @@ pub struct ItemOptions<'a> {
     pub stop: &'a [String],
     /// Prompts of the task `jsonl` are continued as they are, and not asked as a chat.
     pub plain: bool,
+    /// What models were calibrated on, which is refused as test items.
+    pub calibration: &'a [CalibrationItems],
+    /// Calibration items are scored all the same.
+    pub allow_calibration_items: bool,
     /// Hears of every item, in the order of the file.
     pub log: Option<&'a dyn Fn(&ItemRecord)>,
 }

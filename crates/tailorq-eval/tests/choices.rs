@@ -173,7 +173,7 @@ fn mmlu_reports_subjects_and_groups() {
     assert_ne!(with(None).unwrap().1[0].loglikelihoods, records[0].loglikelihoods);
     let message = with(Some(4)).unwrap_err().to_string();
     assert!(
-        message.contains("item 0 is of the subject 'anatomy'") && message.contains("3 examples, not 4"),
+        message.contains("(item 0) is of the subject 'anatomy'") && message.contains("3 examples, not 4"),
         "{message}"
     );
 }
@@ -187,7 +187,7 @@ fn missing_and_bad_data_are_named() {
         run("piqa", &model, None, ItemOptions::default()),
         Err(EvalError::MissingInput { task: "piqa", .. })
     ));
-    assert!(run("piqa", &model, None, at).unwrap_err().to_string().contains("piqa/test.jsonl cannot be read"));
+    assert!(run("piqa", &model, None, at).unwrap_err().to_string().contains("piqa/test.jsonl does not exist"));
     write(
         dir.path(),
         "mmlu/test.jsonl",

@@ -177,7 +177,7 @@ fn what_is_missing_or_broken_is_named() {
         ("", "no items"),
         ("{", "line 1"),
         ("{\"prompt\": \"p\", \"answer\": \"a\"}\n[]", "line 2"),
-        ("{\"answer\": \"a\"}", "item 0"),
+        ("{\"answer\": \"a\"}", "line 1 (item 0)"),
     ] {
         let path = f.write("bad.jsonl", content);
         for name in ["jsonl", "completion_nll"] {
@@ -189,7 +189,7 @@ fn what_is_missing_or_broken_is_named() {
     assert!(error.contains("gone.jsonl"), "{error}");
     f.write("gsm8k/test.jsonl", "{\"question\": 3}");
     let error = f.run("gsm8k_chat", at(f.dir.path())).unwrap_err().to_string();
-    assert!(error.contains("item 0 has no text 'question'"), "{error}");
+    assert!(error.contains("line 1 (item 0) has no text 'question'"), "{error}");
 }
 
 #[test]

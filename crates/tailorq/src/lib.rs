@@ -28,7 +28,7 @@ pub use output::OutputMode;
 pub use pipeline::{Outcome, dry_run, quantize};
 pub use probe::{GradientOutput, GradientProbe, ProbeError, check_tokens, probe, probe_gradients};
 pub use recipe::{CalibrationInput, ModelInput, QuantizeSettings, Recipe, hash_files};
-pub use report::{CalibrationReport, LayerReport, Report, SizeReport};
+pub use report::{CalibrationReport, LayerReport, Report, SizeReport, calibration_items};
 pub use spill::SpillFile;
 pub use tailorq_kernels::{Device, cpu, reference};
 pub use tailorq_model::{ChatMessage, ChatTemplate, Model, ModelError, ModelFiles, OpenedModel, Tokenizer, open};

@@ -1,9 +1,12 @@
 //! What a run did, layer by layer, without times or paths: the same run writes the same report.
 
+use crate::error::PipelineError;
 use crate::inspect::inspect;
 use crate::recipe::Recipe;
 use crate::samples::Samples;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use tailorq_eval::CalibrationItems;
 use tailorq_model::OpenedModel;
 use tailorq_model::arch::{EMBEDDING, HEAD};
 use tailorq_quant::QuantizedLayer;
@@ -48,6 +51,9 @@ pub struct CalibrationReport {
     pub shortened: usize,
     /// Tokens used.
     pub tokens: usize,
+    /// What each item used is known by: hashes of its sentences, so that an evaluation can refuse it as a test item.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub fingerprints: Vec<String>,
 }
 
 /// Bytes and bits of the artifact beside those of its source.
@@ -133,8 +139,27 @@ impl CalibrationReport {
             used: samples.sequences.len(),
             shortened: samples.shortened,
             tokens: samples.tokens(),
+            fingerprints: samples.fingerprints.clone(),
         }
     }
+}
+
+/// What an artifact was calibrated on, by the `report.json` beside it; `None` for a model without one, or one made before
+/// reports told it.
+pub fn calibration_items(opened: &OpenedModel) -> Result<Option<CalibrationItems>, PipelineError> {
+    let path = opened.files.path.join("report.json");
+    let Ok(bytes) = std::fs::read(&path) else { return Ok(None) };
+    let fail = |problem: String| {
+        let problem = format!("{problem}: restore it or move it away; without it no calibration item is known");
+        PipelineError::Output { path: path.clone(), problem }
+    };
+    let report: Value = serde_json::from_slice(&bytes).map_err(|e| fail(format!("is no JSON ({e})")))?;
+    let Some(fingerprints) = report.pointer("/calibration/fingerprints").and_then(Value::as_array) else {
+        return Ok(None);
+    };
+    let texts: Option<Vec<&str>> = fingerprints.iter().map(Value::as_str).collect();
+    let items = texts.and_then(|texts| CalibrationItems::new(&opened.files.source, texts));
+    items.map(Some).ok_or_else(|| fail("has fingerprints of calibration items that are none".into()))
 }
 
 impl SizeReport {

@@ -4,6 +4,7 @@ use crate::error::PipelineError;
 use crate::recipe::CalibrationInput;
 use serde_json::{Map, Value};
 use std::path::Path;
+use tailorq_eval::{fingerprint, text_fingerprint};
 use tailorq_model::{ChatMessage, OpenedModel};
 use tailorq_tensor::Rng;
 
@@ -22,6 +23,8 @@ pub struct Samples {
     pub shortened: usize,
     /// The first item as the model reads it, special tokens visible, for the user to check.
     pub preview: String,
+    /// The fingerprint of each sequence's item, by which an evaluation knows it.
+    pub fingerprints: Vec<String>,
 }
 
 impl Samples {
@@ -89,6 +92,7 @@ fn load_items(opened: &OpenedModel, input: &CalibrationInput, text: &str) -> Res
     let fail = |problem: String| PipelineError::Calibration { path: input.file.clone(), problem };
     let lines: Vec<(usize, &str)> = text.lines().enumerate().filter(|(_, l)| !l.trim().is_empty()).collect();
     let chosen = choose(lines.len(), input.samples, input.seed);
+    let mut fingerprints = Vec::new();
     let (mut sequences, mut shortened, mut preview, mut shape, mut templated) =
         (Vec::new(), 0, String::new(), "", false);
     for idx in chosen {
@@ -109,12 +113,13 @@ fn load_items(opened: &OpenedModel, input: &CalibrationInput, text: &str) -> Res
         }
         if ids.len() >= 2 {
             sequences.push(ids);
+            fingerprints.push(fingerprint(&object));
         }
     }
     if sequences.is_empty() {
         return Err(fail("no item has two tokens or more".into()));
     }
-    Ok(Samples { sequences, shape, chat_template: templated, available: lines.len(), shortened, preview })
+    Ok(Samples { sequences, shape, chat_template: templated, available: lines.len(), shortened, preview, fingerprints })
 }
 
 fn read_item(object: &Map<String, Value>) -> Result<(&'static str, Item), String> {
@@ -171,7 +176,9 @@ fn load_windows(opened: &OpenedModel, input: &CalibrationInput, text: &str) -> R
         return Err(PipelineError::Calibration { path: input.file.clone(), problem });
     }
     let chosen = choose(windows.len(), input.samples, input.seed);
+    let printed = |i: &usize| Ok(text_fingerprint(&opened.tokenizer.decode(windows[*i], true)?));
     Ok(Samples {
+        fingerprints: chosen.iter().map(printed).collect::<Result<_, PipelineError>>()?,
         sequences: chosen.into_iter().map(|i| windows[i].to_vec()).collect(),
         shape: "text file",
         chat_template: false,

@@ -1,16 +1,27 @@
 //! ARC (Clark et al. 2018), the easy and the challenge set.
 
 use super::ChoiceTask;
-use super::question::{Item, Question};
+use super::question::Question;
+use crate::data::Item;
 use crate::error::EvalError;
 use crate::task::Task;
 
 /// `arc_easy`.
-pub(crate) const ARC_EASY: &dyn Task =
-    &ChoiceTask { name: "arc_easy", about: "grade school science, the easier questions", by_length: true, read };
+pub(crate) const ARC_EASY: &dyn Task = &ChoiceTask {
+    name: "arc_easy",
+    about: "grade school science, the easier questions",
+    by_length: true,
+    read,
+    known_by: &["question"],
+};
 /// `arc_challenge`.
-pub(crate) const ARC_CHALLENGE: &dyn Task =
-    &ChoiceTask { name: "arc_challenge", about: "grade school science, the harder questions", by_length: true, read };
+pub(crate) const ARC_CHALLENGE: &dyn Task = &ChoiceTask {
+    name: "arc_challenge",
+    about: "grade school science, the harder questions",
+    by_length: true,
+    read,
+    known_by: &["question"],
+};
 
 fn read(item: &Item<'_>) -> Result<Question, EvalError> {
     let (choices, gold) = item.labelled_choices()?;
@@ -44,7 +55,7 @@ mod tests {
             (r#"{"choices": {"text": ["a"], "label": ["A"]}, "answerKey": "A"}"#, "'question'"),
         ] {
             let message = testing::read(read, json).unwrap_err().to_string();
-            assert!(message.contains("test.jsonl item 3") && message.contains(part), "{message}");
+            assert!(message.contains("test.jsonl line 4 (item 3)") && message.contains(part), "{message}");
         }
     }
 }

@@ -1,18 +1,24 @@
 //! BoolQ (Clark et al. 2019): yes or no from a passage.
 
 use super::ChoiceTask;
-use super::question::{Item, Question};
+use super::question::Question;
+use crate::data::Item;
 use crate::error::EvalError;
 use crate::task::Task;
 use serde_json::Value;
 
 /// `boolq`.
-pub(crate) const BOOLQ: &dyn Task =
-    &ChoiceTask { name: "boolq", about: "yes or no, from a passage", by_length: false, read };
+pub(crate) const BOOLQ: &dyn Task = &ChoiceTask {
+    name: "boolq",
+    about: "yes or no, from a passage",
+    by_length: false,
+    read,
+    known_by: &["question", "passage"],
+};
 
 /// The answer is `label` (0 or 1) as SuperGLUE has it, or `answer` (true or false) as the original.
 fn read(item: &Item<'_>) -> Result<Question, EvalError> {
-    let gold = match item.row.get("answer").and_then(Value::as_bool) {
+    let gold = match item.get("answer").and_then(Value::as_bool) {
         Some(answer) => usize::from(answer),
         None => item.number("label")?,
     };

@@ -1,7 +1,8 @@
 //! HellaSwag (Zellers et al. 2019): how a scene goes on.
 
 use super::ChoiceTask;
-use super::question::{Item, Question};
+use super::question::Question;
+use crate::data::Item;
 use crate::error::EvalError;
 use crate::items::python_strip;
 use crate::task::Task;
@@ -10,13 +11,13 @@ use std::sync::LazyLock;
 
 /// `hellaswag`.
 pub(crate) const HELLASWAG: &dyn Task =
-    &ChoiceTask { name: "hellaswag", about: "how a scene goes on", by_length: true, read };
+    &ChoiceTask { name: "hellaswag", about: "how a scene goes on", by_length: true, read, known_by: &["ctx"] };
 
 static BRACKETS: LazyLock<Regex> =
     LazyLock::new(|| Regex::new(r"\[.*?\]").expect("the pattern is a constant that compiles"));
 
 fn read(item: &Item<'_>) -> Result<Question, EvalError> {
-    let scene = if item.row.contains_key("ctx_a") {
+    let scene = if item.get("ctx_a").is_some() {
         format!("{} {}", item.text("ctx_a")?, capitalized(item.text("ctx_b")?))
     } else {
         // Copies of the data set that have only the joined text.

@@ -3,12 +3,13 @@
 //! Every subject is a task of its own in the harness. A group's score, and that of all, weighs questions equally; its
 //! standard error is the harness' pooled one.
 
-use super::question::{Item, Question};
+use super::question::Question;
 use super::run::{Asked, decide, summarize};
 use super::verdict::{Verdict, insert_numbers, insert_share};
+use crate::calibration::{Identity, check_items};
+use crate::data::{Item, data_folder, read_split};
 use crate::error::EvalError;
-use crate::generation::{TestItems, test_items};
-use crate::items::{Row, python_strip, read_rows, wilson_interval};
+use crate::items::{python_strip, wilson_interval};
 use crate::task::{Progress, Subject, Task, TaskOptions, TaskResult};
 use serde_json::{Map, Value};
 use std::collections::{BTreeMap, HashMap};
@@ -115,16 +116,20 @@ impl Task for Mmlu {
         options: &TaskOptions<'_>,
         progress: &mut Progress<'_>,
     ) -> Result<TaskResult, EvalError> {
-        let TestItems { folder, path, rows } = test_items(self.name(), "mmlu", options)?;
+        let folder = data_folder(self.name(), "mmlu", options)?;
+        let items = read_split(&folder, &["test"], "the items")?.limited(options);
+        let identity = |item: Item<'_>| {
+            let beside = item.texts("choices")?.into_iter().map(str::to_owned).collect();
+            Ok(Identity { questions: vec![item.text("question")?.to_owned()], beside })
+        };
+        let known = check_items(self.name(), options, &items, identity)?;
         let n_shots = options.items.num_fewshot.unwrap_or(0);
-        let examples =
-            if n_shots > 0 { Examples::read(&folder.join("dev.jsonl"), n_shots)? } else { Examples::default() };
-        let (mut subjects, mut asked) = (Vec::with_capacity(rows.len()), Vec::with_capacity(rows.len()));
-        for (index, row) in rows.iter().enumerate() {
-            let item = Item { row, path: &path, index };
+        let examples = if n_shots > 0 { Examples::read(&folder, n_shots)? } else { Examples::default() };
+        let (mut subjects, mut asked) = (Vec::with_capacity(items.len()), Vec::with_capacity(items.len()));
+        for item in items.iter() {
             let name = item.text("subject")?;
             if group_of(name).is_none() {
-                return Err(item.fail(&format!("is of the subject '{name}', which is none of the 57")));
+                return Err(item.fail(format!("is of the subject '{name}', which is none of the 57 of the data set")));
             }
             asked.push(Asked::new(&read(&item)?, &examples.before(&item, name, n_shots)?));
             subjects.push(name);
@@ -135,6 +140,7 @@ impl Task for Mmlu {
         let stderr = pooled_stderr(by_subject.values().map(Vec::as_slice));
         result.details.insert("acc_stderr,none".to_owned(), stderr.into());
         result.parts = parts(&by_subject);
+        known.tell(&mut result.details);
         Ok(result)
     }
 }
@@ -146,7 +152,7 @@ fn group_of(subject: &str) -> Option<&'static str> {
 fn read(item: &Item<'_>) -> Result<Question, EvalError> {
     let choices = item.texts("choices")?;
     let [a, b, c, d] = choices[..] else {
-        return Err(item.fail(&format!("has {} choices, not 4", choices.len())));
+        return Err(item.fail(format!("has {} choices, not 4", choices.len())));
     };
     let question = python_strip(item.text("question")?);
     let context = format!("{question}\nA. {a}\nB. {b}\nC. {c}\nD. {d}\nAnswer:");
@@ -166,11 +172,9 @@ struct Examples {
 }
 
 impl Examples {
-    fn read(path: &Path, n_shots: usize) -> Result<Self, EvalError> {
+    fn read(folder: &Path, n_shots: usize) -> Result<Self, EvalError> {
         let mut shots: HashMap<String, Vec<String>> = HashMap::new();
-        let rows: Vec<Row> = read_rows(path)?;
-        for (index, row) in rows.iter().enumerate() {
-            let item = Item { row, path, index };
+        for item in read_split(folder, &["dev"], "the examples of each subject")?.iter() {
             let of_subject = shots.entry(item.text("subject")?.to_owned()).or_default();
             if of_subject.len() < n_shots {
                 of_subject.push(read(&item)?.shot());
@@ -187,7 +191,7 @@ impl Examples {
                 "is of the subject '{subject}', of which dev.jsonl has {} examples, not {n_shots}",
                 shots.len()
             );
-            return Err(item.fail(&problem));
+            return Err(item.fail(problem));
         }
         Ok(description(subject) + &shots.concat())
     }

@@ -23,11 +23,12 @@ pub(crate) use openbookqa::OPENBOOKQA;
 pub(crate) use piqa::PIQA;
 pub(crate) use winogrande::WINOGRANDE;
 
+use crate::calibration::{CalibrationCount, check_items};
+use crate::data::{Item, data_folder, read_split};
 use crate::error::EvalError;
-use crate::generation::{TestItems, read_pool, test_items};
-use crate::mersenne::{FEWSHOT_SEED, PythonRandom};
+use crate::fewshot::Examples;
 use crate::task::{Progress, Subject, Task, TaskOptions, TaskResult};
-use question::{Item, Question};
+use question::Question;
 use run::{Asked, decide, summarize};
 
 /// A task of choices whose rows are read one by one.
@@ -38,26 +39,24 @@ struct ChoiceTask {
     /// Whether `acc_norm` is reported.
     by_length: bool,
     read: fn(&Item<'_>) -> Result<Question, EvalError>,
+    /// The field that holds what is asked, and those that stand beside it.
+    known_by: &'static [&'static str],
 }
 
 impl ChoiceTask {
-    fn ask(&self, options: &TaskOptions<'_>) -> Result<Vec<Asked>, EvalError> {
-        let TestItems { folder, path, rows } = test_items(self.name, self.name, options)?;
-        let n_shots = options.items.num_fewshot.unwrap_or(0);
-        let (pool_path, pool) = if n_shots > 0 { read_pool(&folder, n_shots)? } else { (path.clone(), Vec::new()) };
-        let mut random = PythonRandom::new(FEWSHOT_SEED);
-        let mut asked = Vec::with_capacity(rows.len());
-        for (index, row) in rows.iter().enumerate() {
-            let mut before = String::new();
-            // Drawn for every item in turn, so that an item's examples depend on its place alone.
-            let drawn = if n_shots > 0 { random.sample(pool.len(), n_shots) } else { Vec::new() };
-            for at in drawn {
-                let item = Item { row: &pool[at], path: &pool_path, index: at };
-                before.push_str(&(self.read)(&item)?.shot());
-            }
-            asked.push(Asked::new(&(self.read)(&Item { row, path: &path, index })?, &before));
+    fn ask(&self, options: &TaskOptions<'_>) -> Result<(Vec<Asked>, CalibrationCount), EvalError> {
+        let folder = data_folder(self.name, self.name, options)?;
+        let items = read_split(&folder, &["test"], "the items")?.limited(options);
+        let identity = |item: Item<'_>| Ok((self.read)(&item)?.identity(&item, self.known_by));
+        let known = check_items(self.name, options, &items, identity)?;
+        let mut examples = Examples::open(&folder, options.items.num_fewshot.unwrap_or(0))?;
+        let mut asked = Vec::with_capacity(items.len());
+        for item in items.iter() {
+            let shots = examples.next().into_iter().map(|shot| Ok((self.read)(&shot)?.shot()));
+            let before = shots.collect::<Result<String, EvalError>>()?;
+            asked.push(Asked::new(&(self.read)(&item)?, &before));
         }
-        Ok(asked)
+        Ok((asked, known))
     }
 }
 
@@ -76,8 +75,11 @@ impl Task for ChoiceTask {
         options: &TaskOptions<'_>,
         progress: &mut Progress<'_>,
     ) -> Result<TaskResult, EvalError> {
-        let decided = decide(self.name, subject, self.ask(options)?, self.by_length, options, progress)?;
-        Ok(summarize(self.name, &decided, self.by_length, options))
+        let (asked, known) = self.ask(options)?;
+        let decided = decide(self.name, subject, asked, self.by_length, options, progress)?;
+        let mut result = summarize(self.name, &decided, self.by_length, options);
+        known.tell(&mut result.details);
+        Ok(result)
     }
 }
 
@@ -96,7 +98,7 @@ mod tests {
         std::fs::write(dir.path().join("piqa/train.jsonl"), rows(30)).unwrap();
         let items = ItemOptions { data: Some(dir.path()), num_fewshot: Some(2), ..ItemOptions::default() };
         let options = TaskOptions { items, ..TaskOptions::default() };
-        let asked = piqa::TASK.ask(&options).unwrap();
+        let asked = piqa::TASK.ask(&options).unwrap().0;
         // `r = random.Random(1234)`, then `r.sample(range(30), 2)` three times: [24, 14], [3, 0], [2, 29].
         let contexts: Vec<&str> = asked.iter().map(|a| a.requests[1].context.as_str()).collect();
         assert_eq!(
@@ -122,7 +124,7 @@ pub(crate) mod testing {
     /// Reads a row given as JSON.
     pub(crate) fn read(read: fn(&Item<'_>) -> Result<Question, EvalError>, json: &str) -> Result<Question, EvalError> {
         let row = serde_json::from_str(json).expect("the test writes JSON");
-        read(&Item { row: &row, path: Path::new("test.jsonl"), index: 3 })
+        read(&Item { row: &row, path: Path::new("test.jsonl"), line: 4, index: 3 })
     }
 
     /// Contexts with continuations, and the right one.

@@ -1,13 +1,19 @@
 //! OpenBookQA (Mihaylov et al. 2018), the main set: a stem that the choices complete.
 
 use super::ChoiceTask;
-use super::question::{Item, Question};
+use super::question::Question;
+use crate::data::Item;
 use crate::error::EvalError;
 use crate::task::Task;
 
 /// `openbookqa`.
-pub(crate) const OPENBOOKQA: &dyn Task =
-    &ChoiceTask { name: "openbookqa", about: "elementary science, sentences to complete", by_length: true, read };
+pub(crate) const OPENBOOKQA: &dyn Task = &ChoiceTask {
+    name: "openbookqa",
+    about: "elementary science, sentences to complete",
+    by_length: true,
+    read,
+    known_by: &["question_stem"],
+};
 
 fn read(item: &Item<'_>) -> Result<Question, EvalError> {
     let (choices, gold) = item.labelled_choices()?;

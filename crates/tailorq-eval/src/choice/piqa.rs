@@ -1,15 +1,21 @@
 //! PIQA (Bisk et al. 2020): which of two solutions reaches a goal.
 
 use super::ChoiceTask;
-use super::question::{Item, Question};
+use super::question::Question;
+use crate::data::Item;
 use crate::error::EvalError;
 use crate::task::Task;
 
 /// `piqa`.
 pub(crate) const PIQA: &dyn Task = &TASK;
 
-pub(super) const TASK: ChoiceTask =
-    ChoiceTask { name: "piqa", about: "everyday physics: which of two ways works", by_length: true, read };
+pub(super) const TASK: ChoiceTask = ChoiceTask {
+    name: "piqa",
+    about: "everyday physics: which of two ways works",
+    by_length: true,
+    read,
+    known_by: &["goal"],
+};
 
 fn read(item: &Item<'_>) -> Result<Question, EvalError> {
     let choices = [item.text("sol1")?, item.text("sol2")?];

@@ -1,66 +1,9 @@
 //! An item with choices, read from a data set's row and turned into requests.
 
+use crate::calibration::Identity;
+use crate::data::Item;
 use crate::error::EvalError;
-use crate::items::Row;
 use crate::likelihood::Request;
-use serde_json::Value;
-use std::path::Path;
-
-/// A row and where it stands.
-#[derive(Clone, Copy)]
-pub(crate) struct Item<'a> {
-    /// The row.
-    pub(crate) row: &'a Row,
-    /// Its file.
-    pub(crate) path: &'a Path,
-    /// Its place there, from 0.
-    pub(crate) index: usize,
-}
-
-impl<'a> Item<'a> {
-    /// An error that names the item.
-    pub(crate) fn fail(&self, problem: &str) -> EvalError {
-        EvalError::Data { path: self.path.to_owned(), problem: format!("item {} {problem}", self.index) }
-    }
-
-    /// A text field.
-    pub(crate) fn text(&self, key: &str) -> Result<&'a str, EvalError> {
-        crate::items::text(self.row, key, self.path, self.index)
-    }
-
-    /// A field that is a list of texts.
-    pub(crate) fn texts(&self, key: &str) -> Result<Vec<&'a str>, EvalError> {
-        self.row.get(key).and_then(texts).ok_or_else(|| self.fail(&format!("has no list of texts '{key}'")))
-    }
-
-    /// A field that is a number from 0, as a number or as its digits.
-    pub(crate) fn number(&self, key: &str) -> Result<usize, EvalError> {
-        let number = match self.row.get(key) {
-            Some(Value::String(digits)) => digits.trim().parse().ok(),
-            Some(value) => value.as_u64().and_then(|n| usize::try_from(n).ok()),
-            None => None,
-        };
-        number.ok_or_else(|| self.fail(&format!("has no number '{key}'")))
-    }
-
-    /// Choices under `choices.text` with labels under `choices.label`, and the place of `answerKey` among the labels.
-    pub(crate) fn labelled_choices(&self) -> Result<(Vec<&'a str>, usize), EvalError> {
-        let choices = self.row.get("choices").ok_or_else(|| self.fail("has no 'choices'"))?;
-        let list = |key: &str| {
-            let list = choices.get(key).and_then(texts);
-            list.ok_or_else(|| self.fail(&format!("has no list of texts 'choices.{key}'")))
-        };
-        let (choices, labels) = (list("text")?, list("label")?);
-        let key = self.text("answerKey")?.trim_start();
-        let gold = labels.iter().position(|label| *label == key);
-        let gold = gold.ok_or_else(|| self.fail(&format!("has no choice with the label '{key}' of its answer")))?;
-        Ok((choices, gold))
-    }
-}
-
-fn texts(value: &Value) -> Option<Vec<&str>> {
-    value.as_array()?.iter().map(Value::as_str).collect()
-}
 
 /// An item as it is asked.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -94,7 +37,7 @@ impl Question {
     fn checked(self, item: &Item<'_>) -> Result<Self, EvalError> {
         if self.gold >= self.choices.len() {
             let problem = format!("has {} choices, and its answer is number {}", self.choices.len(), self.gold);
-            return Err(item.fail(&problem));
+            return Err(item.fail(problem));
         }
         if self.choices.iter().any(String::is_empty) {
             return Err(item.fail("has an empty choice, and nothing of it can be scored"));
@@ -109,6 +52,16 @@ impl Question {
     /// The item with its answer, as an example before another one.
     pub(crate) fn shot(&self) -> String {
         format!("{} {}\n\n", self.context(self.gold), self.choices[self.gold])
+    }
+
+    /// By what it is known: the first of `fields`, its context, or all of it as it is shown in an example; beside them the
+    /// other fields and the choices.
+    pub(crate) fn identity(&self, item: &Item<'_>, fields: &[&str]) -> Identity {
+        // Copies of a data set may lack a field that is not read otherwise.
+        let mut fields = fields.iter().map(|field| item.text(field).unwrap_or_default().to_owned());
+        let asked = fields.next().unwrap_or_default();
+        let questions = vec![asked, self.context(self.gold).to_owned(), self.shot()];
+        Identity { questions, beside: fields.chain(self.choices.iter().cloned()).collect() }
     }
 
     /// A request for each choice, after `before` (description and examples).

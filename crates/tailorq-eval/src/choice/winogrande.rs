@@ -2,14 +2,20 @@
 //! after each way to fill it.
 
 use super::ChoiceTask;
-use super::question::{Item, Question};
+use super::question::Question;
+use crate::data::Item;
 use crate::error::EvalError;
 use crate::items::python_strip;
 use crate::task::Task;
 
 /// `winogrande`.
-pub(crate) const WINOGRANDE: &dyn Task =
-    &ChoiceTask { name: "winogrande", about: "what a pronoun stands for", by_length: false, read };
+pub(crate) const WINOGRANDE: &dyn Task = &ChoiceTask {
+    name: "winogrande",
+    about: "what a pronoun stands for",
+    by_length: false,
+    read,
+    known_by: &["sentence"],
+};
 
 fn read(item: &Item<'_>) -> Result<Question, EvalError> {
     let (before, after) = item.text("sentence")?.split_once('_').ok_or_else(|| item.fail("has no blank '_'"))?;

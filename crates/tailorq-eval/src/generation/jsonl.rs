@@ -3,8 +3,9 @@
 
 use super::{Judgement, Prompt};
 use crate::answers::{INVALID, chosen_letter, squad_normalized, token_f1};
+use crate::calibration::Identity;
 use crate::completion::user;
-use crate::items::Row;
+use crate::data::Row;
 use serde_json::Value;
 use tailorq_model::ChatMessage;
 
@@ -26,6 +27,8 @@ pub(crate) struct Question {
     pub(crate) golds: Vec<String>,
     /// Number of options, 0 if the answer is free text.
     pub(crate) n_options: usize,
+    /// By what the item is known.
+    pub(crate) identity: Identity,
 }
 
 impl Question {
@@ -36,6 +39,7 @@ impl Question {
             return Err(format!("has {} options, more than there are letters", options.len()));
         }
         let mut messages = read_messages(row)?;
+        let question = asked(&messages);
         let golds = match options.len() {
             0 => read_golds(row)?,
             _ => vec![gold_letter(row, &options)?.to_string()],
@@ -46,7 +50,9 @@ impl Question {
             }
             last.content.push_str("\nAnswer with the letter of the right option.");
         }
-        Ok(Question { messages, golds, n_options: options.len() })
+        let n_options = options.len();
+        let beside = if n_options > 0 { options } else { golds.clone() };
+        Ok(Question { messages, golds, n_options, identity: Identity { questions: vec![question], beside } })
     }
 
     /// Reads an item as the turns before a completion and the completion, for scoring it as it is: the first answer if
@@ -81,6 +87,12 @@ impl Question {
         let scores = vec![("exact_match,none", f64::from(u8::from(is_right))), ("f1,none", f1)];
         Judgement { prediction, gold, scores }
     }
+}
+
+/// What the user says in a conversation.
+pub(crate) fn asked(messages: &[ChatMessage]) -> String {
+    let turns: Vec<&str> = messages.iter().filter(|m| m.role == "user").map(|m| m.content.as_str()).collect();
+    turns.join("\n")
 }
 
 fn read_messages(row: &Row) -> Result<Vec<ChatMessage>, String> {

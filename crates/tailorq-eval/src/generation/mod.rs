@@ -11,9 +11,8 @@ mod spider;
 mod spider_prompt;
 mod tasks;
 
-pub(crate) use jsonl::Question;
+pub(crate) use jsonl::{Question, asked};
 pub use tasks::{GSM8K, GSM8K_CHAT, GSM8K_COT, JSONL, SPIDER};
-pub(crate) use tasks::{TestItems, data_file, limited, read_pool, test_items};
 
 use crate::completion::chat_prompt;
 use crate::error::EvalError;
@@ -131,7 +130,7 @@ pub(crate) fn answer(
 mod tests {
     use super::*;
     use crate::completion::user;
-    use crate::items::Row;
+    use crate::data::Row;
     use serde_json::Value;
     use tailorq_model::testing::TinyModel;
 

@@ -4,13 +4,14 @@ use super::gsm8k::Style;
 use super::jsonl::Question;
 use super::spider::Databases;
 use super::{Answered, Ending, Exercise, Judgement, MAX_TOKENS, answer};
+use crate::calibration::{CalibrationCount, Identity, check_items};
+use crate::data::{Item, Items, data_file, data_folder, read_split};
 use crate::error::EvalError;
-use crate::items::{ItemRecord, Row, first_present, mean_and_stderr, read_rows, text};
-use crate::mersenne::{FEWSHOT_SEED, PythonRandom};
+use crate::fewshot::Examples;
+use crate::items::{ItemRecord, mean_and_stderr};
 use crate::sql::{Hardness, SqlLimits};
 use crate::task::{Progress, Subject, Task, TaskOptions, TaskResult};
 use serde_json::{Map, json};
-use std::path::{Path, PathBuf};
 
 /// Few-shot examples of `gsm8k`.
 const SHOTS: usize = 5;
@@ -50,48 +51,34 @@ impl Task for Gsm8k {
         options: &TaskOptions<'_>,
         progress: &mut Progress<'_>,
     ) -> Result<TaskResult, EvalError> {
-        let TestItems { folder, path, rows } = test_items(self.name, "gsm8k", options)?;
-        let n_shots = options.items.num_fewshot.unwrap_or(SHOTS);
-        let (pool_path, pool) = match self.style {
-            Style::FiveShot => read_pool(&folder, n_shots)?,
-            Style::ChainOfThought | Style::Chat => (path.clone(), Vec::new()),
+        let folder = data_folder(self.name, "gsm8k", options)?;
+        let items = read_split(&folder, &["test"], "the items")?.limited(options);
+        let identity = |item| gsm8k_texts(item).map(|(question, solution)| Identity::new(question, solution));
+        let known = check_items(self.name, options, &items, identity)?;
+        let n_shots = match self.style {
+            Style::FiveShot => options.items.num_fewshot.unwrap_or(SHOTS),
+            Style::ChainOfThought | Style::Chat => 0,
         };
-        let mut random = PythonRandom::new(FEWSHOT_SEED);
-        let mut exercises = Vec::with_capacity(rows.len());
-        for (index, row) in rows.iter().enumerate() {
-            let mut shots = Vec::new();
-            if self.style == Style::FiveShot {
-                // Drawn for every item in turn, so that an item's examples depend on its place alone.
-                for at in random.sample(pool.len(), n_shots) {
-                    shots.push((
-                        text(&pool[at], "question", &pool_path, at)?,
-                        text(&pool[at], "answer", &pool_path, at)?,
-                    ));
-                }
-            }
-            let (question, solution) = (text(row, "question", &path, index)?, text(row, "answer", &path, index)?);
+        let mut examples = Examples::open(&folder, n_shots)?;
+        let mut exercises = Vec::with_capacity(items.len());
+        for item in items.iter() {
+            let shots = examples.next().into_iter().map(gsm8k_texts).collect::<Result<Vec<_>, EvalError>>()?;
+            let (question, solution) = gsm8k_texts(item)?;
             let style = self.style;
             exercises.push(Exercise {
-                index,
+                index: item.index,
                 prompt: style.prompt(&shots, question),
                 judge: Box::new(move |completion| Ok(style.judge(completion, solution))),
             });
         }
         let max_tokens = if self.style == Style::Chat { 2 * MAX_TOKENS } else { MAX_TOKENS };
         let ending = ending(options, max_tokens, self.style.stop());
-        Ok(scored(self.name, run(self.name, subject, &exercises, &ending, options, progress)?))
+        Ok(scored(self.name, known, run(self.name, subject, &exercises, &ending, options, progress)?))
     }
 }
 
-/// The training items from which `shots` examples are drawn for every question.
-pub(crate) fn read_pool(folder: &Path, shots: usize) -> Result<(PathBuf, Vec<Row>), EvalError> {
-    let path = first_present(folder, &["train.jsonl", "calib.jsonl"]);
-    let pool = read_rows(&path)?;
-    if pool.len() < shots {
-        let problem = format!("holds {} items, and {shots} examples are drawn from them", pool.len());
-        return Err(EvalError::Data { path, problem });
-    }
-    Ok((path, pool))
+fn gsm8k_texts(item: Item<'_>) -> Result<(&str, &str), EvalError> {
+    Ok((item.text("question")?, item.text("answer")?))
 }
 
 struct Spider;
@@ -111,17 +98,19 @@ impl Task for Spider {
         options: &TaskOptions<'_>,
         progress: &mut Progress<'_>,
     ) -> Result<TaskResult, EvalError> {
-        let TestItems { folder, path, rows } = test_items(self.name(), "spider", options)?;
+        let folder = data_folder(self.name(), "spider", options)?;
+        let items = read_split(&folder, &["test"], "the items")?.limited(options);
+        let identity = |item: Item<'_>| Ok(Identity::new(item.text("question")?, item.text("query")?));
+        let known = check_items(self.name(), options, &items, identity)?;
         let databases = Databases::open(&folder)?;
-        let mut exercises = Vec::with_capacity(rows.len());
-        let mut classes = Vec::with_capacity(rows.len());
-        for (index, row) in rows.iter().enumerate() {
-            let field = |key| text(row, key, &path, index);
-            let (db_id, question, gold) = (field("db_id")?, field("question")?, field("query")?);
+        let mut exercises = Vec::with_capacity(items.len());
+        let mut classes = Vec::with_capacity(items.len());
+        for item in items.iter() {
+            let (db_id, question, gold) = (item.text("db_id")?, item.text("question")?, item.text("query")?);
             let databases = &databases;
             classes.push(Hardness::of(gold));
             exercises.push(Exercise {
-                index,
+                index: item.index,
                 prompt: databases.prompt(db_id, question)?,
                 judge: Box::new(move |completion| {
                     Ok(databases.judge(db_id, gold, completion, false, SqlLimits::default())?)
@@ -140,7 +129,7 @@ impl Task for Spider {
                 })
             })
             .collect();
-        let mut result = scored(self.name(), answers);
+        let mut result = scored(self.name(), known, answers);
         result.details.insert("by_hardness".to_owned(), by_class.into());
         Ok(result)
     }
@@ -164,15 +153,10 @@ impl Task for Jsonl {
         progress: &mut Progress<'_>,
     ) -> Result<TaskResult, EvalError> {
         let path = data_file(self.name(), options)?;
-        let rows = limited(read_rows(path)?, options);
-        let mut questions = Vec::with_capacity(rows.len());
-        for (index, row) in rows.iter().enumerate() {
-            let question = Question::read(row).map_err(|problem| EvalError::Data {
-                path: path.to_owned(),
-                problem: format!("item {index} {problem}"),
-            })?;
-            questions.push(question);
-        }
+        let items = Items::read(path)?.limited(options);
+        let read = |item: Item<'_>| Question::read(item.row).map_err(|problem| item.fail(problem));
+        let questions = items.iter().map(read).collect::<Result<Vec<_>, EvalError>>()?;
+        let known = check_items(self.name(), options, &items, |item| Ok(questions[item.index].identity.clone()))?;
         let with_options = questions.iter().filter(|q| q.n_options > 0).count();
         if with_options > 0 && with_options < questions.len() {
             let problem = "mixes items with options and items without: put them into two files".to_owned();
@@ -187,39 +171,8 @@ impl Task for Jsonl {
             })
             .collect();
         let ending = ending(options, MAX_TOKENS, &[]);
-        Ok(scored(self.name(), run(self.name(), subject, &exercises, &ending, options, progress)?))
+        Ok(scored(self.name(), known, run(self.name(), subject, &exercises, &ending, options, progress)?))
     }
-}
-
-/// The test items of a data set.
-pub(crate) struct TestItems {
-    /// Where the data set lies.
-    pub(crate) folder: PathBuf,
-    /// Its `test.jsonl`.
-    pub(crate) path: PathBuf,
-    /// As many of its rows as asked for.
-    pub(crate) rows: Vec<Row>,
-}
-
-/// Reads the items of the data set `name` in the folder of data sets.
-pub(crate) fn test_items(task: &'static str, name: &str, options: &TaskOptions<'_>) -> Result<TestItems, EvalError> {
-    let input = "a folder of data sets (--data DIR)";
-    let folder = options.items.data.ok_or(EvalError::MissingInput { task, input })?.join(name);
-    let path = folder.join("test.jsonl");
-    let rows = limited(read_rows(&path)?, options);
-    Ok(TestItems { folder, path, rows })
-}
-
-/// The one file of items.
-pub(crate) fn data_file<'a>(task: &'static str, options: &TaskOptions<'a>) -> Result<&'a Path, EvalError> {
-    let input = "a file of items (--data FILE.jsonl)";
-    options.items.data.ok_or(EvalError::MissingInput { task, input })
-}
-
-/// The first items, as many as asked for.
-pub(crate) fn limited(mut rows: Vec<Row>, options: &TaskOptions<'_>) -> Vec<Row> {
-    rows.truncate(options.items.limit.unwrap_or(usize::MAX));
-    rows
 }
 
 fn ending(options: &TaskOptions<'_>, max_tokens: usize, stop: &[&str]) -> Ending {
@@ -258,7 +211,7 @@ fn record(task: &'static str, answered: &Answered) -> ItemRecord {
 }
 
 /// The mean of every score with its standard error; the first is the task's value.
-fn scored(task: &'static str, answers: Vec<Answered>) -> TaskResult {
+fn scored(task: &'static str, known: CalibrationCount, answers: Vec<Answered>) -> TaskResult {
     let mut details = Map::new();
     details.insert("alias".to_owned(), task.into());
     details.insert("items".to_owned(), answers.len().into());
@@ -277,5 +230,6 @@ fn scored(task: &'static str, answers: Vec<Answered>) -> TaskResult {
     }
     let cut = answers.iter().filter(|a| a.completion.cut_tokens > 0).count();
     details.insert("shortened_prompts".to_owned(), cut.into());
+    known.tell(&mut details);
     TaskResult::new(value, answers.iter().map(|a| a.completion.tokens.len()).sum(), details)
 }

@@ -13,7 +13,7 @@ use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 use tailorq::{Device, OpenedModel};
-use tailorq_eval::{ItemOptions, ItemRecord, Subject, Task, TaskOptions, task};
+use tailorq_eval::{CalibrationItems, ItemOptions, ItemRecord, Subject, Task, TaskOptions, task};
 
 /// Measure a model by tasks: perplexity on a text, answers to a data set's questions, likelihoods of your own completions.
 ///
@@ -60,6 +60,9 @@ pub struct EvalArgs {
     /// Write one JSON object for each item into this file
     #[arg(long, value_name = "FILE")]
     log_samples: Option<PathBuf>,
+    /// Score items that the model was calibrated on, by its report.json, instead of refusing them
+    #[arg(long)]
+    allow_calibration_items: bool,
     /// Compare with this model (usually the original)
     #[arg(long, value_name = "MODEL")]
     reference: Option<String>,
@@ -90,6 +93,7 @@ pub fn execute(args: &EvalArgs, console: &Console) -> anyhow::Result<()> {
     }
     let opened = super::open(&args.model, console)?;
     let reference = args.reference.as_deref().map(|source| super::open(source, console)).transpose()?;
+    let calibration = calibration_items([Some(&opened), reference.as_ref()])?;
     let device = tailorq::cpu();
     let log = args.log_samples.as_deref().map(SampleLog::create).transpose()?;
     let write = |record: &ItemRecord| {
@@ -109,6 +113,8 @@ pub fn execute(args: &EvalArgs, console: &Console) -> anyhow::Result<()> {
             max_tokens: args.max_tokens.map(|n| n as usize),
             stop: &args.stop,
             plain: args.plain,
+            calibration: &calibration,
+            allow_calibration_items: args.allow_calibration_items,
             log: Some(&write),
         },
     };
@@ -123,13 +129,22 @@ pub fn execute(args: &EvalArgs, console: &Console) -> anyhow::Result<()> {
     if let Some(log) = log {
         log.finish()?;
     }
-    for (_, result) in &results {
+    for (name, result) in &results {
+        if let Some(known) = result.details.get("calibration_items") {
+            console.note(&format!("{known} items of {name} were calibration items: its score flatters the model"));
+        }
         if result.details.get("shortened") == Some(&Value::Bool(true)) {
             console.note("the text is shorter than a window: all of it was scored as one shorter window");
         }
     }
     console.object(&object(&args.model, &results))?;
     console.text(&table(&args.model, &results))
+}
+
+/// What the models were calibrated on, as far as their reports tell.
+fn calibration_items(models: [Option<&OpenedModel>; 2]) -> anyhow::Result<Vec<CalibrationItems>> {
+    let items = models.into_iter().flatten().map(|opened| Ok(tailorq::calibration_items(opened)?));
+    items.filter_map(Result::transpose).collect()
 }
 
 /// A file that gets a line for each item. Writing cannot fail where items are scored, so a failure is kept for the end.

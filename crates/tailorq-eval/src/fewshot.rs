@@ -1,0 +1,37 @@
+//! Worked examples before an item, as lm-evaluation-harness draws them: anew for each item, by one generator a task.
+
+use crate::data::{Item, Items, read_split};
+use crate::error::EvalError;
+use crate::mersenne::{FEWSHOT_SEED, PythonRandom};
+use std::path::Path;
+
+/// Training items from which examples are drawn.
+pub(crate) struct Examples {
+    n: usize,
+    /// Absent where nothing is drawn.
+    pool: Option<Items>,
+    random: PythonRandom,
+}
+
+impl Examples {
+    /// Draws `n` for each item from the training items in `folder`, which are only read if there is something to draw.
+    pub(crate) fn open(folder: &Path, n: usize) -> Result<Self, EvalError> {
+        let random = PythonRandom::new(FEWSHOT_SEED);
+        if n == 0 {
+            return Ok(Examples { n, pool: None, random });
+        }
+        let pool = read_split(folder, &["train", "calib"], "the items from which examples are drawn")?;
+        if pool.len() < n {
+            let problem = format!("holds {} items, and {n} examples are drawn from them", pool.len());
+            return Err(EvalError::Data { path: pool.path, problem });
+        }
+        Ok(Examples { n, pool: Some(pool), random })
+    }
+
+    /// The examples of the next item. Asked once for every item in the order of the file, so that an item's examples
+    /// depend on its place alone.
+    pub(crate) fn next(&mut self) -> Vec<Item<'_>> {
+        let Some(pool) = &self.pool else { return Vec::new() };
+        self.random.sample(pool.len(), self.n).into_iter().map(|at| pool.get(at)).collect()
+    }
+}
