@@ -18,7 +18,7 @@ pub mod writer;
 pub use container::{AtomicFile, write_atomic};
 pub use error::FormatError;
 pub use gguf::GgufFile;
-pub use packed::{FORMAT_VERSION, packed_specs, packed_tensors, read_packed};
+pub use packed::{FORMAT_VERSION, format_version, packed_specs, packed_tensors, read_packed};
 pub use safetensors::{SafetensorsFile, StoredType, TensorSet, TensorView};
 pub use writer::{SafetensorsWriter, TensorSpec};
 

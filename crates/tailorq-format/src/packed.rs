@@ -1,11 +1,23 @@
-//! Packed matrices as named tensors: `<layer>.codes`, `.codes_high`, `.scales`, `.zeros`.
+//! Packed matrices as named tensors: `<layer>.codes`, `.scales` and what else the matrix has.
 
 use crate::error::DAMAGED;
 use crate::{FormatError, Result, StoredType, TensorSet, TensorSpec};
-use tailorq_tensor::{Bits, Layout, PackedMatrix, PackedParts, SharedBytes, TILE};
+use tailorq_tensor::{
+    Bits, ElementCorrections, ElementParts, PackError, PackedMatrix, PackedParts, PackedSpec, SharedBytes, TILE,
+};
 
-/// Version of the tensors that [`packed_specs`] names; a configuration carries it, and readers refuse others.
-pub const FORMAT_VERSION: u32 = 1;
+/// The newest version of the tensors that [`packed_specs`] names, and the first that has corrections. A configuration
+/// carries the version, and readers refuse those above their own.
+pub const FORMAT_VERSION: u32 = 2;
+
+/// The version that a configuration of `matrices` carries: 1 while all of them are nothing but a base, so that readers
+/// which know nothing of corrections go on reading them, and refuse the others.
+pub fn format_version<'a>(matrices: impl IntoIterator<Item = &'a PackedSpec>) -> u32 {
+    if matrices.into_iter().all(|m| m.corrections.is_none()) { 1 } else { FORMAT_VERSION }
+}
+
+/// Every part that a packed matrix may have.
+const PARTS: [&str; 7] = ["codes", "codes_high", "scales", "zeros", "element_counts", "element_cols", "element_values"];
 
 /// The tensors of a packed `[rows, cols]` matrix, in the order in which they are written:
 ///
@@ -15,18 +27,31 @@ pub const FORMAT_VERSION: u32 = 1;
 /// | `codes_high` | U16 | `[rows, tiles]` | 3 bits |
 /// | `scales` | F16 | `[rows, groups]` | always |
 /// | `zeros` | U8 | `[rows, zero_bytes_per_row]` | asymmetric |
-pub fn packed_specs(layer: &str, rows: usize, cols: usize, layout: Layout) -> Vec<TensorSpec> {
+/// | `element_counts` | U16, above 65,535 columns U32 | `[rows]` | element corrections |
+/// | `element_cols` | as `element_counts` | `[elements]` | element corrections |
+/// | `element_values` | F16 | `[elements]` | element corrections |
+pub fn packed_specs(layer: &str, spec: &PackedSpec) -> Vec<TensorSpec> {
+    let &PackedSpec { layout, rows, cols, corrections } = spec;
     let tiles = cols.div_ceil(TILE);
     // A hostile width must end as a wrong shape, not as an overflow.
     let words = tiles.saturating_mul(layout.bits.words_per_tile());
-    let mut specs = vec![TensorSpec::new(format!("{layer}.codes"), StoredType::U32, &[rows, words])];
+    let mut specs = Vec::new();
+    let mut part = |name: &str, dtype, shape: &[usize]| {
+        specs.push(TensorSpec::new(format!("{layer}.{name}"), dtype, shape));
+    };
+    part("codes", StoredType::U32, &[rows, words]);
     if layout.bits == Bits::Three {
-        specs.push(TensorSpec::new(format!("{layer}.codes_high"), StoredType::U16, &[rows, tiles]));
+        part("codes_high", StoredType::U16, &[rows, tiles]);
     }
-    specs.push(TensorSpec::new(format!("{layer}.scales"), StoredType::F16, &[rows, layout.group.count(cols)]));
+    part("scales", StoredType::F16, &[rows, layout.group.count(cols)]);
     if !layout.symmetric {
-        let zeros = [rows, layout.zero_bytes_per_row(cols)];
-        specs.push(TensorSpec::new(format!("{layer}.zeros"), StoredType::U8, &zeros));
+        part("zeros", StoredType::U8, &[rows, layout.zero_bytes_per_row(cols)]);
+    }
+    if let Some(n) = corrections.elements {
+        let index = if ElementCorrections::index_bytes(cols) == 2 { StoredType::U16 } else { StoredType::U32 };
+        part("element_counts", index, &[rows]);
+        part("element_cols", index, &[n]);
+        part("element_values", StoredType::F16, &[n]);
     }
     specs
 }
@@ -34,47 +59,73 @@ pub fn packed_specs(layer: &str, rows: usize, cols: usize, layout: Layout) -> Ve
 /// The tensors of `matrix` with their bytes, as [`packed_specs`] orders them; nothing is copied.
 pub fn packed_tensors(layer: &str, matrix: &PackedMatrix) -> Vec<(TensorSpec, SharedBytes)> {
     let parts = matrix.parts();
-    let bytes = [Some(&parts.codes), parts.codes_high.as_ref(), Some(&parts.scales), parts.zeros.as_ref()];
-    packed_specs(layer, matrix.rows(), matrix.cols(), matrix.layout())
-        .into_iter()
-        .zip(bytes.into_iter().flatten().cloned())
-        .collect()
+    let mut bytes = vec![Some(&parts.codes), parts.codes_high.as_ref(), Some(&parts.scales), parts.zeros.as_ref()];
+    if let Some(elements) = matrix.elements() {
+        let ElementParts { counts, cols, values } = elements.parts();
+        bytes.extend([counts, cols, values].map(Some));
+    }
+    packed_specs(layer, &matrix.spec()).into_iter().zip(bytes.into_iter().flatten().cloned()).collect()
 }
 
-/// Reads the packed matrix of `layer`, validated once; its parts stay in the memory map.
-pub fn read_packed(set: &TensorSet, layer: &str, rows: usize, cols: usize, layout: Layout) -> Result<PackedMatrix> {
-    let part = |name: &str, spec: Option<&TensorSpec>| -> Result<Option<SharedBytes>> {
+/// Reads the packed matrix of `layer`, validated once; its parts stay in the memory map. A part that `spec` does not
+/// have is an error as much as a missing one.
+pub fn read_packed(set: &TensorSet, layer: &str, spec: &PackedSpec) -> Result<PackedMatrix> {
+    let mut parts = Parts::default();
+    let specs = packed_specs(layer, spec);
+    for name in PARTS {
         let full = format!("{layer}.{name}");
-        let Some(spec) = spec else {
-            return match set.get(&full) {
-                None => Ok(None),
-                Some(view) => {
-                    let problem = format!("is not part of a {}-bit layout like this one", layout.bits.count());
-                    Err(FormatError::tensor(view.file, &full, problem, MISMATCH))
-                }
-            };
-        };
-        let view = set.get(&full).ok_or_else(|| FormatError::tensor(set.place(), &full, "is missing", MISMATCH))?;
-        view.expect(spec.dtype, &spec.shape)?;
-        Ok(Some(view.bytes))
-    };
-    let specs = packed_specs(layer, rows, cols, layout);
-    let find = |name: &str| specs.iter().find(|s| s.name.strip_prefix(layer).is_some_and(|n| n[1..] == *name));
-    let always = |name: &str| -> Result<SharedBytes> {
-        let bytes = part(name, find(name))?;
-        Ok(bytes.expect("codes and scales are in every layout, and a missing tensor is an error"))
-    };
-    let parts = PackedParts {
-        codes: always("codes")?,
-        codes_high: part("codes_high", find("codes_high"))?,
-        scales: always("scales")?,
-        zeros: part("zeros", find("zeros"))?,
-    };
-    PackedMatrix::new(rows, cols, layout, parts).map_err(|e| {
+        let view = set.get(&full);
+        match (specs.iter().find(|s| s.name == full), view) {
+            (None, None) => {}
+            (None, Some(view)) => {
+                let problem = format!("is there, but the configuration announces a matrix without it ({spec})");
+                return Err(FormatError::tensor(view.file, &full, problem, MISMATCH));
+            }
+            (Some(_), None) => return Err(FormatError::tensor(set.place(), &full, "is missing", MISMATCH)),
+            (Some(part), Some(view)) => {
+                view.expect(part.dtype, &part.shape)?;
+                parts.0.push((name, view.bytes));
+            }
+        }
+    }
+    assemble(spec, &parts).map_err(|e| {
         let codes = format!("{layer}.codes");
         let file = set.get(&codes).map_or(set.place(), |view| view.file);
         FormatError::tensor(file, layer, format!("is no valid packed matrix: {e}"), DAMAGED)
     })
+}
+
+fn assemble(spec: &PackedSpec, parts: &Parts) -> Result<PackedMatrix, PackError> {
+    let base = PackedParts {
+        codes: parts.get("codes"),
+        codes_high: parts.find("codes_high"),
+        scales: parts.get("scales"),
+        zeros: parts.find("zeros"),
+    };
+    let mut matrix = PackedMatrix::new(spec.rows, spec.cols, spec.layout, base)?;
+    if spec.corrections.elements.is_some() {
+        let elements = ElementParts {
+            counts: parts.get("element_counts"),
+            cols: parts.get("element_cols"),
+            values: parts.get("element_values"),
+        };
+        matrix = matrix.with_elements(ElementCorrections::new(spec.rows, spec.cols, elements)?)?;
+    }
+    Ok(matrix)
+}
+
+/// The parts of one matrix that the file has, by name.
+#[derive(Default)]
+struct Parts(Vec<(&'static str, SharedBytes)>);
+
+impl Parts {
+    fn find(&self, name: &str) -> Option<SharedBytes> {
+        self.0.iter().find(|p| p.0 == name).map(|p| p.1.clone())
+    }
+
+    fn get(&self, name: &str) -> SharedBytes {
+        self.find(name).expect("a part of the spec that is missing was an error before")
+    }
 }
 
 const MISMATCH: &str = "the tensors do not match the layout in config.json: quantize again or fetch the model again";

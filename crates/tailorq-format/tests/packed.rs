@@ -4,8 +4,12 @@
 use half::f16;
 use proptest::prelude::*;
 use std::path::Path;
-use tailorq_format::{SafetensorsWriter, StoredType, TensorSet, TensorSpec, packed_specs, packed_tensors, read_packed};
-use tailorq_tensor::{Bits, Group, Layout, PackedMatrix, Rng};
+use tailorq_format::{
+    SafetensorsWriter, StoredType, TensorSet, TensorSpec, format_version, packed_specs, packed_tensors, read_packed,
+};
+use tailorq_tensor::{
+    Bits, CorrectionSpec, ElementCorrections, Group, Layout, PackedMatrix, PackedSpec, ReadRows, Rng,
+};
 
 fn random(rows: usize, cols: usize, layout: Layout, seed: u64) -> PackedMatrix {
     let mut rng = Rng::new(seed);
@@ -16,6 +20,24 @@ fn random(rows: usize, cols: usize, layout: Layout, seed: u64) -> PackedMatrix {
     let n_zeros = if layout.symmetric { 0 } else { groups };
     let zeros: Vec<u8> = (0..n_zeros).map(|_| rng.below(levels) as u8).collect();
     PackedMatrix::pack(rows, cols, layout, &codes, &scales, &zeros).unwrap()
+}
+
+/// Corrections of a fifth of the elements, in some rows none.
+fn elements(rows: usize, cols: usize, seed: u64) -> ElementCorrections {
+    let mut rng = Rng::new(seed);
+    let mut row = |r: usize| {
+        let share = 0.3 * (r % 3) as f64;
+        let chosen: Vec<usize> = (0..cols).filter(|_| rng.uniform() < share).collect();
+        chosen.into_iter().map(|c| (c, f16::from_f32(rng.normal()))).collect()
+    };
+    let all: Vec<Vec<_>> = (0..rows).map(&mut row).collect();
+    ElementCorrections::from_rows(cols, &all).unwrap()
+}
+
+fn all_values(matrix: &PackedMatrix) -> Vec<f32> {
+    let mut all = vec![f32::NAN; matrix.rows() * matrix.cols()];
+    matrix.read_rows(0, &mut all);
+    all
 }
 
 /// Writes tensors to `model.safetensors` in `dir`.
@@ -45,22 +67,25 @@ fn layouts() -> Vec<Layout> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(48))]
+    #![proptest_config(ProptestConfig::with_cases(96))]
 
     #[test]
-    fn every_layout_survives_a_file(layout in prop::sample::select(layouts()), rows in 0usize..6, cols in 1usize..300, seed: u64) {
-        let matrix = random(rows, cols, layout, seed);
-        let specs = packed_specs("w", rows, cols, layout);
-        prop_assert_eq!(specs.iter().map(|s| s.bytes().unwrap()).sum::<usize>(), layout.bytes(rows, cols));
+    fn every_layout_survives_a_file(
+        layout in prop::sample::select(layouts()), rows in 0usize..6, cols in 1usize..300, corrected: bool, seed: u64,
+    ) {
+        let mut matrix = random(rows, cols, layout, seed);
+        if corrected {
+            matrix = matrix.with_elements(elements(rows, cols, seed)).unwrap();
+        }
+        let spec = matrix.spec();
+        let specs = packed_specs("w", &spec);
+        prop_assert_eq!(specs.iter().map(|s| s.bytes().unwrap()).sum::<usize>(), matrix.bytes());
+        prop_assert_eq!(format_version([&spec]), if corrected { 2 } else { 1 });
         let dir = tempfile::tempdir().unwrap();
         let set = write(dir.path(), &tensors(&matrix));
-        let read = read_packed(&set, "w", rows, cols, layout).unwrap();
-        let (mut a, mut b) = (vec![0.0; cols], vec![0.0; cols]);
-        for r in 0..rows {
-            matrix.unpack_row(r, &mut a);
-            read.unpack_row(r, &mut b);
-            prop_assert_eq!(&a, &b);
-        }
+        let read = read_packed(&set, "w", &spec).unwrap();
+        prop_assert_eq!(read.spec(), spec);
+        prop_assert_eq!(all_values(&read), all_values(&matrix));
         // The parts lie in the map where the file has them.
         for (spec, part) in packed_tensors("w", &read) {
             prop_assert!(part.is_empty() || (part.as_ptr() as usize).is_multiple_of(64), "{}", spec.name);
@@ -74,12 +99,12 @@ fn mismatches_name_file_and_tensor() {
     let layout = Layout { bits: Bits::Three, group: Group::Inputs(32), symmetric: false };
     let good = tensors(&random(2, 40, layout, 1));
     let message = |set: &TensorSet, rows, cols, layout| {
-        let message = read_packed(set, "w", rows, cols, layout).unwrap_err().to_string();
+        let message = read_packed(set, "w", &PackedSpec::base(rows, cols, layout)).unwrap_err().to_string();
         assert!(message.contains(dir.path().to_str().unwrap()), "{message}");
         message
     };
     let set = write(dir.path(), &good);
-    assert!(read_packed(&set, "w", 2, 40, layout).is_ok());
+    assert!(read_packed(&set, "w", &PackedSpec::base(2, 40, layout)).is_ok());
     for (rows, cols) in [(3, 40), (2, 64), (2, usize::MAX), (usize::MAX, 40), (0, 0)] {
         let text = message(&set, rows, cols, layout);
         assert!(text.contains("'w.codes'") && text.contains("config.json") || text.contains("expected"), "{text}");
@@ -105,4 +130,58 @@ fn mismatches_name_file_and_tensor() {
         let text = message(&write(dir.path(), &scaled), 2, 40, layout);
         assert!(text.contains("'w'") && text.contains("scale 1 is"), "{text}");
     }
+}
+
+#[test]
+fn corrections_that_the_configuration_does_not_describe_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let layout = Layout { bits: Bits::Two, group: Group::Inputs(32), symmetric: true };
+    let matrix = random(3, 40, layout, 1).with_elements(elements(3, 40, 2)).unwrap();
+    let (spec, good) = (matrix.spec(), tensors(&matrix));
+    let n = spec.corrections.elements.unwrap();
+    let message = |set: &TensorSet, spec: &PackedSpec| {
+        let message = read_packed(set, "w", spec).unwrap_err().to_string();
+        assert!(message.contains(dir.path().to_str().unwrap()), "{message}");
+        message
+    };
+    let set = write(dir.path(), &good);
+    assert_eq!(all_values(&read_packed(&set, "w", &spec).unwrap()), all_values(&matrix));
+    let text = message(&set, &PackedSpec::base(3, 40, layout));
+    assert!(text.contains("'w.element_counts' is there") && text.contains("quantize again"), "{text}");
+    for wrong in [0, n - 1, n + 1, usize::MAX] {
+        let text = message(&set, &PackedSpec { corrections: CorrectionSpec { elements: Some(wrong) }, ..spec });
+        assert!(text.contains("'w.element_cols'") && text.contains("expected"), "{text}");
+    }
+    for part in ["element_counts", "element_cols", "element_values"] {
+        let less: Vec<_> = good.iter().filter(|(s, _)| s.name != format!("w.{part}")).cloned().collect();
+        let text = message(&write(dir.path(), &less), &spec);
+        assert!(text.contains(&format!("'w.{part}' is missing")), "{text}");
+    }
+    let damage = |part: &str, at: usize, bytes: [u8; 2]| {
+        let mut damaged = good.clone();
+        let tensor = damaged.iter_mut().find(|(s, _)| s.name == format!("w.{part}")).unwrap();
+        tensor.1[at..at + 2].copy_from_slice(&bytes);
+        message(&write(dir.path(), &damaged), &spec)
+    };
+    for (part, at, bytes, expected) in [
+        ("element_counts", 0, 9u16.to_le_bytes(), "ask for"),
+        ("element_cols", 2, 40u16.to_le_bytes(), "column 40"),
+        ("element_cols", 2, 0u16.to_le_bytes(), "column 0"),
+        ("element_values", 2, f16::NAN.to_le_bytes(), "NaN"),
+    ] {
+        let text = damage(part, at, bytes);
+        assert!(text.contains("'w'") && text.contains(expected) && text.contains("damaged"), "{text}");
+    }
+}
+
+#[test]
+fn a_wide_matrix_survives_a_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let (cols, layout) = (65_600, Layout { bits: Bits::Two, group: Group::Row, symmetric: true });
+    let rows = [vec![(1, f16::ONE), (65_599, f16::from_f32(-2.0))], vec![(65_536, f16::ONE)]];
+    let elements = ElementCorrections::from_rows(cols, &rows).unwrap();
+    let matrix = random(2, cols, layout, 1).with_elements(elements).unwrap();
+    let set = write(dir.path(), &tensors(&matrix));
+    assert_eq!(set.get("w.element_cols").unwrap().dtype, StoredType::U32);
+    assert_eq!(all_values(&read_packed(&set, "w", &matrix.spec()).unwrap()), all_values(&matrix));
 }

@@ -5,7 +5,7 @@
 
 mod inputs;
 
-use inputs::{Sequence, layouts, normal, packed, positive_definite, rope_table, weights};
+use inputs::{Sequence, corrected, layouts, normal, packed, positive_definite, rope_table, weights};
 use std::sync::Arc;
 use tailorq_kernels::{AttentionShape, Device, Strided, StridedMut, cpu_variants, reference};
 use tailorq_tensor::{Bits, Group, Layout, Matrix, Rng, Weight};
@@ -93,7 +93,8 @@ fn one_hot_inputs_read_packed_values_exactly() {
     let mut rng = Rng::new(4);
     for layout in layouts() {
         for cols in [1, 17, 40, 130] {
-            let m = packed(&mut rng, 6, cols, layout);
+            let base = packed(&mut rng, 6, cols, layout);
+            let m = corrected(&mut rng, base);
             let w: Weight = m.clone().into();
             for device in devices() {
                 for hot in 0..cols {

@@ -7,7 +7,7 @@ use tailorq_format::{SafetensorsWriter, TensorSpec, packed_tensors};
 use tailorq_kernels::Device;
 use tailorq_model::testing::TinyModel;
 use tailorq_model::{Batch, BlockStage, ChatMessage, KvCache, Model, OpenedModel, RopeScaling, open};
-use tailorq_tensor::{Bits, Group, Layout, Matrix, PackedMatrix, Slot, Weight};
+use tailorq_tensor::{Bits, ElementCorrections, Group, Layout, Matrix, PackedMatrix, Slot, Weight};
 use tempfile::TempDir;
 
 fn tiny(architecture: &str) -> TinyModel {
@@ -218,8 +218,9 @@ fn chunks_of_the_head_cover_the_vocabulary() {
     assert!((logits.row(2)[8999] - expected).abs() < 1e-4);
 }
 
-/// Writes an artifact whose q of block 0 and embedding are packed, and returns the packed q.
-fn write_artifact(tiny: &TinyModel, dir: &Path) -> PackedMatrix {
+/// Writes an artifact whose q of block 0 and embedding are packed, q with the elements of its diagonal corrected if asked
+/// to, and returns the packed q.
+fn write_artifact(tiny: &TinyModel, dir: &Path, corrected: bool) -> PackedMatrix {
     tiny.write_directory(dir).unwrap();
     let layout = Layout { bits: Bits::Three, group: Group::Inputs(32), symmetric: false };
     let pack = |rows: usize, cols: usize| {
@@ -228,15 +229,19 @@ fn write_artifact(tiny: &TinyModel, dir: &Path) -> PackedMatrix {
         let scales = vec![half::f16::from_f32(0.03); groups];
         PackedMatrix::pack(rows, cols, layout, &codes, &scales, &vec![4; groups]).unwrap()
     };
-    let packed =
-        [("model.layers.0.self_attn.q_proj", pack(64, 64)), ("model.embed_tokens", pack(tiny.config.vocab, 64))];
+    let q = match corrected {
+        false => pack(64, 64),
+        true => {
+            let kept: Vec<Vec<_>> = (0..64).map(|r| vec![(r, half::f16::from_f32(0.5))]).collect();
+            pack(64, 64).with_elements(ElementCorrections::from_rows(64, &kept).unwrap()).unwrap()
+        }
+    };
+    let packed = [("model.layers.0.self_attn.q_proj", q), ("model.embed_tokens", pack(tiny.config.vocab, 64))];
     let mut parts: Vec<(TensorSpec, Vec<u8>)> = Vec::new();
     let mut layers = serde_json::Map::new();
     for (name, matrix) in &packed {
         parts.extend(packed_tensors(name, matrix).into_iter().map(|(spec, bytes)| (spec, bytes.to_vec())));
-        let mut layer = serde_json::to_value(layout).unwrap();
-        (layer["rows"], layer["cols"]) = (matrix.rows().into(), matrix.cols().into());
-        layers.insert((*name).to_owned(), layer);
+        layers.insert((*name).to_owned(), serde_json::to_value(matrix.spec()).unwrap());
     }
     for (name, shape) in tiny.tensors().unwrap() {
         if !packed.iter().any(|(layer, _)| name == format!("{layer}.weight")) {
@@ -250,7 +255,8 @@ fn write_artifact(tiny: &TinyModel, dir: &Path) -> PackedMatrix {
         writer.write(&spec.name, bytes).unwrap();
     }
     writer.commit().unwrap();
-    let quantization = json!({"quant_method": "tailorq", "format_version": 1, "layers": layers});
+    let quantization =
+        json!({"quant_method": "tailorq", "format_version": if corrected { 2 } else { 1 }, "layers": layers});
     edit_config(dir, "quantization_config", quantization);
     packed.into_iter().next().unwrap().1
 }
@@ -264,27 +270,56 @@ fn edit_config(dir: &Path, key: &str, value: Value) {
 
 #[test]
 fn artifacts_open_with_packed_layers() {
-    let (tiny, dir) = (tiny("llama"), tempfile::tempdir().unwrap());
-    let q = write_artifact(&tiny, dir.path());
-    let opened = open_path(dir.path());
-    assert!(opened.files.is_quantized && opened.files.stored_as == "tailorq");
-    let Weight::Packed(found) = &opened.model.blocks[0].linear(Slot::Q).weight else { panic!("q is not packed") };
-    assert_eq!(found.parts().codes[..], q.parts().codes[..]);
-    assert!(matches!(opened.model.head, Weight::Packed(_)), "the tied head is the packed embedding");
+    for corrected in [false, true] {
+        let (tiny, dir) = (tiny("llama"), tempfile::tempdir().unwrap());
+        let q = write_artifact(&tiny, dir.path(), corrected);
+        let opened = open_path(dir.path());
+        assert!(opened.files.is_quantized && opened.files.stored_as == "tailorq");
+        let Weight::Packed(found) = &opened.model.blocks[0].linear(Slot::Q).weight else { panic!("q is not packed") };
+        assert_eq!(found.parts().codes[..], q.parts().codes[..]);
+        assert_eq!((found.spec(), found.elements().is_some()), (q.spec(), corrected));
+        assert!(matches!(opened.model.head, Weight::Packed(_)), "the tied head is the packed embedding");
 
-    let device = tailorq_kernels::cpu();
-    let mut dense = opened.model.clone();
-    dense.blocks[0].linear_mut(Slot::Q).weight =
-        Weight::from(opened.model.blocks[0].linear(Slot::Q).weight.to_matrix());
-    let difference =
-        largest_difference(&logits(&dense, device.as_ref(), &ids(5)), &logits(&opened.model, device.as_ref(), &ids(5)));
-    assert!(difference < 1e-4, "{difference}");
+        let device = tailorq_kernels::cpu();
+        let mut dense = opened.model.clone();
+        dense.blocks[0].linear_mut(Slot::Q).weight = Weight::from(Weight::from(q).to_matrix());
+        let (a, b) = (logits(&dense, device.as_ref(), &ids(5)), logits(&opened.model, device.as_ref(), &ids(5)));
+        assert!(largest_difference(&a, &b) < 1e-4, "{}", largest_difference(&a, &b));
+    }
+}
+
+#[test]
+fn corrections_and_their_announcement_belong_together() {
+    let (tiny, dir) = (tiny("llama"), tempfile::tempdir().unwrap());
+    write_artifact(&tiny, dir.path(), true);
+    let config: Value = serde_json::from_slice(&std::fs::read(dir.path().join("config.json")).unwrap()).unwrap();
+    let good = config["quantization_config"].clone();
+    let layer = "model.layers.0.self_attn.q_proj";
+    assert_eq!(good["layers"][layer]["elements"], 64);
+    let refused = |change: &dyn Fn(&mut Value)| {
+        let mut quantization = good.clone();
+        change(&mut quantization);
+        edit_config(dir.path(), "quantization_config", quantization);
+        open(dir.path().to_str().unwrap()).err().unwrap().to_string()
+    };
+    let text = refused(&|q| q["format_version"] = json!(1));
+    assert!(text.contains("config.json") && text.contains("corrections"), "{text}");
+    let text = refused(&|q| drop(q["layers"][layer].as_object_mut().unwrap().remove("elements")));
+    assert!(text.contains("model.safetensors") && text.contains("q_proj.element_counts' is there"), "{text}");
+    let text = refused(&|q| q["layers"][layer]["elements"] = json!(65));
+    assert!(text.contains("q_proj.element_cols"), "{text}");
+    let text = refused(&|q| q["layers"][layer]["elements"] = json!(-1));
+    assert!(text.contains("config.json"), "{text}");
+    write_artifact(&tiny, dir.path(), false);
+    edit_config(dir.path(), "quantization_config", good.clone());
+    let text = open(dir.path().to_str().unwrap()).err().unwrap().to_string();
+    assert!(text.contains("q_proj.element_counts' is missing"), "{text}");
 }
 
 #[test]
 fn artifacts_of_others_and_of_the_future_are_refused() {
     let (tiny, dir) = (tiny("llama"), tempfile::tempdir().unwrap());
-    write_artifact(&tiny, dir.path());
+    write_artifact(&tiny, dir.path(), false);
     let config: Value = serde_json::from_slice(&std::fs::read(dir.path().join("config.json")).unwrap()).unwrap();
     let good = config["quantization_config"].clone();
     let with = |path: &str, value: Value| {
@@ -297,7 +332,8 @@ fn artifacts_of_others_and_of_the_future_are_refused() {
     stray["layers"]["model.layers.9.mlp.up_proj"] = good.pointer(q).unwrap().clone();
     let cases = [
         (with("/quant_method", json!("gptq")), "gptq"),
-        (with("/format_version", json!(2)), "format_version"),
+        (with("/format_version", json!(3)), "format_version"),
+        (with("/format_version", json!(0)), "format_version"),
         (with("/layers", json!([])), "layers"),
         (with(&format!("{q}/bits"), json!(5)), "5 bits"),
         (with(&format!("{q}/bits"), json!(4)), "q_proj"),

@@ -6,19 +6,23 @@
 #![forbid(unsafe_code)]
 
 mod bytes;
+mod corrections;
 mod dtype;
 mod layer;
 mod layout;
 mod matrix;
 mod packed;
 mod rng;
+mod spec;
 mod weight;
 
 pub use bytes::SharedBytes;
+pub use corrections::{ElementCorrections, ElementParts};
 pub use dtype::DType;
 pub use layer::{InputGroup, LayerId, Slot};
 pub use layout::{Bits, Group, Layout, TILE};
 pub use matrix::Matrix;
 pub use packed::{PackError, PackedMatrix, PackedParts};
 pub use rng::Rng;
+pub use spec::{CorrectionSpec, PackedSpec};
 pub use weight::{DenseRows, ReadRows, RowOrder, Weight};

@@ -1,7 +1,7 @@
 //! The packed matrix. Its scalar accessors define every layout; kernels are optimizations tested against them.
 
 use crate::layout::{Bits, Layout, TILE};
-use crate::{ReadRows, SharedBytes};
+use crate::{CorrectionSpec, ElementCorrections, PackedSpec, ReadRows, SharedBytes};
 use half::f16;
 use thiserror::Error;
 
@@ -33,12 +33,50 @@ pub enum PackError {
         /// Its value.
         value: f32,
     },
+    /// A part of the element corrections has the wrong number of bytes.
+    #[error("{part} has {found} bytes, the rows and their counts ask for {expected}")]
+    ElementSize {
+        /// `element_counts`, `element_cols` or `element_values`.
+        part: &'static str,
+        /// Bytes it has.
+        found: usize,
+        /// Bytes it must have.
+        expected: usize,
+    },
+    /// The columns of a row's element corrections do not ascend, or go beyond the matrix.
+    #[error("element corrections of row {row}: column {col} is out of order or beyond the {cols} columns")]
+    ElementColumn {
+        /// Row of the matrix.
+        row: usize,
+        /// The first offending column.
+        col: usize,
+        /// Columns of the matrix.
+        cols: usize,
+    },
+    /// An element correction is NaN or infinite.
+    #[error("the element correction of row {row}, column {col} is {value}: corrections are finite")]
+    ElementValue {
+        /// Row of the matrix.
+        row: usize,
+        /// Column of the matrix.
+        col: usize,
+        /// The value.
+        value: f32,
+    },
+    /// Corrections are for a matrix of another shape.
+    #[error("corrections for a {found:?} matrix do not belong to one of {expected:?}")]
+    OtherShape {
+        /// `(rows, cols)` of the corrections.
+        found: (usize, usize),
+        /// `(rows, cols)` of the matrix.
+        expected: (usize, usize),
+    },
     /// The shape overflows the address space.
     #[error("shape [{0}, {1}] is too large")]
     TooLarge(usize, usize),
 }
 
-/// The parts of a packed matrix as they lie in a file, little-endian.
+/// The parts of a packed matrix's base as they lie in a file, little-endian.
 #[derive(Clone, Debug)]
 pub struct PackedParts {
     /// u32 `[rows, tiles * words_per_tile]`, see [`Bits`]. Codes past `cols` in a row's last tile are 0.
@@ -51,13 +89,15 @@ pub struct PackedParts {
     pub zeros: Option<SharedBytes>,
 }
 
-/// A `[rows, cols]` weight matrix at 2, 3, 4 or 8 bits, `value = (code - zero) * scale`.
+/// A `[rows, cols]` weight matrix at 2, 3, 4 or 8 bits, `value = (code - zero) * scale`, plus the corrections of single
+/// elements where there are any.
 #[derive(Clone, Debug)]
 pub struct PackedMatrix {
     rows: usize,
     cols: usize,
     layout: Layout,
     parts: PackedParts,
+    elements: Option<ElementCorrections>,
 }
 
 impl PackedMatrix {
@@ -87,7 +127,16 @@ impl PackedMatrix {
         if let Some(index) = scales.iter().position(|s| !s.is_finite() || s.to_f32() < 0.0) {
             return Err(PackError::Scale { index, value: scales[index].to_f32() });
         }
-        Ok(PackedMatrix { rows, cols, layout, parts })
+        Ok(PackedMatrix { rows, cols, layout, parts, elements: None })
+    }
+
+    /// This matrix with `elements` added to it, instead of those that it may have had.
+    pub fn with_elements(self, elements: ElementCorrections) -> Result<Self, PackError> {
+        let (found, expected) = ((elements.rows(), elements.cols()), (self.rows, self.cols));
+        if found != expected {
+            return Err(PackError::OtherShape { found, expected });
+        }
+        Ok(PackedMatrix { elements: Some(elements), ..self })
     }
 
     /// Packs codes (`[rows, cols]`, one a byte), scales (`[rows, groups]`) and zeros (`[rows, groups]`; empty when the
@@ -124,7 +173,12 @@ impl PackedMatrix {
             zeros: stack_part::<u8>(panels, |p| p.zeros.as_ref()),
         };
         let rows = panels.iter().map(|p| p.rows).sum();
-        PackedMatrix::new(rows, first.cols, first.layout, parts).expect("stacked panels are as valid as each of them")
+        let elements: Vec<_> = panels.iter().map(|p| (p.rows, p.elements.as_ref())).collect();
+        PackedMatrix {
+            elements: ElementCorrections::stack(first.cols, &elements),
+            ..PackedMatrix::new(rows, first.cols, first.layout, parts)
+                .expect("stacked panels are as valid as each of them")
+        }
     }
 
     /// Outputs.
@@ -142,14 +196,25 @@ impl PackedMatrix {
         self.layout
     }
 
-    /// The parts as they lie in a file.
+    /// Shape, layout and corrections.
+    pub fn spec(&self) -> PackedSpec {
+        let corrections = CorrectionSpec { elements: self.elements.as_ref().map(ElementCorrections::len) };
+        PackedSpec { layout: self.layout, rows: self.rows, cols: self.cols, corrections }
+    }
+
+    /// The parts of the base as they lie in a file.
     pub fn parts(&self) -> &PackedParts {
         &self.parts
     }
 
-    /// Bytes of all parts together.
+    /// What is added to single elements of the base, if anything is.
+    pub fn elements(&self) -> Option<&ElementCorrections> {
+        self.elements.as_ref()
+    }
+
+    /// Bytes of all parts together, corrections included.
     pub fn bytes(&self) -> usize {
-        self.layout.bytes(self.rows, self.cols)
+        self.spec().bytes()
     }
 
     /// Tiles in a row.
@@ -178,7 +243,7 @@ impl PackedMatrix {
         &self.parts.scales.cast::<f16>().expect("checked at the door")[r * n..(r + 1) * n]
     }
 
-    /// The code of weight `(r, c)`.
+    /// The code of weight `(r, c)` in the base.
     pub fn code(&self, r: usize, c: usize) -> u8 {
         assert!(c < self.cols, "column {c} of {}", self.cols);
         let (tile, i) = (c / TILE, c % TILE);
@@ -203,14 +268,28 @@ impl PackedMatrix {
         })
     }
 
-    /// Weight `(r, c)`: `(code - zero) * scale`, exact in f32.
-    pub fn value(&self, r: usize, c: usize) -> f32 {
+    /// Weight `(r, c)` of the base: `(code - zero) * scale`, exact in f32.
+    pub fn base_value(&self, r: usize, c: usize) -> f32 {
         let g = c / self.layout.group.len(self.cols);
         f32::from(i16::from(self.code(r, c)) - i16::from(self.zero(r, g))) * self.scales(r)[g].to_f32()
     }
 
-    /// Row `r` as f32, the same values as [`PackedMatrix::value`], tile by tile.
+    /// Weight `(r, c)`: the base, plus its element correction, summed in f32.
+    pub fn value(&self, r: usize, c: usize) -> f32 {
+        let base = self.base_value(r, c);
+        self.elements.as_ref().and_then(|e| e.get(r, c)).map_or(base, |correction| base + correction)
+    }
+
+    /// Row `r` as f32, the same values as [`PackedMatrix::value`].
     pub fn unpack_row(&self, r: usize, out: &mut [f32]) {
+        self.unpack_base(r, out);
+        if let Some(elements) = &self.elements {
+            elements.add_to_row(r, out);
+        }
+    }
+
+    /// The base of row `r`, tile by tile.
+    fn unpack_base(&self, r: usize, out: &mut [f32]) {
         assert_eq!(out.len(), self.cols, "unpack_row: output length");
         let (words, highs, scales) = (self.code_words(r), self.code_highs(r), self.scales(r));
         let group = self.layout.group.len(self.cols);
@@ -245,7 +324,7 @@ impl ReadRows for PackedMatrix {
         }
     }
     fn encoding(&self) -> String {
-        self.layout().to_string()
+        self.spec().to_string()
     }
 }
 

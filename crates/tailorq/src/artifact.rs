@@ -6,10 +6,10 @@ use crate::recipe::Recipe;
 use crate::report::{LayerReport, Report};
 use serde_json::{Value, json};
 use std::path::Path;
-use tailorq_format::{FORMAT_VERSION, StoredType, TensorSpec, write_atomic};
+use tailorq_format::{StoredType, TensorSpec, format_version, write_atomic};
 use tailorq_model::arch::{FINAL_NORM, block_name, block_norms};
 use tailorq_model::{Model, OpenedModel};
-use tailorq_tensor::SharedBytes;
+use tailorq_tensor::{PackedSpec, SharedBytes};
 
 /// Largest weight file; more becomes shards, as hub readers expect.
 const SHARD_BYTES: u64 = 5_000_000_000;
@@ -174,17 +174,12 @@ pub fn write_papers(output: &Output, opened: &OpenedModel, report: &Report) -> R
 
 fn config(opened: &OpenedModel, layers: &[LayerReport]) -> Value {
     let mut config = opened.files.config_json.clone();
-    let layers: serde_json::Map<String, Value> = layers
-        .iter()
-        .map(|l| {
-            let mut value = serde_json::to_value(l.layout).expect("a layout is plain data");
-            value["rows"] = l.rows.into();
-            value["cols"] = l.cols.into();
-            (l.name.clone(), value)
-        })
-        .collect();
+    let specs: Vec<PackedSpec> = layers.iter().map(LayerReport::spec).collect();
+    let named = layers.iter().zip(&specs);
+    let layers: serde_json::Map<String, Value> =
+        named.map(|(l, spec)| (l.name.clone(), serde_json::to_value(spec).expect("a spec is plain data"))).collect();
     config["quantization_config"] =
-        json!({"quant_method": "tailorq", "format_version": FORMAT_VERSION, "layers": layers});
+        json!({"quant_method": "tailorq", "format_version": format_version(&specs), "layers": layers});
     config
 }
 
@@ -219,7 +214,7 @@ fn model_card(opened: &OpenedModel, report: &Report) -> String {
         "---\nbase_model: {base}\nbase_model_relation: quantized\nlibrary_name: tailorq\npipeline_tag: text-generation\n\
          quantized_by: tailorq {version}\ntags:\n- tailorq\n- {method}\n---\n\n# {base}, {method} at {bits} bits\n\n\
          A {model_type} model whose linears were quantized with tailorq {version}: {method}, {bits} bits, group {group}, \
-         {sym}.\n{calibrated}\n{already}\n| | |\n|---|---|\n| bits per weight, linears (scales and zeros included) | {lin:.3} |\n\
+         {sym}.\n{calibrated}\n{already}\n| | |\n|---|---|\n| bits per weight, linears (scales, zeros, corrections included) | {lin:.3} |\n\
          | bits per weight, all | {all:.3} |\n| weight files | {a:.1} MiB |\n| source weight files | {s:.1} MiB |\n\
          | the same weights at 16 bit | {h:.1} MiB |\n\n`recipe.toml` repeats the run, `report.json` lists every layer. \
          Run it with `tailorq run DIR \"prompt\"`.\n",

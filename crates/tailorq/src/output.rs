@@ -73,7 +73,7 @@ impl Part {
 
     /// A packed matrix of this part.
     pub fn matrix(&self, layer: &LayerReport) -> Result<PackedMatrix, PipelineError> {
-        Ok(read_packed(&self.tensors, &layer.name, layer.rows, layer.cols, layer.layout)?)
+        Ok(read_packed(&self.tensors, &layer.name, &layer.spec())?)
     }
 }
 
@@ -251,5 +251,49 @@ impl Output {
     /// Removes the partial directory, after the artifact is complete.
     pub fn remove_partial(self) -> Result<(), PipelineError> {
         remove_partial(&self.partial)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use half::f16;
+    use tailorq_tensor::{Bits, CorrectionSpec, ElementCorrections, Group, Layout};
+
+    /// A part with corrections is found again by a resumed run, and counted with them.
+    #[test]
+    fn parts_keep_their_corrections() {
+        let dir = tempfile::tempdir().unwrap();
+        let output = Output {
+            dir: dir.path().to_path_buf(),
+            partial: dir.path().to_path_buf(),
+            _lock: File::create(dir.path().join("lock")).unwrap(),
+        };
+        let layout = Layout { bits: Bits::Two, group: Group::Row, symmetric: true };
+        let base = PackedMatrix::pack(2, 20, layout, &[1; 40], &[f16::ONE; 2], &[]).unwrap();
+        let rows = [vec![(3, f16::from_f32(0.25))], vec![(0, f16::ONE), (19, f16::ONE)]];
+        let matrix = base.clone().with_elements(ElementCorrections::from_rows(20, &rows).unwrap()).unwrap();
+        let report = LayerReport {
+            name: "w".into(),
+            rows: 2,
+            cols: 20,
+            layout,
+            corrections: matrix.spec().corrections,
+            bytes: matrix.bytes(),
+            relative_error: 0.5,
+            proxy_loss: None,
+            notes: Vec::new(),
+        };
+        // Counts of two rows, columns and values of three elements.
+        assert_eq!(report.bytes, base.bytes() + 2 * 2 + 3 * 4);
+        output.write_part("part", std::slice::from_ref(&matrix), vec![report.clone()]).unwrap();
+        let part = output.part("part", 1).unwrap();
+        assert_eq!(part.layers, [report]);
+        let read = part.matrix(&part.layers[0]).unwrap();
+        assert_eq!(Weight::from(read).to_matrix(), Weight::from(matrix).to_matrix());
+        // A report that knows nothing of them does not belong to this file.
+        let mut plain = part.layers[0].clone();
+        plain.corrections = CorrectionSpec::default();
+        assert!(part.matrix(&plain).is_err());
     }
 }

@@ -10,7 +10,7 @@ use tailorq_eval::CalibrationItems;
 use tailorq_model::OpenedModel;
 use tailorq_model::arch::{EMBEDDING, HEAD};
 use tailorq_quant::QuantizedLayer;
-use tailorq_tensor::Layout;
+use tailorq_tensor::{CorrectionSpec, Layout, PackedSpec};
 
 /// One packed matrix of the artifact.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -24,7 +24,10 @@ pub struct LayerReport {
     /// Bits, group, symmetry.
     #[serde(flatten)]
     pub layout: Layout,
-    /// Bytes of codes, scales and zeros.
+    /// What lies beside the base, counted.
+    #[serde(flatten, default)]
+    pub corrections: CorrectionSpec,
+    /// Bytes of all parts: codes, scales, zeros, corrections.
     pub bytes: usize,
     /// `|W - Q| / |W|`, Frobenius norms.
     pub relative_error: f64,
@@ -68,7 +71,7 @@ pub struct SizeReport {
     pub half_precision_bytes: u64,
     /// Bytes of the artifact's weight files.
     pub artifact_bytes: u64,
-    /// Bits per weight of the quantized linears, scales and zeros included.
+    /// Bits per weight of the quantized linears, scales, zeros and corrections included.
     pub linear_bits_per_weight: f64,
     /// Bits per weight of everything: linears, embedding, head, norms, biases.
     pub total_bits_per_weight: f64,
@@ -111,11 +114,17 @@ impl LayerReport {
             rows: matrix.rows(),
             cols: matrix.cols(),
             layout: matrix.layout(),
+            corrections: matrix.spec().corrections,
             bytes: matrix.bytes(),
             relative_error: rounded(layer.relative_error),
             proxy_loss: layer.proxy_loss.map(rounded),
             notes: layer.notes.iter().map(ToString::to_string).collect(),
         }
+    }
+
+    /// What the configuration records of the matrix.
+    pub fn spec(&self) -> PackedSpec {
+        PackedSpec { layout: self.layout, rows: self.rows, cols: self.cols, corrections: self.corrections }
     }
 
     /// The notes, each with the layer's name.

@@ -42,6 +42,7 @@ pub fn pack_table(
         rows: matrix.rows(),
         cols: matrix.cols(),
         layout,
+        corrections: matrix.spec().corrections,
         bytes: matrix.bytes(),
         relative_error: rounded(if squares > 0.0 { (lost / squares).sqrt() } else { 0.0 }),
         proxy_loss: None,

@@ -16,7 +16,8 @@ pub(super) fn read_rows(isa: Isa, w: &Weight, first: usize, out: &mut [f32]) {
 }
 
 per_isa! {
-    /// Row `r` of a packed matrix, bit for bit what [`PackedMatrix::unpack_row`] gives: `(code - zero) * scale` is exact.
+    /// Row `r` of a packed matrix, bit for bit what [`PackedMatrix::unpack_row`] gives: `(code - zero) * scale` is exact, and
+    /// corrections are added in the same order.
     pub(super) fn unpack_row(m: &PackedMatrix, r: usize, out: &mut [f32]) = unpack_body
 }
 
@@ -28,9 +29,12 @@ fn unpack_body<S: Simd>(simd: S, m: &PackedMatrix, r: usize, out: &mut [f32]) {
         Bits::Four => unpack_tiles::<S, 4>(simd, m, r, out),
         Bits::Eight => unpack_tiles::<S, 8>(simd, m, r, out),
     }
+    if let Some(elements) = m.elements() {
+        elements.add_to_row(r, out);
+    }
 }
 
-/// Scales the codes of tile after tile, group by group.
+/// The base: scales the codes of tile after tile, group by group.
 #[inline(always)]
 fn unpack_tiles<S: Simd, const BITS: u32>(simd: S, m: &PackedMatrix, r: usize, out: &mut [f32]) {
     const { assert!(TILE == LANES, "a tile is a vector") };
@@ -87,7 +91,37 @@ fn zero_point(bits: Bits, zeros: Option<&[u8]>, g: usize) -> u8 {
 mod tests {
     use super::*;
     use half::f16;
-    use tailorq_tensor::{Group, Layout, Rng};
+    use tailorq_tensor::{ElementCorrections, Group, Layout, Rng};
+
+    fn base(rng: &mut Rng, rows: usize, cols: usize, layout: Layout) -> PackedMatrix {
+        let levels = usize::from(layout.bits.max_code()) + 1;
+        let groups = rows * layout.group.count(cols);
+        let codes: Vec<u8> = (0..rows * cols).map(|_| rng.below(levels) as u8).collect();
+        let scales: Vec<f16> = (0..groups).map(|_| f16::from_f32(rng.uniform() as f32)).collect();
+        let n_zeros = if layout.symmetric { 0 } else { groups };
+        let zeros: Vec<u8> = (0..n_zeros).map(|_| rng.below(levels) as u8).collect();
+        PackedMatrix::pack(rows, cols, layout, &codes, &scales, &zeros).unwrap()
+    }
+
+    /// Corrections of no, some and all elements of rows.
+    fn elements(rng: &mut Rng, rows: usize, cols: usize) -> ElementCorrections {
+        let mut row = |r: usize| {
+            let chosen: Vec<usize> = (0..cols).filter(|_| rng.below(2) < r).collect();
+            chosen.into_iter().map(|c| (c, f16::from_f32(rng.normal()))).collect()
+        };
+        let all: Vec<Vec<_>> = (0..rows).map(&mut row).collect();
+        ElementCorrections::from_rows(cols, &all).unwrap()
+    }
+
+    fn check(m: &PackedMatrix) {
+        let cols = m.cols();
+        for (r, isa) in (0..m.rows()).flat_map(|r| Isa::available().into_iter().map(move |isa| (r, isa))) {
+            let (mut expected, mut found) = (vec![0.0; cols], vec![f32::NAN; cols]);
+            m.unpack_row(r, &mut expected);
+            unpack_row(isa, m, r, &mut found);
+            assert_eq!(found, expected, "{} {} [{}, {cols}]", isa.name(), m.spec(), m.rows());
+        }
+    }
 
     #[test]
     fn every_layout_unpacks_to_its_definition() {
@@ -98,19 +132,9 @@ mod tests {
                     [true, false].into_iter().flat_map(|s| [0, 1, 16, 33, 576, 600].map(|c| (s, c)))
                 {
                     let layout = Layout { bits, group, symmetric };
-                    let (rows, levels) = (3, usize::from(bits.max_code()) + 1);
-                    let groups = rows * group.count(cols);
-                    let codes: Vec<u8> = (0..rows * cols).map(|_| rng.below(levels) as u8).collect();
-                    let scales: Vec<f16> = (0..groups).map(|_| f16::from_f32(rng.uniform() as f32)).collect();
-                    let n_zeros = if symmetric { 0 } else { groups };
-                    let zeros: Vec<u8> = (0..n_zeros).map(|_| rng.below(levels) as u8).collect();
-                    let m = PackedMatrix::pack(rows, cols, layout, &codes, &scales, &zeros).unwrap();
-                    for (r, isa) in (0..rows).flat_map(|r| Isa::available().into_iter().map(move |isa| (r, isa))) {
-                        let (mut expected, mut found) = (vec![0.0; cols], vec![f32::NAN; cols]);
-                        m.unpack_row(r, &mut expected);
-                        unpack_row(isa, &m, r, &mut found);
-                        assert_eq!(found, expected, "{} {layout:?} [{rows}, {cols}]", isa.name());
-                    }
+                    let m = base(&mut rng, 3, cols, layout);
+                    check(&m);
+                    check(&m.with_elements(elements(&mut rng, 3, cols)).unwrap());
                 }
             }
         }

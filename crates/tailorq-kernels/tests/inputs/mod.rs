@@ -6,7 +6,9 @@ use half::{bf16, f16};
 use std::ops::Range;
 use std::sync::Arc;
 use tailorq_kernels::{AttentionSpan, RopeTable};
-use tailorq_tensor::{Bits, DType, DenseRows, Group, Layout, Matrix, PackedMatrix, Rng, SharedBytes, Weight};
+use tailorq_tensor::{
+    Bits, DType, DenseRows, ElementCorrections, Group, Layout, Matrix, PackedMatrix, Rng, SharedBytes, Weight,
+};
 
 /// `n` standard normal numbers.
 pub fn normal(rng: &mut Rng, n: usize) -> Vec<f32> {
@@ -21,6 +23,19 @@ pub fn weights(rng: &mut Rng, rows: usize, cols: usize) -> Vec<Weight> {
     let mut all = vec![Weight::Dense(Matrix::from_vec(rows, cols, values).into()), Weight::Stored(Arc::new(stored))];
     all.extend(layouts().into_iter().map(|layout| packed(rng, rows, cols, layout).into()));
     all
+}
+
+/// The matrix with corrections of single elements, in some rows none and in some all.
+pub fn corrected(rng: &mut Rng, matrix: PackedMatrix) -> PackedMatrix {
+    let share = [0.05, 0.0, 0.5, 1.0];
+    let chosen: Vec<Vec<_>> = (0..matrix.rows())
+        .map(|r| {
+            let kept: Vec<usize> = (0..matrix.cols()).filter(|_| rng.uniform() < share[r % 4]).collect();
+            kept.into_iter().map(|c| (c, f16::from_f32(rng.normal()))).collect()
+        })
+        .collect();
+    let elements = ElementCorrections::from_rows(matrix.cols(), &chosen).unwrap();
+    matrix.with_elements(elements).unwrap()
 }
 
 /// Every layout there is.

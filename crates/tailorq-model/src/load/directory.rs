@@ -7,13 +7,12 @@ use crate::config::from_hf;
 use crate::error::ModelError;
 use crate::template::ChatTemplate;
 use crate::tokenizer::Tokenizer;
-use serde::Deserialize;
 use serde_json::Value;
 use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use tailorq_format::{FORMAT_VERSION, TensorSet, read_packed};
-use tailorq_tensor::{Layout, Weight};
+use tailorq_format::{FORMAT_VERSION, TensorSet, format_version, read_packed};
+use tailorq_tensor::{PackedSpec, Weight};
 
 /// Files beside weights, configuration and tokenizer that belong to a model and are copied with it.
 pub(super) const EXTRA_FILES: [&str; 6] =
@@ -101,16 +100,7 @@ fn read_optional_json(path: &Path) -> Result<Value, ModelError> {
 /// `quantization_config` of a tailorq artifact; no layers for a dense checkpoint.
 #[derive(Default)]
 struct Quantization {
-    layers: BTreeMap<String, PackedLayer>,
-}
-
-/// One packed matrix: its layout and shape.
-#[derive(Clone, Copy, Deserialize)]
-struct PackedLayer {
-    #[serde(flatten)]
-    layout: Layout,
-    rows: usize,
-    cols: usize,
+    layers: BTreeMap<String, PackedSpec>,
 }
 
 impl Quantization {
@@ -126,16 +116,23 @@ impl Quantization {
             )));
         }
         let version = found.get("format_version").and_then(Value::as_u64);
-        if version != Some(u64::from(FORMAT_VERSION)) {
+        let Some(version) = version.filter(|v| (1..=u64::from(FORMAT_VERSION)).contains(v)) else {
             let version = version.map_or("missing".into(), |v| v.to_string());
             return Err(problem(format!(
-                "format_version of the quantization is {version}, this tailorq reads {FORMAT_VERSION}; use a tailorq of the \
-                 version that wrote the model"
+                "format_version of the quantization is {version}, this tailorq reads 1 to {FORMAT_VERSION}; use a tailorq of \
+                 the version that wrote the model"
+            )));
+        };
+        let layers = found.get("layers").cloned().unwrap_or(Value::Null);
+        let layers: BTreeMap<String, PackedSpec> = serde_json::from_value(layers)
+            .map_err(|e| problem(format!("\"layers\" of the quantization is not as tailorq writes it: {e}")))?;
+        let needed = format_version(layers.values());
+        if version < u64::from(needed) {
+            return Err(problem(format!(
+                "format_version of the quantization is {version}, but its layers have corrections, which came with version \
+                 {needed}; the file was changed after it was written: fetch or write the model again"
             )));
         }
-        let layers = found.get("layers").cloned().unwrap_or(Value::Null);
-        let layers = serde_json::from_value(layers)
-            .map_err(|e| problem(format!("\"layers\" of the quantization is not as tailorq writes it: {e}")))?;
         Ok(Quantization { layers })
     }
 
@@ -185,7 +182,7 @@ impl Tensors for Checkpoint<'_> {
                 ),
             });
         }
-        Ok(read_packed(self.set, layer, rows, cols, packed.layout)?.into())
+        Ok(read_packed(self.set, layer, packed)?.into())
     }
 
     fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>, ModelError> {
