@@ -10,6 +10,7 @@ pub mod calibrate;
 mod error;
 mod plan;
 pub mod quantize;
+pub mod signals;
 mod simd;
 pub mod survey;
 
