@@ -2,7 +2,8 @@
 //!
 //! `plan` says what each layer shall become, `quantize` holds the methods (one file each, listed in [`quantize::ALL`]),
 //! `calibrate` streams calibration sequences through the model block by block, `survey` gathers what they and the task's
-//! gradients say of every weight. No files and no datasets here: samples
+//! gradients say of every weight, `signals` turns what was gathered into scores, and `allocate` scores or damages and a
+//! budget into a plan. No files and no datasets here: samples
 //! come in as token ids and layers go out as [`tailorq_tensor::PackedMatrix`].
 
 pub mod allocate;

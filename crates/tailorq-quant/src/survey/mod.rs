@@ -4,10 +4,18 @@
 //! last block first, each computed again from its input. When a block has seen all samples its statistics go to the
 //! caller and are forgotten, so that memory holds the statistics of one block, however many there are. Without
 //! anything that asks for gradients the forward pass is all there is, and blocks come first to last.
+//!
+//! [`StabilitySurvey`] and [`NoiseSurvey`] are passes of their own, over prompts alone: they read the outputs of blocks,
+//! for scores of blocks.
 
+mod noise;
 mod run;
+mod stability;
 mod stats;
+mod streams;
 
 pub use crate::calibrate::TokenWeight;
+pub use noise::{BlockNoise, Judged, NoiseSurvey};
 pub use run::{Loss, Summary, Survey, SurveySample};
+pub use stability::{BlockStability, StabilitySurvey};
 pub use stats::{BlockStats, GroupStats, LayerGradients, Needs};
