@@ -8,6 +8,7 @@
 
 pub mod allocate;
 pub mod calibrate;
+pub mod circuit;
 mod error;
 mod plan;
 pub mod quantize;
@@ -17,8 +18,9 @@ pub mod survey;
 
 pub use calibrate::{
     Activations, BlockQuantizer, KEPT_INPUT_BYTES, MICRO_BATCH_TOKENS, MicroBatch, QuantizedBlock, QuantizedLayer,
-    TokenWeight, advance,
+    TokenEnergies, TokenWeight, advance,
 };
+pub use circuit::{CircuitSignal, ElementRow, TopElements};
 pub use error::QuantError;
-pub use plan::{Clip, LayerSettings};
+pub use plan::{Clip, ElementMask, LayerPlan, LayerSettings};
 pub use quantize::{LayerStats, Needs, Note, Quantized, Quantizer, find};

@@ -1,7 +1,9 @@
 //! What each layer shall become.
 
+use crate::QuantError;
 use serde::{Deserialize, Serialize};
 use std::str::FromStr;
+use std::sync::Arc;
 use tailorq_tensor::{Bits, Group, Layout};
 
 /// How the range of a group, and with it scale and zero point, is found.
@@ -81,4 +83,89 @@ impl LayerSettings {
 
 fn default_damping() -> f64 {
     0.01
+}
+
+/// Weights of one matrix that stay at 16 bits (TACQ's circuit, SpQR's outliers), row by row.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ElementMask {
+    /// Where each row begins in `cols`, and the end of the last; empty for no row.
+    starts: Vec<usize>,
+    cols: Vec<u32>,
+}
+
+impl ElementMask {
+    /// The elements of a `[rows, cols]` matrix by ascending row-major index, `row * cols + col`. Indices that do not
+    /// ascend or lie outside are an error.
+    pub fn from_indices(
+        rows: usize,
+        cols: usize,
+        indices: impl IntoIterator<Item = usize>,
+    ) -> Result<Self, QuantError> {
+        let mut mask = ElementMask { starts: vec![0], cols: Vec::new() };
+        let mut last = None;
+        for index in indices {
+            if index >= rows * cols || last.is_some_and(|l| l >= index) {
+                let problem = format!("element {index} of a [{rows}, {cols}] matrix is outside or out of order");
+                return Err(QuantError::Settings(problem));
+            }
+            mask.starts.resize(index / cols + 1, mask.cols.len());
+            mask.cols.push((index % cols) as u32);
+            last = Some(index);
+        }
+        mask.starts.resize(rows + 1, mask.cols.len());
+        Ok(mask)
+    }
+
+    /// Rows of the matrix.
+    pub fn rows(&self) -> usize {
+        self.starts.len().saturating_sub(1)
+    }
+
+    /// The kept columns of a row, ascending.
+    pub fn row(&self, row: usize) -> &[u32] {
+        &self.cols[self.starts[row]..self.starts[row + 1]]
+    }
+
+    /// Kept elements.
+    pub fn len(&self) -> usize {
+        self.cols.len()
+    }
+
+    /// Whether nothing is kept.
+    pub fn is_empty(&self) -> bool {
+        self.cols.is_empty()
+    }
+}
+
+/// What one layer shall become: settings for all of its weights, and the weights that are excepted.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LayerPlan {
+    /// How it is quantized.
+    pub settings: LayerSettings,
+    /// Elements at 16 bits; of the layer's shape.
+    pub kept: Option<Arc<ElementMask>>,
+}
+
+impl From<LayerSettings> for LayerPlan {
+    /// No exceptions.
+    fn from(settings: LayerSettings) -> Self {
+        LayerPlan { settings, kept: None }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mask_is_its_indices_row_by_row() {
+        let mask = ElementMask::from_indices(4, 10, [3, 9, 10, 35]).unwrap();
+        let rows: Vec<&[u32]> = (0..4).map(|r| mask.row(r)).collect();
+        assert_eq!(rows, [&[3, 9][..], &[0], &[], &[5]]);
+        assert_eq!((mask.rows(), mask.len()), (4, 4));
+        assert!(ElementMask::from_indices(2, 3, []).unwrap().is_empty());
+        for bad in [vec![3, 3], vec![4, 2], vec![6]] {
+            assert!(ElementMask::from_indices(2, 3, bad.clone()).is_err(), "{bad:?}");
+        }
+    }
 }

@@ -4,7 +4,9 @@
 use std::sync::Arc;
 use tailorq_kernels::Device;
 use tailorq_quant::quantize::{ALL, Gptq, GridRule, Rtn, proxy_loss};
-use tailorq_quant::{Clip, LayerSettings, LayerStats, Note, QuantError, Quantized, Quantizer, find};
+use tailorq_quant::{
+    Clip, ElementMask, LayerPlan, LayerSettings, LayerStats, Note, QuantError, Quantized, Quantizer, find,
+};
 use tailorq_tensor::{Bits, Group, Matrix, PackedMatrix, Rng};
 
 fn cpu() -> Arc<dyn Device> {
@@ -38,7 +40,7 @@ fn settings(bits: Bits, group: Group) -> LayerSettings {
 }
 
 fn run(q: &dyn Quantizer, w: &Matrix, h: Option<&Matrix>, n_tokens: usize, s: &LayerSettings) -> Quantized {
-    q.quantize(cpu().as_ref(), w, &LayerStats { hessian: h, n_tokens }, s).unwrap()
+    q.quantize(cpu().as_ref(), w, &LayerStats { hessian: h, n_tokens }, &(*s).into()).unwrap()
 }
 
 fn bytes(m: &PackedMatrix) -> Vec<u8> {
@@ -91,8 +93,9 @@ mod textbook {
         u
     }
 
-    /// Codes `[rows, cols]` in natural order.
-    pub fn gptq(w: &Matrix, h: &Matrix, s: &LayerSettings) -> Vec<u8> {
+    /// Codes `[rows, cols]` in natural order, and what becomes of the weights. Kept elements have no say in the grid, stay
+    /// as they are when their turn comes, and leave no error.
+    pub fn gptq(w: &Matrix, h: &Matrix, s: &LayerSettings, kept: &dyn Fn(usize, usize) -> bool) -> (Vec<u8>, Vec<f64>) {
         let (rows, cols) = (w.rows(), w.cols());
         let u = factor(h, s.damping);
         let rule = GridRule::new(s.layout, s.clip);
@@ -100,26 +103,30 @@ mod textbook {
         let len = s.layout.group.len(cols);
         let max = f64::from(s.layout.bits.max_code());
         let mut codes = vec![0u8; rows * cols];
+        let mut values = vec![0.0; rows * cols];
         for r in 0..rows {
             let mut row: Vec<f64> = w.row(r).iter().map(|v| f64::from(*v)).collect();
             let mut grid = None;
             for j in 0..cols {
                 if j % len == 0 {
-                    let group: Vec<f32> = row[j..(j + len).min(cols)].iter().map(|v| *v as f32).collect();
-                    let cost = (s.clip == Clip::Hessian).then_some(&cost[j..j + group.len()]);
-                    grid = Some(rule.fit(&group, cost).unwrap());
+                    let rest = || (j..(j + len).min(cols)).filter(|&c| !kept(r, c));
+                    let group: Vec<f32> = rest().map(|c| row[c] as f32).collect();
+                    let cost: Vec<f32> = rest().map(|c| cost[c]).collect();
+                    grid = Some(rule.fit(&group, (s.clip == Clip::Hessian).then_some(&cost[..])).unwrap());
                 }
                 let grid = grid.unwrap();
                 let (scale, zero) = (grid.scale.to_f64(), f64::from(grid.zero));
                 let code = if scale > 0.0 { ((row[j] / scale).round() + zero).clamp(0.0, max) } else { zero };
                 codes[r * cols + j] = code as u8;
-                let error = (row[j] - (code - zero) * scale) / u[j][j];
+                let value = if kept(r, j) { row[j] } else { (code - zero) * scale };
+                values[r * cols + j] = value;
+                let error = (row[j] - value) / u[j][j];
                 for k in j + 1..cols {
                     row[k] -= error * u[j][k];
                 }
             }
         }
-        codes
+        (codes, values)
     }
 }
 
@@ -138,7 +145,7 @@ fn agrees_with_the_textbook() {
                 let mut s = settings(bits, group);
                 s.layout.symmetric = symmetric;
                 s.clip = clip;
-                let expected = textbook::gptq(&w, &h, &s);
+                let expected = textbook::gptq(&w, &h, &s, &|_, _| false).0;
                 let found = codes(&run(&Gptq, &w, Some(&h), 4 * cols, &s).matrix);
                 let n_same = expected.iter().zip(&found).filter(|(a, b)| a == b).count();
                 // One rounding that falls the other way changes what follows in its row, so a case alone may differ more.
@@ -149,6 +156,75 @@ fn agrees_with_the_textbook() {
         }
     }
     assert!(same * 1000 >= total * 999, "{same} of {total} codes agree");
+}
+
+/// Every seventh element of most rows, and all of one row.
+fn is_kept(r: usize, c: usize) -> bool {
+    r == 3 || (r % 4 != 0 && (r + c).is_multiple_of(7))
+}
+
+fn mask(rows: usize, cols: usize) -> Arc<ElementMask> {
+    let indices = (0..rows * cols).filter(|i| is_kept(i / cols, i % cols));
+    Arc::new(ElementMask::from_indices(rows, cols, indices).unwrap())
+}
+
+#[test]
+fn kept_elements_are_those_of_the_textbook() {
+    for (cols, clip) in [(17, Clip::Magnitude), (130, Clip::None), (288, Clip::Hessian)] {
+        let (w, h) = (normal(40, cols, 11), hessian(cols, 4 * cols, 12));
+        let s = LayerSettings { clip, ..settings(Bits::Two, Group::Inputs(64)) };
+        let (codes_expected, values) = textbook::gptq(&w, &h, &s, &is_kept);
+        let plan = LayerPlan { settings: s, kept: Some(mask(40, cols)) };
+        let stats = LayerStats { hessian: Some(&h), n_tokens: 4 * cols };
+        let found = Gptq.quantize(cpu().as_ref(), &w, &stats, &plan).unwrap();
+        assert_eq!(found.matrix.elements().unwrap().len(), plan.kept.as_ref().unwrap().len());
+        let all = codes(&found.matrix);
+        let (mut same, mut n) = (0, 0);
+        for r in 0..40 {
+            // Rows in which no rounding fell the other way: there kept values are the compensated ones, to 16 bits.
+            let row =
+                |codes: &[u8]| (0..cols).filter(|&c| !is_kept(r, c)).map(|c| codes[r * cols + c]).collect::<Vec<_>>();
+            if row(&all) != row(&codes_expected) {
+                continue;
+            }
+            same += 1;
+            for c in (0..cols).filter(|&c| is_kept(r, c)) {
+                let (value, expected) = (f64::from(found.matrix.value(r, c)), values[r * cols + c]);
+                assert!((value - expected).abs() < 3e-3, "({r}, {c}): {value}, expected {expected}");
+                n += usize::from((expected - f64::from(w.row(r)[c])).abs() > 0.05);
+            }
+        }
+        assert!(same >= 36, "{same} of 40 rows agree");
+        assert!(n > 0, "some kept values took in errors of earlier columns");
+        // What it says of its loss counts the kept values.
+        let measured = proxy_loss(cpu().as_ref(), &w, &found.matrix, &h, 4 * cols);
+        assert!((found.proxy_loss.unwrap() / measured - 1.0).abs() < 5e-3);
+    }
+}
+
+#[test]
+fn keeping_elements_helps_and_their_outliers_do_not_widen_the_grid() {
+    let (cols, n) = (256, 600);
+    let (mut w, h) = (normal(30, cols, 13), hessian(cols, n, 14));
+    for r in 0..30 {
+        (0..cols).filter(|&c| is_kept(r, c)).for_each(|c| w.row_mut(r)[c] *= 30.0);
+    }
+    let stats = LayerStats { hessian: Some(&h), n_tokens: n };
+    for q in ALL {
+        for (group, act_order) in [(Group::Inputs(64), false), (Group::Row, false), (Group::Inputs(32), true)] {
+            let s = LayerSettings { act_order, ..settings(Bits::Three, group) };
+            let with = q.quantize(cpu().as_ref(), &w, &stats, &LayerPlan { settings: s, kept: Some(mask(30, cols)) });
+            let (with, without) = (with.unwrap(), run(*q, &w, Some(&h), n, &s));
+            let [a, b] = [&with, &without].map(|q| q.proxy_loss.unwrap());
+            assert!(a < 0.1 * b, "{} {group} {act_order}: {a} with, {b} without", q.name());
+            let none = ElementMask::from_indices(30, cols, []).unwrap();
+            let plan = LayerPlan { settings: s, kept: Some(Arc::new(none)) };
+            let empty = q.quantize(cpu().as_ref(), &w, &stats, &plan).unwrap();
+            assert_eq!(bytes(&empty.matrix), bytes(&without.matrix), "an empty mask changes nothing");
+        }
+        let plan = LayerPlan { settings: settings(Bits::Two, Group::Row), kept: Some(mask(29, cols)) };
+        assert!(matches!(q.quantize(cpu().as_ref(), &w, &stats, &plan), Err(QuantError::Settings(_))));
+    }
 }
 
 #[test]
@@ -304,7 +380,7 @@ fn bad_weights_are_placed() {
         w.row_mut(199)[1] = bad;
         for q in ALL {
             let stats = LayerStats { hessian: Some(&h), n_tokens: 100 };
-            let error = q.quantize(cpu().as_ref(), &w, &stats, &settings(Bits::Four, Group::Row)).unwrap_err();
+            let error = q.quantize(cpu().as_ref(), &w, &stats, &settings(Bits::Four, Group::Row).into()).unwrap_err();
             assert!(matches!(error, QuantError::NonFiniteWeight { row: 150, col: 7, .. }), "{error}");
         }
     }
@@ -312,7 +388,7 @@ fn bad_weights_are_placed() {
     w.row_mut(2)[40] = 1e7;
     for q in ALL {
         let stats = LayerStats { hessian: Some(&h), n_tokens: 100 };
-        let error = q.quantize(cpu().as_ref(), &w, &stats, &settings(Bits::Two, Group::Inputs(32))).unwrap_err();
+        let error = q.quantize(cpu().as_ref(), &w, &stats, &settings(Bits::Two, Group::Inputs(32)).into()).unwrap_err();
         assert!(matches!(error, QuantError::ScaleOverflow { row: 2, group: 1, .. }), "{error}");
     }
 }
@@ -322,7 +398,7 @@ fn bad_statistics_are_refused() {
     let w = normal(3, 40, 61);
     let s = settings(Bits::Three, Group::Inputs(32));
     let quantize = |h: Option<&Matrix>, s: &LayerSettings| {
-        Gptq.quantize(cpu().as_ref(), &w, &LayerStats { hessian: h, n_tokens: 9 }, s).unwrap_err()
+        Gptq.quantize(cpu().as_ref(), &w, &LayerStats { hessian: h, n_tokens: 9 }, &(*s).into()).unwrap_err()
     };
     assert!(matches!(quantize(None, &s), QuantError::HessianMissing { quantizer: "gptq" }));
     for bad in [f32::NAN, f32::INFINITY] {
@@ -491,7 +567,7 @@ fn timing() {
                     let s = LayerSettings { clip, ..settings(bits, Group::Inputs(128)) };
                     let stats = LayerStats { hessian: q.needs().hessian.then_some(&h), n_tokens };
                     report(format!("{rows}x{cols} {bits:?} {} clip {}", q.name(), clip.name()), &mut || {
-                        q.quantize(cpu().as_ref(), &w, &stats, &s).unwrap();
+                        q.quantize(cpu().as_ref(), &w, &stats, &s.into()).unwrap();
                     });
                 }
             }

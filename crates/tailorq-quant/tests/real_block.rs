@@ -33,14 +33,15 @@ fn measure(path: &Path) {
     let samples: Vec<Vec<u32>> =
         (0..8).map(|_| (0..512).map(|_| rng.below(opened.model.config.vocab) as u32).collect()).collect();
     for bits in [Bits::Two, Bits::Three] {
-        let settings = |_| LayerSettings::new(bits, Group::Inputs(128));
+        let plan_of = |_| Ok(LayerSettings::new(bits, Group::Inputs(128)).into());
         for name in ["rtn", "gptq"] {
             let quantizer = find(name).unwrap();
             let run = BlockQuantizer {
                 device: device.as_ref(),
                 model: &opened.model,
                 quantizer,
-                settings_of: &settings,
+                plan_of: &plan_of,
+                token_energies: None,
                 true_sequential: true,
                 token_weight: TokenWeight::default(),
             };

@@ -25,7 +25,16 @@ fn samples(lengths: &[usize]) -> Vec<SurveySample> {
 fn everything() -> Needs {
     use TokenWeight::*;
     let hessians = vec![Uniform, InverseNorm, Gradient, GradientInverseNorm];
-    Needs { sum: true, absolute: true, square: true, hessians, token_norms: true, without_first: false }
+    Needs {
+        sum: true,
+        absolute: true,
+        square: true,
+        hessians,
+        token_norms: true,
+        input_energies: true,
+        token_energies: true,
+        without_first: false,
+    }
 }
 
 fn run(model: &Model, needs: &Needs, samples: &[SurveySample]) -> (Summary, Vec<BlockStats>) {
@@ -93,6 +102,10 @@ fn statistics_are_sums_over_samples() {
                 let squares: f64 = group.token_norms.iter().map(|&x| f64::from(x).powi(2)).sum();
                 assert_eq!(group.token_norms.len(), 26);
                 assert!((trace(&group.hessians[0].1) / squares - 1.0).abs() < 1e-4, "the plain Hessian");
+                for (i, energy) in group.input_energies.iter().enumerate() {
+                    let plain = f64::from(group.hessians[0].1.row(i)[i]);
+                    assert!((energy - plain).abs() <= 1e-4 * plain + 1e-9, "its diagonal");
+                }
                 assert!((trace(&group.hessians[1].1) - 26.0).abs() < 1e-2, "every token counts once");
             }
         }
@@ -107,6 +120,7 @@ fn guided_hessians_are_weighted_by_output_gradients() {
         let square = layer.square.as_ref().unwrap();
         let norms: f64 = square.data().iter().map(|&x| f64::from(x)).sum();
         let guided = trace(&layer.hessians[0].1) * square.rows() as f64;
+        assert_eq!(layer.token_energies.len(), 6);
         assert!((norms - guided).abs() <= 1e-4 * guided, "{:?}: {norms} {guided}", layer.slot);
     }
 }

@@ -1,7 +1,9 @@
 //! What a run will cost, before it starts: size from layouts, memory and time from a count of the work.
 
 use crate::artifact::n_vector_elements;
-use crate::recipe::QuantizeSettings;
+use crate::recipe::{QuantizeSettings, Recipe};
+use crate::survey::TAPE_BYTES;
+use crate::task::survey_needs;
 use serde::Serialize;
 use std::time::Instant;
 use tailorq_kernels::Device;
@@ -31,19 +33,21 @@ pub struct Estimate {
 
 /// Predicts a run on `model` with `tokens` calibration tokens (0 for a method without calibration), the longest
 /// sequence having `longest` of them. Times a small matrix product on `device` to know the machine.
-pub fn estimate(
-    device: &dyn Device,
-    model: &Model,
-    settings: &QuantizeSettings,
-    tokens: usize,
-    longest: usize,
-) -> Estimate {
-    let (linear_bytes, linear_weights) = linear_size(model, settings);
-    let seconds = total_flops(model, tokens) / measured_flops(device) + search_seconds(linear_weights, settings);
+pub fn estimate(device: &dyn Device, model: &Model, recipe: &Recipe, tokens: usize, longest: usize) -> Estimate {
+    let settings = &recipe.quantize;
+    let (mut linear_bytes, linear_weights) = linear_size(model, settings);
+    if let Some(circuit) = &recipe.circuit {
+        // A kept weight costs its value and its column.
+        linear_bytes += (circuit.keep * linear_weights as f64) as u64 * 4;
+    }
+    // Forward, recomputation and two products backward, where there is a survey.
+    let survey = if survey_needs(recipe).is_some() { 8.0 * tokens as f64 * linear_weights as f64 } else { 0.0 };
+    let seconds =
+        (total_flops(model, tokens) + survey) / measured_flops(device) + search_seconds(linear_weights, settings);
     Estimate {
         artifact_bytes: linear_bytes + table_bytes(model, settings) + 4 * n_vector_elements(model) as u64,
         linear_bits_per_weight: linear_bytes as f64 * 8.0 / linear_weights as f64,
-        peak_memory_bytes: peak_memory(model, settings, tokens, longest),
+        peak_memory_bytes: peak_memory(model, recipe, tokens, longest),
         seconds,
         tokens,
     }
@@ -71,7 +75,8 @@ fn table_bytes(model: &Model, settings: &QuantizeSettings) -> u64 {
 /// Peak resident memory of a run with `tokens` calibration tokens, the longest sequence having `longest`: the largest of
 /// the moments of a block (a Hessian with its factorization, a micro-batch's activations) on top of all calibration
 /// activations and the inputs that are kept between two steps, or the packing of the embedding.
-pub(crate) fn peak_memory(model: &Model, settings: &QuantizeSettings, tokens: usize, longest: usize) -> u64 {
+pub(crate) fn peak_memory(model: &Model, recipe: &Recipe, tokens: usize, longest: usize) -> u64 {
+    let settings = &recipe.quantize;
     let c = &model.config;
     let batch = tokens.min(MICRO_BATCH_TOKENS.max(longest));
     let shapes = || Slot::ALL.iter().map(|s| c.linear_shape(*s));
@@ -84,7 +89,12 @@ pub(crate) fn peak_memory(model: &Model, settings: &QuantizeSettings, tokens: us
     let weights = 9 * largest;
     let activations = 4 * batch * (2 * c.hidden + 3 * c.intermediate);
     let table = model.embedding.rows() * model.embedding.cols() * settings.embedding_bits as usize / 8;
-    FIXED_BYTES + (streams + (hessian + weights).max(activations)).max(2 * table) as u64
+    let quantize = streams + (hessian + weights).max(activations);
+    let tape = (4 * tokens * c.hidden * (c.n_blocks + 1)).min(TAPE_BYTES);
+    // The sums of one block, and the activations of a micro-batch with their gradients.
+    let sums = 4 * shapes().map(|(rows, cols)| rows * cols).sum::<usize>();
+    let survey = if survey_needs(recipe).is_some() { tape + 2 * sums + 2 * activations } else { 0 };
+    FIXED_BYTES + quantize.max(2 * table).max(survey) as u64
 }
 
 /// Floating-point operations of all blocks: forward (gate and up run twice), Hessians, factorizations, column loops.

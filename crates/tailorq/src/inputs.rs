@@ -1,5 +1,6 @@
 //! From what the user asked to what is certain: hashed inputs, a recipe, token sequences that fit into memory.
 
+use crate::circuit::CircuitSettings;
 use crate::error::PipelineError;
 use crate::estimate::{available_memory, peak_memory};
 use crate::observer::Observer;
@@ -8,6 +9,7 @@ use crate::recipe::{CalibrationInput, ModelInput, QuantizeSettings, RECIPE_SCHEM
 use crate::samples::{self, Samples};
 use std::path::PathBuf;
 use tailorq_model::OpenedModel;
+use tailorq_quant::survey::Needs;
 
 /// What to quantize and how; becomes a [`Recipe`] once the inputs are hashed.
 #[derive(Clone, Debug)]
@@ -16,8 +18,12 @@ pub struct QuantizeRequest {
     pub model: String,
     /// How weights become codes.
     pub settings: QuantizeSettings,
-    /// Calibration text; required by methods that need a Hessian.
+    /// Calibration text; required by methods that need a Hessian or gradients.
     pub calibration: Option<CalibrationRequest>,
+    /// The weights that stay at 16 bits, if any.
+    pub circuit: Option<CircuitSettings>,
+    /// A survey of the same model and calibration, made before.
+    pub survey: Option<PathBuf>,
     /// Hashes that the inputs must have (model, calibration), when a recipe is repeated.
     pub expected: Option<Recipe>,
     /// Where the artifact goes.
@@ -33,6 +39,7 @@ impl QuantizeRequest {
     /// What can be refused before a file is opened.
     pub(crate) fn check(&self) -> Result<(), PipelineError> {
         self.settings.check()?;
+        self.circuit.as_ref().map_or(Ok(()), CircuitSettings::check)?;
         let fail = |problem: String| Err(PipelineError::Settings(problem));
         match &self.calibration {
             None if self.needs_calibration() => fail(format!(
@@ -53,7 +60,8 @@ impl QuantizeRequest {
     }
 
     fn needs_calibration(&self) -> bool {
-        tailorq_quant::find(&self.settings.method).is_some_and(|q| q.needs().hessian)
+        let reads_data = self.circuit.as_ref().is_some_and(|c| c.needs() != Needs::default());
+        tailorq_quant::find(&self.settings.method).is_some_and(|q| q.needs().hessian) || reads_data
     }
 
     /// The request that repeats `recipe`; its inputs are checked against the recipe's hashes.
@@ -66,7 +74,10 @@ impl QuantizeRequest {
                 samples: c.samples,
                 sequence_length: Some(c.sequence_length),
                 seed: c.seed,
+                drop_calculator_marks: c.drop_calculator_marks,
             }),
+            circuit: recipe.circuit,
+            survey: None,
             expected: Some(recipe),
             output,
             mode,
@@ -85,6 +96,8 @@ pub struct CalibrationRequest {
     pub sequence_length: Option<usize>,
     /// Chooses the items.
     pub seed: u64,
+    /// Take marks like `<<48/2=24>>` out of the completions.
+    pub drop_calculator_marks: bool,
 }
 
 /// Hashes the inputs and reads the calibration set: everything that decides the artifact's bytes.
@@ -110,6 +123,7 @@ pub(crate) fn resolve(
             samples: asked.samples,
             sequence_length: asked.sequence_length.unwrap_or(opened.model.config.max_positions.min(2048)),
             seed: asked.seed,
+            drop_calculator_marks: asked.drop_calculator_marks,
         }),
         _ => None,
     };
@@ -120,6 +134,7 @@ pub(crate) fn resolve(
         model: ModelInput { source: request.model.clone(), sha256 },
         quantize: request.settings.clone(),
         calibration,
+        circuit: request.circuit,
     };
     if let Some(expected) = &request.expected {
         recipe.check_inputs(expected)?;
@@ -151,7 +166,7 @@ pub(crate) fn announce(samples: &Samples, observer: &dyn Observer) {
 }
 
 pub(crate) fn refuse_oversized(opened: &OpenedModel, recipe: &Recipe, samples: &Samples) -> Result<(), PipelineError> {
-    let needed = peak_memory(&opened.model, &recipe.quantize, samples.tokens(), samples.longest());
+    let needed = peak_memory(&opened.model, recipe, samples.tokens(), samples.longest());
     match available_memory() {
         Some(free) if needed > free => Err(PipelineError::Settings(format!(
             "the run needs about {} MiB of memory, {} MiB are free: use fewer --samples or a shorter --sequence-length",

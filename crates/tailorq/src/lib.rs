@@ -3,6 +3,8 @@
 //! Start at [`pipeline`]: it is the main path, top to bottom.
 
 mod artifact;
+mod blocks;
+mod circuit;
 pub mod demo;
 mod error;
 mod estimate;
@@ -11,14 +13,18 @@ mod inspect;
 mod observer;
 mod output;
 pub mod pipeline;
+mod presets;
 mod probe;
 mod recipe;
 mod report;
 mod samples;
 mod spill;
+mod survey;
 mod tables;
+mod task;
 mod threads;
 
+pub use circuit::{CircuitSettings, Reference};
 pub use error::PipelineError;
 pub use estimate::Estimate;
 pub use inputs::{CalibrationRequest, QuantizeRequest};
@@ -26,12 +32,13 @@ pub use inspect::{Inspection, Share, StoredMatrix, inspect};
 pub use observer::{Observer, Silent};
 pub use output::OutputMode;
 pub use pipeline::{Outcome, dry_run, quantize};
+pub use presets::{Method, PRESETS, Preset};
 pub use probe::{GradientOutput, GradientProbe, ProbeError, check_tokens, probe, probe_gradients};
-pub use recipe::{CalibrationInput, ModelInput, QuantizeSettings, Recipe, hash_files};
+pub use recipe::{CalibrationInput, LossKind, ModelInput, QuantizeSettings, Recipe, hash_files};
 pub use report::{CalibrationReport, LayerReport, Report, SizeReport, calibration_items};
 pub use spill::SpillFile;
 pub use tailorq_kernels::{Device, cpu, reference};
 pub use tailorq_model::{ChatMessage, ChatTemplate, Model, ModelError, ModelFiles, OpenedModel, Tokenizer, open};
-pub use tailorq_quant::{Clip, TokenWeight};
+pub use tailorq_quant::{CircuitSignal, Clip, TokenWeight};
 pub use tailorq_tensor::{Bits, Group};
 pub use threads::set_threads;

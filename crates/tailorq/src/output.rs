@@ -248,6 +248,11 @@ impl Output {
         Ok(Part { tensors: TensorSet::open(self.tensors_path(name))?, layers })
     }
 
+    /// The place of a file that only this run reads; whoever makes it writes it whole or not at all.
+    pub fn extra(&self, name: &str) -> PathBuf {
+        self.partial.join(name)
+    }
+
     /// Removes the partial directory, after the artifact is complete.
     pub fn remove_partial(self) -> Result<(), PipelineError> {
         remove_partial(&self.partial)

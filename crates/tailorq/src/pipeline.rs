@@ -3,6 +3,7 @@
 //! Each step leaves a finished part in the output directory, so that a stopped run goes on with the next one.
 
 use crate::artifact::{retract, write_papers, write_weights};
+use crate::blocks::{Run, quantize_blocks};
 use crate::error::PipelineError;
 use crate::estimate::{Estimate, estimate};
 use crate::inputs::{QuantizeRequest, announce, refuse_oversized, resolve};
@@ -12,14 +13,13 @@ use crate::recipe::{QuantizeSettings, Recipe};
 use crate::report::{CalibrationReport, LayerReport, Report, SizeReport};
 use crate::samples::Samples;
 use crate::tables::{half_precision_table, pack_table};
-use std::ops::ControlFlow;
+use crate::task::gather_task;
 use std::path::Path;
 use tailorq_format::TensorSpec;
 use tailorq_kernels::Device;
+use tailorq_model::OpenedModel;
 use tailorq_model::arch::{EMBEDDING, HEAD};
-use tailorq_model::{Block, OpenedModel};
-use tailorq_quant::{Activations, BlockQuantizer, LayerSettings, QuantError, advance};
-use tailorq_tensor::{LayerId, SharedBytes, Slot, Weight};
+use tailorq_tensor::SharedBytes;
 
 /// A finished run.
 #[derive(Clone, Debug)]
@@ -40,7 +40,7 @@ pub fn dry_run(
     let opened = tailorq_model::open(&request.model)?;
     let (recipe, samples) = resolve(&opened, request, observer)?;
     let (tokens, longest) = samples.as_ref().map_or((0, 0), |s| (s.tokens(), s.longest()));
-    let estimate = estimate(device, &opened.model, &recipe.quantize, tokens, longest);
+    let estimate = estimate(device, &opened.model, &recipe, tokens, longest);
     Ok((recipe, estimate))
 }
 
@@ -65,7 +65,12 @@ pub fn quantize(
         Prepared::Ready(output) => output,
     };
     let mut parts = vec![table_part(device, &output, &recipe.quantize, Table::Embedding, &opened, observer)?];
-    parts.extend(quantize_blocks(device, &output, &recipe, &opened, (&parts[0], samples.as_ref()), observer)?);
+    // The blocks see what the artifact's embedding will give them.
+    let mut model = opened.model.clone();
+    model.embedding = parts[0].table(EMBEDDING, model.embedding.rows(), model.embedding.cols())?;
+    let run = Run { device, output: &output, recipe: &recipe, samples: samples.as_ref(), observer };
+    let task = gather_task(&run, &opened.model, &model, request.survey.as_deref())?;
+    parts.extend(quantize_blocks(&run, &model, &task, "block")?);
     if !opened.model.config.tied_head {
         parts.push(table_part(device, &output, &recipe.quantize, Table::Head, &opened, observer)?);
     }
@@ -112,80 +117,6 @@ fn table_part(
             output.write_tensors(part, vec![(spec, SharedBytes::from_vec(bytes))], Vec::new())
         }
     }
-}
-
-/// All blocks in order; blocks of an earlier run are replayed, so that later ones see the same quantized predecessors.
-fn quantize_blocks(
-    device: &dyn Device,
-    output: &Output,
-    recipe: &Recipe,
-    opened: &OpenedModel,
-    (embedding, samples): (&Part, Option<&Samples>),
-    observer: &dyn Observer,
-) -> Result<Vec<Part>, PipelineError> {
-    let settings = &recipe.quantize;
-    // The blocks see what the artifact's embedding will give them.
-    let mut model = opened.model.clone();
-    model.embedding = embedding.table(EMBEDDING, model.embedding.rows(), model.embedding.cols())?;
-    let model = &model;
-    let layer = LayerSettings {
-        layout: settings.layout(),
-        clip: settings.clip,
-        damping: settings.damping,
-        act_order: settings.act_order,
-    };
-    let settings_of = |_: LayerId| layer;
-    let quantizer = BlockQuantizer {
-        device,
-        model,
-        quantizer: tailorq_quant::find(&settings.method).expect("checked when the recipe was resolved"),
-        settings_of: &settings_of,
-        true_sequential: settings.true_sequential,
-        token_weight: settings.token_weight,
-    };
-    let mut activations = samples.map(|s| Activations::embed(device, model, &s.sequences)).transpose()?;
-    let total = model.blocks.len() * Slot::ALL.len();
-    observer.stage(&format!("quantizing with {}", settings.method), total as u64);
-    let mut parts = Vec::new();
-    for block_idx in 0..model.blocks.len() {
-        let name = format!("block-{block_idx:05}");
-        if let Some(part) = output.part(&name, Slot::ALL.len()) {
-            if let Some(activations) = &mut activations {
-                observer.progress((block_idx * Slot::ALL.len()) as u64, &format!("replaying block {block_idx}"));
-                advance(device, model, &packed_block(&model.blocks[block_idx], &part)?, activations);
-            }
-            parts.push(part);
-        } else {
-            let mut watch = |id: LayerId| {
-                observer.progress((block_idx * Slot::ALL.len() + id.slot.index()) as u64, &id.to_string());
-                if observer.cancelled() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-            };
-            let block = match quantizer.quantize_block(block_idx, activations.as_mut(), &mut watch) {
-                Err(QuantError::Interrupted) => return Err(PipelineError::Cancelled),
-                other => other?,
-            };
-            let (matrices, reports): (Vec<_>, Vec<_>) =
-                block.layers.into_iter().map(|l| (l.matrix.clone(), LayerReport::of(&l))).unzip();
-            reports.iter().flat_map(LayerReport::named_notes).for_each(|n| observer.note(&n));
-            parts.push(output.write_part(&name, &matrices, reports)?);
-        }
-        observer.progress(((block_idx + 1) * Slot::ALL.len()) as u64, "");
-        if observer.cancelled() {
-            return Err(PipelineError::Cancelled);
-        }
-    }
-    Ok(parts)
-}
-
-/// The block with its linears replaced by the packed ones of a finished part.
-fn packed_block(block: &Block, part: &Part) -> Result<Block, PipelineError> {
-    let mut block = block.clone();
-    for linear in &mut block.linears {
-        if let Some(layer) = part.layers.iter().find(|l| l.name == linear.name) {
-            linear.weight = Weight::from(part.matrix(layer)?);
-        }
-    }
-    Ok(block)
 }
 
 fn write(

@@ -1,15 +1,17 @@
 //! The recipe: everything that decides the bytes of an artifact, and nothing that does not.
 
+use crate::circuit::CircuitSettings;
 use crate::error::PipelineError;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 use tailorq_quant::{Clip, TokenWeight};
 use tailorq_tensor::{Bits, Group, Layout};
 
 /// Bumped when an old recipe no longer means the same bytes.
-pub const RECIPE_SCHEMA: u32 = 2;
+pub const RECIPE_SCHEMA: u32 = 3;
 
 /// A quantization run, repeatable byte for byte. Threads, output directory and times are not part of it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -26,6 +28,9 @@ pub struct Recipe {
     /// The text that shapes the Hessians; absent for methods that need none.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub calibration: Option<CalibrationInput>,
+    /// The weights that stay at 16 bits; absent when there are none.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub circuit: Option<CircuitSettings>,
 }
 
 /// The checkpoint of a recipe.
@@ -36,6 +41,42 @@ pub struct ModelInput {
     pub source: String,
     /// SHA-256 over the weight files in order, hexadecimal.
     pub sha256: String,
+}
+
+/// Whose prediction the loss of a calibration item counts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LossKind {
+    /// The tokens of the completion, after its prompt; all tokens of an item that has no completion.
+    #[default]
+    Completion,
+    /// All tokens, the prompt's too.
+    Full,
+}
+
+impl LossKind {
+    /// Every kind.
+    pub const ALL: [LossKind; 2] = [LossKind::Completion, LossKind::Full];
+
+    /// As in recipes and on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            LossKind::Completion => "completion",
+            LossKind::Full => "full",
+        }
+    }
+}
+
+impl FromStr for LossKind {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<Self, String> {
+        let names = LossKind::ALL.map(LossKind::name).join(", ");
+        LossKind::ALL
+            .into_iter()
+            .find(|l| l.name() == s)
+            .ok_or_else(|| format!("there is no loss '{s}': use one of {names}"))
+    }
 }
 
 /// How weights become codes.
@@ -58,6 +99,8 @@ pub struct QuantizeSettings {
     pub act_order: bool,
     /// How much each token counts in the Hessian.
     pub token_weight: TokenWeight,
+    /// Which tokens the loss of a gradient counts, where one is read.
+    pub loss: LossKind,
     /// Later linears of a block see the quantized earlier ones.
     pub true_sequential: bool,
     /// Code width of the embedding: 4, 8, or 16 for half precision.
@@ -77,6 +120,7 @@ impl Default for QuantizeSettings {
             damping: 0.01,
             act_order: false,
             token_weight: TokenWeight::default(),
+            loss: LossKind::default(),
             true_sequential: true,
             embedding_bits: 8,
             head_bits: 8,
@@ -106,10 +150,6 @@ impl QuantizeSettings {
         if !(self.damping.is_finite() && (0.0..=100.0).contains(&self.damping)) {
             return fail(format!("damping is {}: use a share of the mean diagonal from 0 to 100", self.damping));
         }
-        if self.token_weight.reads_gradients() {
-            let names = TokenWeight::OF_INPUTS.map(TokenWeight::name).join(", ");
-            return fail(format!("token weight {} needs gradients: use one of {names}", self.token_weight.name()));
-        }
         for (what, bits) in [("embedding", self.embedding_bits), ("head", self.head_bits)] {
             if ![4, 8, 16].contains(&bits) {
                 return fail(format!("{what} bits are {bits}: use 4, 8 or 16"));
@@ -133,6 +173,9 @@ pub struct CalibrationInput {
     pub sequence_length: usize,
     /// Chooses the items.
     pub seed: u64,
+    /// Take marks like `<<48/2=24>>`, which GSM8K's training items carry, out of the completions.
+    #[serde(default)]
+    pub drop_calculator_marks: bool,
 }
 
 impl Recipe {
@@ -148,6 +191,7 @@ impl Recipe {
             )));
         }
         recipe.quantize.check()?;
+        recipe.circuit.as_ref().map_or(Ok(()), CircuitSettings::check)?;
         Ok(recipe)
     }
 
@@ -242,7 +286,9 @@ mod tests {
                 samples: 128,
                 sequence_length: 2048,
                 seed: 7,
+                drop_calculator_marks: true,
             }),
+            circuit: Some(CircuitSettings::default()),
         }
     }
 
@@ -271,7 +317,6 @@ mod tests {
             |s| s.damping = f64::NAN,
             |s| s.damping = -1.0,
             |s| s.head_bits = 5,
-            |s| s.token_weight = TokenWeight::Gradient,
         ] {
             let mut settings = QuantizeSettings::default();
             change(&mut settings);

@@ -13,6 +13,8 @@ use tailorq_tensor::Rng;
 pub struct Samples {
     /// One sequence an item.
     pub sequences: Vec<Vec<u32>>,
+    /// One an item: which of its tokens belong to a completion; `None` for items without one.
+    pub completions: Vec<Option<Vec<bool>>>,
     /// Which shape the items have: `text file`, `prompt and completion`, `messages`, `text`.
     pub shape: &'static str,
     /// Whether the model's chat template rendered them.
@@ -93,33 +95,65 @@ fn load_items(opened: &OpenedModel, input: &CalibrationInput, text: &str) -> Res
     let lines: Vec<(usize, &str)> = text.lines().enumerate().filter(|(_, l)| !l.trim().is_empty()).collect();
     let chosen = choose(lines.len(), input.samples, input.seed);
     let mut fingerprints = Vec::new();
-    let (mut sequences, mut shortened, mut preview, mut shape, mut templated) =
-        (Vec::new(), 0, String::new(), "", false);
+    let (mut sequences, mut completions) = (Vec::new(), Vec::new());
+    let (mut shortened, mut preview, mut shape, mut templated) = (0, String::new(), "", false);
     for idx in chosen {
         let (line_idx, line) = lines[idx];
         let at = |problem: String| fail(format!("line {}: {problem}", line_idx + 1));
         let object: Map<String, Value> =
             serde_json::from_str(line).map_err(|e| at(format!("is not a JSON object: {e}")))?;
-        let (item_shape, item) = read_item(&object).map_err(at)?;
+        let (item_shape, mut item) = read_item(&object).map_err(at)?;
         shape = item_shape;
-        let (rendered, special) = render(opened, item, &mut templated)?;
-        let mut ids = opened.tokenizer.encode(&rendered, special)?;
+        if input.drop_calculator_marks {
+            drop_calculator_marks(&mut item);
+        }
+        let Rendered { text, special, prompt } = render(opened, item, &mut templated)?;
+        let mut ids = opened.tokenizer.encode(&text, special)?;
+        let mut completion = match prompt {
+            Some(prompt) => Some(after(&opened.tokenizer.encode(&prompt, special)?, &ids)),
+            None => None,
+        };
         if preview.is_empty() {
-            preview = rendered;
+            preview = text;
         }
         if ids.len() > input.sequence_length {
             ids.truncate(input.sequence_length);
+            completion.iter_mut().for_each(|flags| flags.truncate(input.sequence_length));
             shortened += 1;
         }
         if ids.len() >= 2 {
             sequences.push(ids);
             fingerprints.push(fingerprint(&object));
+            completions.push(completion);
         }
     }
     if sequences.is_empty() {
         return Err(fail("no item has two tokens or more".into()));
     }
-    Ok(Samples { sequences, shape, chat_template: templated, available: lines.len(), shortened, preview, fingerprints })
+    let available = lines.len();
+    Ok(Samples { sequences, completions, shape, chat_template: templated, available, shortened, preview, fingerprints })
+}
+
+/// Flags the tokens of `ids` that come after those which it shares with `prompt`.
+fn after(prompt: &[u32], ids: &[u32]) -> Vec<bool> {
+    let shared = prompt.iter().zip(ids).take_while(|(a, b)| a == b).count();
+    (0..ids.len()).map(|t| t >= shared).collect()
+}
+
+/// Takes every `<<...>>` out of what the assistant says.
+fn drop_calculator_marks(item: &mut Item) {
+    let Item::Messages(messages) = item else { return };
+    for message in messages.iter_mut().filter(|m| m.role == "assistant") {
+        let mut text = String::new();
+        let mut rest = message.content.as_str();
+        while let Some((before, mark)) = rest.split_once("<<") {
+            let Some((_, behind)) = mark.split_once(">>") else { break };
+            text.push_str(before);
+            rest = behind;
+        }
+        text.push_str(rest);
+        message.content = text;
+    }
 }
 
 fn read_item(object: &Map<String, Value>) -> Result<(&'static str, Item), String> {
@@ -149,19 +183,31 @@ fn read_item(object: &Map<String, Value>) -> Result<(&'static str, Item), String
     ))
 }
 
-/// The item's text, and whether the tokenizer shall add its own special tokens (a template writes them itself).
-fn render(opened: &OpenedModel, item: Item, templated: &mut bool) -> Result<(String, bool), PipelineError> {
-    match (item, &opened.template) {
-        (Item::Text(text), _) => Ok((text, true)),
-        (Item::Messages(messages), Some(template)) => {
-            *templated = true;
-            Ok((template.render_at(&messages, false, TEMPLATE_TIME)?, false))
-        }
-        (Item::Messages(messages), None) => {
-            let turns: Vec<_> = messages.into_iter().map(|m| m.content).collect();
-            Ok((turns.join("\n"), true))
-        }
-    }
+/// An item as the model reads it.
+struct Rendered {
+    text: String,
+    /// Whether the tokenizer shall add its own special tokens (a template writes them itself).
+    special: bool,
+    /// What comes before the assistant's last turn, if the item ends with one.
+    prompt: Option<String>,
+}
+
+fn render(opened: &OpenedModel, item: Item, templated: &mut bool) -> Result<Rendered, PipelineError> {
+    let messages = match item {
+        Item::Text(text) => return Ok(Rendered { text, special: true, prompt: None }),
+        Item::Messages(messages) => messages,
+    };
+    let before = match messages.split_last() {
+        Some((last, before)) if last.role == "assistant" && !before.is_empty() => Some(before),
+        _ => None,
+    };
+    let Some(template) = &opened.template else {
+        let lines = |turns: &[ChatMessage]| turns.iter().map(|m| m.content.as_str()).collect::<Vec<_>>().join("\n");
+        return Ok(Rendered { text: lines(&messages), special: true, prompt: before.map(|b| lines(b) + "\n") });
+    };
+    *templated = true;
+    let prompt = before.map(|b| template.render_at(b, true, TEMPLATE_TIME)).transpose()?;
+    Ok(Rendered { text: template.render_at(&messages, false, TEMPLATE_TIME)?, special: false, prompt })
 }
 
 fn load_windows(opened: &OpenedModel, input: &CalibrationInput, text: &str) -> Result<Samples, PipelineError> {
@@ -179,6 +225,7 @@ fn load_windows(opened: &OpenedModel, input: &CalibrationInput, text: &str) -> R
     let printed = |i: &usize| Ok(text_fingerprint(&opened.tokenizer.decode(windows[*i], true)?));
     Ok(Samples {
         fingerprints: chosen.iter().map(printed).collect::<Result<_, PipelineError>>()?,
+        completions: vec![None; chosen.len()],
         sequences: chosen.into_iter().map(|i| windows[i].to_vec()).collect(),
         shape: "text file",
         chat_template: false,
@@ -205,6 +252,17 @@ mod tests {
         for bad in [r#"{"foo":1}"#, r#"{"messages":[]}"#, r#"{"messages":"x"}"#, r#"{"prompt":"a"}"#, r#"{"text":3}"#] {
             assert!(item(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn completions_follow_what_is_shared_and_lose_their_marks() {
+        assert_eq!(after(&[1, 2, 3], &[1, 2, 3, 4, 5]), [false, false, false, true, true]);
+        // A token across the border belongs to the completion.
+        assert_eq!(after(&[1, 2, 3], &[1, 2, 9, 4]), [false, false, true, true]);
+        let (_, mut found) = item(r#"{"question":"<<a>>?","answer":"4/2 = <<4/2=2>>2, a << b, <<1>>c"}"#).ok().unwrap();
+        drop_calculator_marks(&mut found);
+        let Item::Messages(messages) = found else { panic!() };
+        assert_eq!((messages[0].content.as_str(), messages[1].content.as_str()), ("<<a>>?", "4/2 = 2, a c"));
     }
 
     #[test]

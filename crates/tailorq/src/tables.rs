@@ -27,7 +27,7 @@ pub fn pack_table(
     let (mut squares, mut lost) = (0.0, 0.0);
     for_each_panel(table, |first_row, panel| {
         let quantized = rtn
-            .quantize(device, panel, &LayerStats::default(), &settings)
+            .quantize(device, panel, &LayerStats::default(), &settings.into())
             .map_err(|e| PipelineError::Table(format!("{name}.weight, counted from row {first_row}: {e}")))?;
         let norm: f64 = panel.data().iter().map(|&w| f64::from(w) * f64::from(w)).sum();
         squares += norm;

@@ -8,7 +8,10 @@ use clap::Args;
 use serde_json::json;
 use std::path::PathBuf;
 use std::time::Instant;
-use tailorq::{CalibrationRequest, Estimate, Outcome, OutputMode, QuantizeRequest, QuantizeSettings, Recipe, Report};
+use tailorq::{
+    CalibrationRequest, Estimate, Method, Outcome, OutputMode, PRESETS, Preset, QuantizeRequest, QuantizeSettings,
+    Recipe, Report,
+};
 
 /// Quantize a model to 2, 3, 4 or 8 bits a weight
 ///
@@ -19,6 +22,7 @@ use tailorq::{CalibrationRequest, Estimate, Outcome, OutputMode, QuantizeRequest
 #[command(after_help = "Examples:
   tailorq quantize Qwen/Qwen2.5-0.5B-Instruct --bits 3 --calibration task.jsonl --output qwen-3bit
   tailorq quantize model.gguf --method rtn --bits 4 --group 64 --output model-4bit
+  tailorq quantize model.gguf --method tacq --bits 2 --keep 0.35% --task-data task.jsonl --output model-2bit
   tailorq quantize model/ --bits 2 --calibration task.jsonl --output out --dry-run
   tailorq quantize --recipe qwen-3bit/recipe.toml --output again
 
@@ -33,55 +37,17 @@ pub struct QuantizeArgs {
     /// Where the artifact goes
     #[arg(short, long, value_name = "DIR", value_parser = utf8_path)]
     output: PathBuf,
-    /// How weights become codes
-    #[arg(long, value_name = "rtn|gptq", default_value = "gptq")]
+    /// rtn, gptq, or a preset: tacq (weights that carry the task stay at 16 bits), tacq-paper (as its authors run it)
+    #[arg(long, value_name = "NAME", default_value = "gptq", value_parser = preset_names())]
     method: String,
-    /// Bits a code: 2, 3, 4 or 8
-    #[arg(short, long, default_value = "3", value_parser = parse_bits)]
-    bits: tailorq::Bits,
-    /// Inputs that share a scale: 32, 64, 128 or row
-    #[arg(short, long, default_value = "128", visible_alias = "group-size")]
-    group: tailorq::Group,
-    /// Calibration text (required by gptq)
-    #[arg(short, long, value_name = "FILE", visible_alias = "task-data", value_parser = utf8_path)]
-    calibration: Option<PathBuf>,
-    /// Calibration items (or windows of a text file)
-    #[arg(long, default_value_t = 128, visible_alias = "nsamples")]
-    samples: usize,
-    /// Longest calibration item in tokens [default: 2048, or the model's context if shorter]
-    #[arg(long, value_name = "TOKENS", visible_alias = "seqlen")]
-    sequence_length: Option<usize>,
-    /// Chooses the calibration items
-    #[arg(long, default_value_t = 0)]
-    seed: u64,
-    /// Symmetric grid: no zero points are stored
-    #[arg(long)]
-    sym: bool,
-    /// How each group's range is found: as it is (none), by the least error of its weights (magnitude), or by the least
-    /// error of the layer's output (hessian; rtn has no Hessian and searches by magnitude)
-    #[arg(long, value_name = "none|magnitude|hessian", default_value = "magnitude")]
-    clip: tailorq::Clip,
-    /// The same as --clip none
-    #[arg(long, conflicts_with = "clip")]
-    no_clip: bool,
-    /// Added to the Hessian's diagonal, as a share of its mean
-    #[arg(long, value_name = "SHARE", default_value_t = 0.01, visible_alias = "damp-percent")]
-    damp: f64,
-    /// How much each calibration token counts: all alike (uniform), or as if all inputs were of one length (inverse-norm),
-    /// so that the few tokens with massive activations do not decide everything
-    #[arg(long, value_name = "uniform|inverse-norm", default_value = "uniform")]
-    token_weight: tailorq::TokenWeight,
-    /// Quantize columns in the order of falling activation energy (groups stay where they are; nothing extra is stored)
-    #[arg(long, visible_alias = "desc-act")]
-    act_order: bool,
-    /// Bits of the embedding: 4, 8 or 16
-    #[arg(long, value_name = "N", default_value_t = 8)]
-    embedding_bits: u32,
-    /// Bits of the head, where it has weights of its own: 4, 8 or 16
-    #[arg(long, value_name = "N", default_value_t = 8)]
-    head_bits: u32,
+    #[command(flatten)]
+    grid: GridArgs,
+    #[command(flatten)]
+    data: DataArgs,
+    #[command(flatten)]
+    circuit: CircuitArgs,
     /// Repeat the run of this recipe.toml, byte for byte; refuses inputs that are not the recipe's
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["method", "bits", "group", "samples", "sequence_length", "seed", "sym", "clip", "no_clip", "damp", "token_weight", "act_order", "embedding_bits", "head_bits"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["method", "GridArgs", "samples", "sequence_length", "seed", "drop_calculator_marks", "CircuitArgs"])]
     recipe: Option<PathBuf>,
     /// Go on with a stopped run (an empty directory starts afresh, a finished run is left alone)
     #[arg(long, conflicts_with = "overwrite")]
@@ -94,8 +60,157 @@ pub struct QuantizeArgs {
     dry_run: bool,
 }
 
+/// How weights become codes; what is not given is as the method has it.
+#[derive(Args, Debug)]
+struct GridArgs {
+    /// Bits a code: 2, 3, 4 or 8 [default: 3]
+    #[arg(short, long, value_parser = parse_bits)]
+    bits: Option<tailorq::Bits>,
+    /// Inputs that share a scale: 32, 64, 128 or row [default: 128; tacq-paper: row]
+    #[arg(short, long, visible_alias = "group-size")]
+    group: Option<tailorq::Group>,
+    /// Symmetric grid: no zero points are stored
+    #[arg(long)]
+    sym: bool,
+    /// How each group's range is found: as it is (none), by the least error of its weights (magnitude), or by the least
+    /// error of the layer's output (hessian; rtn has no Hessian and searches by magnitude) [default: magnitude]
+    #[arg(long, value_name = "none|magnitude|hessian")]
+    clip: Option<tailorq::Clip>,
+    /// The same as --clip none
+    #[arg(long, conflicts_with = "clip")]
+    no_clip: bool,
+    /// Added to the Hessian's diagonal, as a share of its mean [default: 0.01]
+    #[arg(long, value_name = "SHARE", visible_alias = "damp-percent")]
+    damp: Option<f64>,
+    /// How much each calibration token counts in the Hessian: all alike (uniform), as if all inputs were of one length
+    /// (inverse-norm), by the gradient of the task's loss at the layer's output (gradient), or both together
+    /// [default: uniform]
+    #[arg(long, value_name = "uniform|inverse-norm|gradient|gradient-inverse-norm")]
+    token_weight: Option<tailorq::TokenWeight>,
+    /// Quantize columns in the order of falling activation energy (groups stay where they are; nothing extra is stored)
+    #[arg(long, visible_alias = "desc-act")]
+    act_order: bool,
+    /// Bits of the embedding: 4, 8 or 16 [default: 8]
+    #[arg(long, value_name = "N")]
+    embedding_bits: Option<u32>,
+    /// Bits of the head, where it has weights of its own: 4, 8 or 16 [default: 8]
+    #[arg(long, value_name = "N")]
+    head_bits: Option<u32>,
+}
+
+impl GridArgs {
+    /// Puts what was given over the method's settings.
+    fn apply(&self, settings: &mut QuantizeSettings) {
+        fn set<T: Clone>(place: &mut T, given: Option<&T>) {
+            if let Some(given) = given {
+                place.clone_from(given);
+            }
+        }
+        set(&mut settings.bits, self.bits.as_ref());
+        set(&mut settings.group, self.group.as_ref());
+        set(&mut settings.clip, if self.no_clip { Some(&tailorq::Clip::None) } else { self.clip.as_ref() });
+        set(&mut settings.damping, self.damp.as_ref());
+        set(&mut settings.token_weight, self.token_weight.as_ref());
+        set(&mut settings.embedding_bits, self.embedding_bits.as_ref());
+        set(&mut settings.head_bits, self.head_bits.as_ref());
+        settings.symmetric |= self.sym;
+        settings.act_order |= self.act_order;
+    }
+}
+
+/// The task's data.
+#[derive(Args, Debug)]
+pub(super) struct DataArgs {
+    /// Calibration text: items of the task (required by all methods but rtn)
+    #[arg(short, long, value_name = "FILE", visible_alias = "task-data", value_parser = utf8_path)]
+    calibration: Option<PathBuf>,
+    /// Calibration items (or windows of a text file)
+    #[arg(long, default_value_t = 128, visible_alias = "nsamples")]
+    samples: usize,
+    /// Longest calibration item in tokens [default: 2048, or the model's context if shorter]
+    #[arg(long, value_name = "TOKENS", visible_alias = "seqlen")]
+    sequence_length: Option<usize>,
+    /// Chooses the calibration items
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Take marks like <<48/2=24>>, which GSM8K's training items carry, out of the completions
+    #[arg(long)]
+    drop_calculator_marks: bool,
+}
+
+impl DataArgs {
+    pub(super) fn request(&self) -> Option<CalibrationRequest> {
+        Some(CalibrationRequest {
+            file: self.calibration.clone()?,
+            samples: self.samples,
+            sequence_length: self.sequence_length,
+            seed: self.seed,
+            drop_calculator_marks: self.drop_calculator_marks,
+        })
+    }
+}
+
+/// The weights that stay at 16 bits; what is not given is as the method has it.
+#[derive(Args, Debug)]
+struct CircuitArgs {
+    /// Share of the linears' weights that stay at 16 bits, as a number or in percent: 0.0035 or 0.35% [tacq: 0.35%]
+    #[arg(long, value_name = "SHARE", value_parser = parse_share)]
+    keep: Option<f64>,
+    /// What makes a weight worth keeping: tacq, its factors (qal, msg, gradient, error, magnitude), fisher, or a control
+    /// (magnitude-hessian, random)
+    #[arg(long, value_name = "SIGNAL")]
+    signal: Option<tailorq::CircuitSignal>,
+    /// Quantized weights that signals compare with: rounded (rtn), or a whole run before this one (gptq)
+    #[arg(long, value_name = "rtn|gptq", value_parser = parse_reference)]
+    reference: Option<tailorq::Reference>,
+    /// Tokens that the loss behind gradients counts: those of the completion, or all (full) [default: completion]
+    #[arg(long, value_name = "completion|full")]
+    loss: Option<tailorq::LossKind>,
+    /// For --signal random
+    #[arg(long, value_name = "N")]
+    circuit_seed: Option<u64>,
+    /// A survey of the same model and data (see `tailorq survey`), instead of making one
+    #[arg(long, value_name = "FILE")]
+    survey: Option<PathBuf>,
+}
+
+impl CircuitArgs {
+    fn apply(&self, method: &mut Method) {
+        if let Some(loss) = self.loss {
+            method.quantize.loss = loss;
+        }
+        if self.keep.is_none() && self.signal.is_none() && self.reference.is_none() && method.circuit.is_none() {
+            return;
+        }
+        let mut circuit = method.circuit.unwrap_or_default();
+        circuit.keep = self.keep.unwrap_or(circuit.keep);
+        circuit.signal = self.signal.unwrap_or(circuit.signal);
+        circuit.reference = self.reference.unwrap_or(circuit.reference);
+        circuit.seed = self.circuit_seed.unwrap_or(circuit.seed);
+        method.circuit = Some(circuit);
+    }
+}
+
+fn preset_names() -> clap::builder::PossibleValuesParser {
+    PRESETS.iter().map(|p| clap::builder::PossibleValue::new(p.name).help(p.about)).collect::<Vec<_>>().into()
+}
+
 fn parse_bits(s: &str) -> Result<tailorq::Bits, String> {
     s.parse::<u32>().map_err(|e| e.to_string())?.try_into()
+}
+
+fn parse_reference(s: &str) -> Result<tailorq::Reference, String> {
+    match s {
+        "rtn" => Ok(tailorq::Reference::Rtn),
+        "gptq" => Ok(tailorq::Reference::Gptq),
+        _ => Err("use rtn or gptq".into()),
+    }
+}
+
+/// `0.0035` or `0.35%`.
+fn parse_share(s: &str) -> Result<f64, String> {
+    let (number, unit) = s.strip_suffix('%').map_or((s, 1.0), |n| (n, 100.0));
+    number.trim().parse::<f64>().map(|n| n / unit).map_err(|e| format!("{e}: use a share such as 0.0035 or 0.35%"))
 }
 
 impl QuantizeArgs {
@@ -105,17 +220,15 @@ impl QuantizeArgs {
             (_, true) => OutputMode::Overwrite,
             _ => OutputMode::Fresh,
         };
+        let method = self.method();
         let mut request = match &self.recipe {
             Some(path) => QuantizeRequest::repeat(Recipe::read(path)?, self.output.clone(), mode),
             None => QuantizeRequest {
                 model: self.model.clone().context("a model is needed")?,
-                settings: self.settings(),
-                calibration: self.calibration.clone().map(|file| CalibrationRequest {
-                    file,
-                    samples: self.samples,
-                    sequence_length: self.sequence_length,
-                    seed: self.seed,
-                }),
+                calibration: self.data.request(),
+                settings: method.quantize,
+                circuit: method.circuit,
+                survey: None,
                 expected: None,
                 output: self.output.clone(),
                 mode,
@@ -125,27 +238,20 @@ impl QuantizeArgs {
             if let Some(model) = &self.model {
                 request.model.clone_from(model);
             }
-            if let (Some(file), Some(calibration)) = (&self.calibration, &mut request.calibration) {
+            if let (Some(file), Some(calibration)) = (&self.data.calibration, &mut request.calibration) {
                 calibration.file.clone_from(file);
             }
         }
+        request.survey.clone_from(&self.circuit.survey);
         Ok(request)
     }
 
-    fn settings(&self) -> QuantizeSettings {
-        QuantizeSettings {
-            method: self.method.clone(),
-            bits: self.bits,
-            group: self.group,
-            symmetric: self.sym,
-            clip: if self.no_clip { tailorq::Clip::None } else { self.clip },
-            damping: self.damp,
-            act_order: self.act_order,
-            token_weight: self.token_weight,
-            true_sequential: true,
-            embedding_bits: self.embedding_bits,
-            head_bits: self.head_bits,
-        }
+    /// The method's settings with what was given put over them.
+    fn method(&self) -> Method {
+        let mut method = Preset::find(&self.method).expect("clap knows the names").method();
+        self.grid.apply(&mut method.quantize);
+        self.circuit.apply(&mut method);
+        method
     }
 }
 

@@ -3,7 +3,7 @@
 use super::activations::Activations;
 use super::tokens::{TokenWeight, add_hessian};
 use crate::quantize::{LayerStats, Note, Quantized, Quantizer};
-use crate::{LayerSettings, QuantError};
+use crate::{LayerPlan, LayerSettings, QuantError};
 use std::ops::{ControlFlow, Range};
 use tailorq_kernels::Device;
 use tailorq_model::{Block, BlockStage, Model};
@@ -25,13 +25,18 @@ pub struct BlockQuantizer<'a> {
     pub model: &'a Model,
     /// The method.
     pub quantizer: &'a dyn Quantizer,
-    /// Settings of each layer.
-    pub settings_of: &'a dyn Fn(LayerId) -> LayerSettings,
+    /// What each layer shall become.
+    pub plan_of: &'a dyn Fn(LayerId) -> Result<LayerPlan, QuantError>,
     /// Each input is measured with all earlier linears of its block quantized, not with the original ones.
     pub true_sequential: bool,
-    /// How much each token counts in the Hessians; a kind that reads no gradients.
+    /// How much each token counts in the Hessians.
     pub token_weight: TokenWeight,
+    /// For a kind that reads gradients: the token energies of a layer, as a survey of the same samples gathered them.
+    pub token_energies: Option<&'a TokenEnergies<'a>>,
 }
+
+/// See [`LayerGradients::token_energies`](crate::survey::LayerGradients::token_energies).
+pub type TokenEnergies<'a> = dyn Fn(LayerId) -> Result<Vec<f32>, QuantError> + 'a;
 
 /// The quantized layers of one block.
 #[derive(Clone, Debug)]
@@ -106,10 +111,6 @@ impl BlockQuantizer<'_> {
         self.quantize_keeping(KEPT_INPUT_BYTES, block_idx, acts, watch)
     }
 
-    fn add_hessian(&self, x: &Matrix, spans: &[Range<usize>], hessian: &mut Matrix) {
-        add_hessian(self.device, (x, None), (self.token_weight, false, spans), hessian);
-    }
-
     /// [`BlockQuantizer::quantize_block`] with a bound on the inputs that are kept.
     fn quantize_keeping(
         &self,
@@ -118,7 +119,7 @@ impl BlockQuantizer<'_> {
         acts: Option<&mut Activations>,
         watch: &mut Watch<'_>,
     ) -> Result<QuantizedBlock, QuantError> {
-        if self.token_weight.reads_gradients() {
+        if self.token_weight.reads_gradients() && self.token_energies.is_none() {
             let name = self.token_weight.name();
             return Err(QuantError::Settings(format!("token weight {name} reads gradients, which this pass has not")));
         }
@@ -133,10 +134,10 @@ impl BlockQuantizer<'_> {
                 if self.quantizer.needs().hessian && self.true_sequential {
                     work.true_sequential(acts, watch)?;
                 } else {
-                    let hessians = work.float_hessians(acts);
+                    let hessians = work.float_hessians(acts)?;
                     let n_tokens = acts.n_tokens();
-                    let stats = |group| LayerStats { hessian: hessians_of(&hessians, group), n_tokens };
-                    work.quantize_all(&stats, watch)?;
+                    let of_slot = |slot| hessians.iter().find_map(|h| h.of(slot));
+                    work.quantize_all(&|slot| LayerStats { hessian: of_slot(slot), n_tokens }, watch)?;
                     drop(hessians);
                     advance(self.device, self.model, &work.block, acts);
                 }
@@ -146,12 +147,8 @@ impl BlockQuantizer<'_> {
     }
 }
 
-fn no_stats(_: InputGroup) -> LayerStats<'static> {
+fn no_stats(_: Slot) -> LayerStats<'static> {
     LayerStats::default()
-}
-
-fn hessians_of(hessians: &[(InputGroup, Matrix)], group: InputGroup) -> Option<&Matrix> {
-    hessians.iter().find(|(g, _)| *g == group).map(|(_, h)| h)
 }
 
 /// A block in the middle of its quantization.
@@ -180,24 +177,43 @@ impl Work<'_> {
         self.run.quantizer.needs().hessian && group.slots().iter().any(|&s| self.is_quantizable(s))
     }
 
-    fn empty_hessian(&self, group: InputGroup) -> Matrix {
+    /// Hessians of an input in which nothing was summed yet.
+    fn empty_hessians(&self, group: InputGroup, n_tokens: usize) -> Result<InputHessians, QuantError> {
         let width = self.run.model.input_width(group);
-        Matrix::zeros(width, width)
+        let slots: Vec<Slot> = group.slots().iter().copied().filter(|&s| self.is_quantizable(s)).collect();
+        let one = |slots: Vec<Slot>, energies| OneHessian { slots, energies, hessian: Matrix::zeros(width, width) };
+        let list = match self.run.token_energies.filter(|_| self.run.token_weight.reads_gradients()) {
+            None => vec![one(slots, None)],
+            Some(energies_of) => {
+                let with_energies = |slot: Slot| {
+                    let layer = LayerId { block_idx: self.block_idx, slot };
+                    let energies = energies_of(layer)?;
+                    if energies.len() != n_tokens {
+                        let n = energies.len();
+                        let problem = format!("{layer}: energies of {n} tokens for {n_tokens} tokens of calibration");
+                        return Err(QuantError::Settings(problem));
+                    }
+                    Ok(one(vec![slot], Some(energies)))
+                };
+                slots.into_iter().map(with_energies).collect::<Result<_, _>>()?
+            }
+        };
+        Ok(InputHessians { kind: self.run.token_weight, list, n_tokens: 0 })
     }
 
     fn quantize_all<'h>(
         &mut self,
-        stats: &dyn Fn(InputGroup) -> LayerStats<'h>,
+        stats: &dyn Fn(Slot) -> LayerStats<'h>,
         watch: &mut Watch<'_>,
     ) -> Result<(), QuantError> {
-        InputGroup::ALL.into_iter().try_for_each(|group| self.quantize_group(group, &stats(group), watch))
+        InputGroup::ALL.into_iter().try_for_each(|group| self.quantize_group(group, stats, watch))
     }
 
     /// Quantizes the layers that read one input, from their original weights, and installs the results.
-    fn quantize_group(
+    fn quantize_group<'h>(
         &mut self,
         group: InputGroup,
-        stats: &LayerStats<'_>,
+        stats: &dyn Fn(Slot) -> LayerStats<'h>,
         watch: &mut Watch<'_>,
     ) -> Result<(), QuantError> {
         for &slot in group.slots() {
@@ -207,16 +223,24 @@ impl Work<'_> {
             let id = LayerId { block_idx: self.block_idx, slot };
             let linear = self.block.linear(slot);
             let name = linear.name.clone();
-            let settings = (self.run.settings_of)(id);
+            let plan = (self.run.plan_of)(id)?;
             let quantized = {
                 let weights = linear.weight.to_matrix();
-                self.run.quantizer.quantize(self.run.device, &weights, stats, &settings)
+                self.run.quantizer.quantize(self.run.device, &weights, &stats(slot), &plan)
             };
             let Quantized { matrix, proxy_loss, relative_error, notes } = quantized.map_err(|source| {
                 QuantError::Layer { layer: id, tensor: format!("{name}.weight"), source: Box::new(source) }
             })?;
             self.block.linear_mut(slot).weight = Weight::from(matrix.clone());
-            self.layers.push(QuantizedLayer { id, name, matrix, settings, proxy_loss, relative_error, notes });
+            self.layers.push(QuantizedLayer {
+                id,
+                name,
+                matrix,
+                settings: plan.settings,
+                proxy_loss,
+                relative_error,
+                notes,
+            });
             if watch(id).is_break() {
                 return Err(QuantError::Interrupted);
             }
@@ -264,34 +288,32 @@ impl Work<'_> {
         }
         let is_reused = matches!(group, InputGroup::AttentionOutput | InputGroup::MlpOutput);
         let mut room = if is_reused { self.kept_bytes } else { 0 };
-        let mut hessian = self.empty_hessian(group);
+        let mut hessians = self.empty_hessians(group, acts.n_tokens())?;
         for (i, place) in kept.iter_mut().enumerate() {
             let x = input(&self.stage(), acts, i);
-            self.run.add_hessian(&x, &acts.batches[i].spans, &mut hessian);
+            hessians.add(self.run.device, &x, &acts.batches[i].spans);
             let bytes = size_of_val(x.data());
             if bytes <= room {
                 room -= bytes;
                 *place = Some(x);
             }
         }
-        let stats = LayerStats { hessian: Some(&hessian), n_tokens: acts.n_tokens() };
-        self.quantize_group(group, &stats, watch)?;
+        let n_tokens = acts.n_tokens();
+        self.quantize_group(group, &|slot| LayerStats { hessian: hessians.of(slot), n_tokens }, watch)?;
         Ok(kept)
     }
 
     /// The Hessians of all inputs of the block as it is, in one pass that leaves the activations alone.
-    fn float_hessians(&self, acts: &Activations) -> Vec<(InputGroup, Matrix)> {
-        let wanted = InputGroup::ALL.into_iter().filter(|&g| self.is_wanted(g));
-        let mut hessians: Vec<(InputGroup, Matrix)> = wanted.map(|g| (g, self.empty_hessian(g))).collect();
-        if hessians.is_empty() {
-            return hessians;
+    fn float_hessians(&self, acts: &Activations) -> Result<Vec<InputHessians>, QuantError> {
+        if !self.run.quantizer.needs().hessian {
+            return Ok(Vec::new());
         }
+        let hessians = InputGroup::ALL.map(|group| self.empty_hessians(group, acts.n_tokens()));
+        let mut hessians = hessians.into_iter().collect::<Result<Vec<_>, _>>()?;
         let stage = self.stage();
         for batch in &acts.batches {
-            let mut add = |group, x: &Matrix| {
-                if let Some((_, h)) = hessians.iter_mut().find(|(g, _)| *g == group) {
-                    self.run.add_hessian(x, &batch.spans, h);
-                }
+            let mut add = |group: InputGroup, x: &Matrix| {
+                hessians[group as usize].add(self.run.device, x, &batch.spans);
             };
             let x = stage.attention_input(&batch.residual);
             add(InputGroup::Attention, &x);
@@ -303,7 +325,37 @@ impl Work<'_> {
             add(InputGroup::Mlp, &x);
             add(InputGroup::MlpOutput, &stage.mlp_hidden(&x));
         }
-        hessians
+        Ok(hessians)
+    }
+}
+
+/// The Hessians of one input: one for all linears that read it, or one for each when gradients weigh the tokens.
+struct InputHessians {
+    kind: TokenWeight,
+    list: Vec<OneHessian>,
+    /// Tokens summed so far.
+    n_tokens: usize,
+}
+
+struct OneHessian {
+    slots: Vec<Slot>,
+    /// One a token of the whole calibration.
+    energies: Option<Vec<f32>>,
+    hessian: Matrix,
+}
+
+impl InputHessians {
+    /// Takes in the tokens that follow those of the last call.
+    fn add(&mut self, device: &dyn Device, x: &Matrix, spans: &[Range<usize>]) {
+        for one in &mut self.list {
+            let energies = one.energies.as_ref().map(|e| &e[self.n_tokens..self.n_tokens + x.rows()]);
+            add_hessian(device, (x, energies), (self.kind, false, spans), &mut one.hessian);
+        }
+        self.n_tokens += x.rows();
+    }
+
+    fn of(&self, slot: Slot) -> Option<&Matrix> {
+        self.list.iter().find(|one| one.slots.contains(&slot)).map(|one| &one.hessian)
     }
 }
 

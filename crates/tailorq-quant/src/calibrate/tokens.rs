@@ -22,8 +22,9 @@ pub enum TokenWeight {
 }
 
 impl TokenWeight {
-    /// The kinds that read inputs alone, as a quantizer that sees no gradients can use them.
-    pub const OF_INPUTS: [TokenWeight; 2] = [TokenWeight::Uniform, TokenWeight::InverseNorm];
+    /// Every kind.
+    pub const ALL: [TokenWeight; 4] =
+        [TokenWeight::Uniform, TokenWeight::InverseNorm, TokenWeight::Gradient, TokenWeight::GradientInverseNorm];
 
     /// As in recipes and on the command line.
     pub fn name(self) -> &'static str {
@@ -40,15 +41,15 @@ impl TokenWeight {
         matches!(self, TokenWeight::Gradient | TokenWeight::GradientInverseNorm)
     }
 
-    fn weight(self, input: &[f32], gradient: &[f32]) -> f64 {
-        let guided = || squares(gradient) / gradient.len().max(1) as f64;
+    /// The weight of a token with this input; `energy` is what kinds that read gradients multiply with.
+    fn weight(self, input: &[f32], energy: f32) -> f64 {
         let size = squares(input);
         let inverse = if size > 0.0 { 1.0 / size } else { 0.0 };
         match self {
             TokenWeight::Uniform => 1.0,
             TokenWeight::InverseNorm => inverse,
-            TokenWeight::Gradient => guided(),
-            TokenWeight::GradientInverseNorm => guided() * inverse,
+            TokenWeight::Gradient => f64::from(energy),
+            TokenWeight::GradientInverseNorm => f64::from(energy) * inverse,
         }
     }
 }
@@ -56,18 +57,23 @@ impl TokenWeight {
 impl FromStr for TokenWeight {
     type Err = String;
 
-    /// Reads one of [`TokenWeight::OF_INPUTS`].
     fn from_str(s: &str) -> Result<Self, String> {
-        let names = TokenWeight::OF_INPUTS.map(TokenWeight::name).join(", ");
-        let found = TokenWeight::OF_INPUTS.into_iter().find(|w| w.name() == s);
+        let names = TokenWeight::ALL.map(TokenWeight::name).join(", ");
+        let found = TokenWeight::ALL.into_iter().find(|w| w.name() == s);
         found.ok_or_else(|| format!("there is no token weight '{s}': use one of {names}"))
     }
 }
 
-/// `H += sum_t s_t x_t x_t^T`, by rows scaled with the square root of their weight.
+/// The energy of each token's output gradient `dy` `[tokens, out]`: the mean over outputs of its squares.
+pub(crate) fn energies(dy: &Matrix) -> Vec<f32> {
+    (0..dy.rows()).map(|t| (squares(dy.row(t)) / dy.cols().max(1) as f64) as f32).collect()
+}
+
+/// `H += sum_t s_t x_t x_t^T`, by rows scaled with the square root of their weight. `energies`, one a token, are there
+/// when `kind` reads gradients.
 pub(crate) fn add_hessian(
     device: &dyn Device,
-    (x, dy): (&Matrix, Option<&Matrix>),
+    (x, energies): (&Matrix, Option<&[f32]>),
     (kind, without_first, spans): (TokenWeight, bool, &[Range<usize>]),
     hessian: &mut Matrix,
 ) {
@@ -79,7 +85,7 @@ pub(crate) fn add_hessian(
     for span in spans {
         for t in span.clone() {
             let is_left_out = without_first && t == span.start;
-            let weight = if is_left_out { 0.0 } else { kind.weight(x.row(t), dy.map_or(&[], |dy| dy.row(t))) };
+            let weight = if is_left_out { 0.0 } else { kind.weight(x.row(t), energies.map_or(0.0, |e| e[t])) };
             let factor = weight.sqrt() as f32;
             scaled.row_mut(t).iter_mut().for_each(|v| *v *= factor);
         }

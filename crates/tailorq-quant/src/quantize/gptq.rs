@@ -11,10 +11,11 @@
 //! enter the mean of the diagonal that the damping is a fraction of.
 
 use super::grid::{Grid, GridRule, Line};
-use super::rows::{Rows, at_group, check_finite, quantize_rows};
+use super::rows::{Rows, at_group, check_finite, check_mask, corrected, fit_without, kept_within, quantize_rows};
 use super::{LayerStats, Needs, Note, Quantized, Quantizer, Rtn, check_settings};
 use crate::simd::{LANES, Simd, multiply_add, round_within};
-use crate::{Clip, LayerSettings, QuantError};
+use crate::{Clip, ElementMask, LayerPlan, LayerSettings, QuantError};
+use half::f16;
 use std::ops::Range;
 use tailorq_kernels::{Device, Strided, StridedMut};
 use tailorq_tensor::{Group, Matrix};
@@ -46,21 +47,23 @@ impl Quantizer for Gptq {
         device: &dyn Device,
         weights: &Matrix,
         stats: &LayerStats<'_>,
-        settings: &LayerSettings,
+        plan: &LayerPlan,
     ) -> Result<Quantized, QuantError> {
+        let settings = &plan.settings;
         check_settings(settings)?;
+        check_mask(weights, plan)?;
         let hessian = stats.hessian.ok_or(QuantError::HessianMissing { quantizer: self.name() })?;
         let cols = weights.cols();
         assert_eq!((hessian.rows(), hessian.cols()), (cols, cols), "the Hessian belongs to another input");
         check_hessian(hessian)?;
         let mut notes = Vec::new();
         let Some(factor) = Factor::new(device, hessian, settings, &mut notes) else {
-            let mut rounded = Rtn.quantize(device, weights, stats, settings)?;
+            let mut rounded = Rtn.quantize(device, weights, stats, plan)?;
             rounded.notes.splice(0..0, notes);
             return Ok(rounded);
         };
-        let job = Job::new(device, weights, settings, &factor);
-        let (mut quantized, loss) = quantize_rows(weights, settings, notes, |first, n| job.rows(first, n))?;
+        let job = Job::new(device, weights, plan, &factor);
+        let (mut quantized, loss) = quantize_rows(weights, plan, notes, |first, n| job.rows(first, n))?;
         // The sum of differences of rounded numbers may end a hair below zero.
         quantized.proxy_loss = Some(loss.max(0.0) / stats.n_tokens.max(1) as f64);
         Ok(quantized)
@@ -174,6 +177,7 @@ struct Job<'a> {
     device: &'a dyn Device,
     weights: &'a Matrix,
     settings: &'a LayerSettings,
+    kept: Option<&'a ElementMask>,
     factor: &'a Factor,
     rule: GridRule,
     /// One factor an input, in the original order, for the clip search; empty without one by the Hessian.
@@ -185,11 +189,13 @@ struct Job<'a> {
 }
 
 impl<'a> Job<'a> {
-    fn new(device: &'a dyn Device, weights: &'a Matrix, settings: &'a LayerSettings, factor: &'a Factor) -> Self {
+    fn new(device: &'a dyn Device, weights: &'a Matrix, plan: &'a LayerPlan, factor: &'a Factor) -> Self {
+        let settings = &plan.settings;
         Job {
             device,
             weights,
             settings,
+            kept: plan.kept.as_deref(),
             factor,
             rule: GridRule::new(settings.layout, settings.clip),
             importance: if settings.clip == Clip::Hessian { factor.importance() } else { Vec::new() },
@@ -214,6 +220,7 @@ impl<'a> Job<'a> {
             n,
             rows: Rows::new(n, cols, self.settings),
             current: self.in_order(first, n),
+            kept: self.kept_steps(first, n),
             grids: Vec::new(),
             errors: vec![0.0; n * BLOCK],
             factor_block: vec![0.0; BLOCK * BLOCK],
@@ -242,11 +249,28 @@ impl<'a> Job<'a> {
         }
     }
 
+    /// By row, ascending: the steps at which kept columns come. Empty when nothing is kept.
+    fn kept_steps(&self, first: usize, n: usize) -> Vec<Vec<usize>> {
+        let Some(mask) = self.kept else { return Vec::new() };
+        let columns = |r: usize| mask.row(first + r).iter().map(|&c| c as usize);
+        let Some(order) = &self.factor.order else { return (0..n).map(|r| columns(r).collect()).collect() };
+        let mut step_of = vec![0; order.len()];
+        order.iter().enumerate().for_each(|(step, &column)| step_of[column] = step);
+        let sorted = |r| {
+            let mut steps: Vec<usize> = columns(r).map(|c| step_of[c]).collect();
+            steps.sort_unstable();
+            steps
+        };
+        (0..n).map(sorted).collect()
+    }
+
     fn fit_static(&self, task: &mut Task) -> Result<(), QuantError> {
         for r in 0..task.n {
             for (g, group) in self.weights.row(task.first + r).chunks(self.group_len).enumerate() {
                 let inputs = g * self.group_len..g * self.group_len + group.len();
-                let grid = self.rule.fit(group, self.importance(inputs)).map_err(at_group(task.first + r, g))?;
+                let kept = kept_within(self.kept, task.first + r, inputs.clone());
+                let grid = fit_without(&self.rule, (group, self.importance(inputs)), kept)
+                    .map_err(at_group(task.first + r, g))?;
                 task.rows.set_grid(r, g, grid);
                 task.grids.push(grid);
             }
@@ -268,6 +292,9 @@ impl<'a> Job<'a> {
     fn block_of_row(&self, task: &mut Task, r: usize, block: &Range<usize>) -> Result<(), QuantError> {
         let cols = self.weights.cols();
         let mut state = BlockState::new(&task.current[r * cols..][block.clone()]);
+        if let Some(steps) = task.kept.get(r) {
+            state.keep(steps, block);
+        }
         if self.static_grids {
             let grids = &task.grids[r * self.settings.layout.group.count(cols)..];
             for j in 0..block.len() {
@@ -281,7 +308,8 @@ impl<'a> Job<'a> {
                 let group_idx = (block.start + start) / self.group_len;
                 // Grids are fitted on the way only in the natural order, where steps are inputs.
                 let importance = self.importance(block.start + group.start..block.start + group.end);
-                let grid: Grid = (self.rule.fit(&state.weights[group.clone()], importance))
+                let kept = kept_within(self.kept, task.first + r, block.start + group.start..block.start + group.end);
+                let grid: Grid = fit_without(&self.rule, (&state.weights[group.clone()], importance), kept)
                     .map_err(at_group(task.first + r, group_idx))?;
                 task.rows.set_grid(r, group_idx, grid);
                 state.set_grid(group.clone(), Line::new(grid, self.settings.layout.bits));
@@ -314,10 +342,14 @@ impl<'a> Job<'a> {
         let order = self.factor.order.as_deref();
         let weights = self.weights.row(task.first + r);
         let (mut weight_energy, mut error_energy, mut loss) = (0.0f64, 0.0f64, 0.0f64);
+        let mut corrections = Vec::new();
         let codes = task.rows.codes_mut(r);
         for j in 0..block.len() {
             let column = original(order, block.start + j);
             codes[column] = state.codes[j];
+            if state.kept[j] {
+                corrections.push((column, state.corrections[j]));
+            }
             let weight = f64::from(weights[column]);
             let difference = weight - f64::from(state.values[j]);
             weight_energy += weight * weight;
@@ -327,6 +359,7 @@ impl<'a> Job<'a> {
                 loss += error * error - self.factor.added * difference * difference;
             }
         }
+        corrections.into_iter().for_each(|(column, correction)| task.rows.correct(r, column, correction));
         task.rows.weight_energy += weight_energy;
         task.rows.error_energy += error_energy;
         task.rows.loss += loss;
@@ -357,6 +390,8 @@ struct Task {
     rows: Rows,
     /// `[n, cols]` in quantization order: original weights minus the errors spread so far.
     current: Vec<f32>,
+    /// See [`Job::kept_steps`].
+    kept: Vec<Vec<usize>>,
     /// `[n, groups]` when grids are static.
     grids: Vec<Grid>,
     /// `[n, BLOCK]`: `(w - q) / U_jj` of the block in work.
@@ -372,6 +407,9 @@ struct BlockState {
     values: [f32; BLOCK],
     codes: [u8; BLOCK],
     grids: [Line; BLOCK],
+    /// Columns whose value stays at 16 bits, and what is added to their base value.
+    kept: [bool; BLOCK],
+    corrections: [f16; BLOCK],
 }
 
 impl BlockState {
@@ -383,6 +421,8 @@ impl BlockState {
             values: [0.0; BLOCK],
             codes: [0; BLOCK],
             grids: [no_grid; BLOCK],
+            kept: [false; BLOCK],
+            corrections: [f16::ZERO; BLOCK],
         };
         state.weights[..weights.len()].copy_from_slice(weights);
         state
@@ -390,6 +430,12 @@ impl BlockState {
 
     fn set_grid(&mut self, columns: Range<usize>, line: Line) {
         self.grids[columns].fill(line);
+    }
+
+    /// Marks those of the row's kept `steps` (ascending) that lie in the block.
+    fn keep(&mut self, steps: &[usize], block: &Range<usize>) {
+        let from = steps.partition_point(|&s| s < block.start);
+        steps[from..].iter().take_while(|&&s| s < block.end).for_each(|&s| self.kept[s - block.start] = true);
     }
 }
 
@@ -416,7 +462,12 @@ fn columns_loop<const FUSED: bool>(
     for j in columns {
         let (weight, grid) = (state.weights[j], state.grids[j]);
         let q = round_within(weight * grid.inverse, grid.low, grid.high);
-        let value = q * grid.scale;
+        let mut value = q * grid.scale;
+        if state.kept[j] {
+            // The value as it is now, with the errors of earlier columns taken in, and not the original one: that is
+            // what TACQ's authors keep.
+            (state.corrections[j], value) = corrected(weight, value);
+        }
         let error = (weight - value) * inverse_diagonal[j];
         state.codes[j] = (q - grid.low) as u8;
         state.values[j] = value;

@@ -11,7 +11,7 @@ pub use grid::{ClipSearch, Grid, GridRule, ScaleOverflow};
 pub use loss::proxy_loss;
 pub use rtn::Rtn;
 
-use crate::{LayerSettings, QuantError};
+use crate::{LayerPlan, LayerSettings, QuantError};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use tailorq_kernels::Device;
@@ -33,7 +33,8 @@ pub trait Quantizer: Sync {
     /// Which statistics of the inputs [`Quantizer::quantize`] reads.
     fn needs(&self) -> Needs;
 
-    /// Quantizes `weights` `[out, in]`. Statistics that [`Quantizer::needs`] names are present, or it is an error.
+    /// Quantizes `weights` `[out, in]`. Elements that the plan keeps end with their value at 16 bits and have no say in the
+    /// grid of the others. Statistics that [`Quantizer::needs`] names are present, or it is an error.
     /// Whatever it does beyond the settings (raised damping, a fallback) is in the notes. The result does not depend on
     /// the number of threads.
     fn quantize(
@@ -41,7 +42,7 @@ pub trait Quantizer: Sync {
         device: &dyn Device,
         weights: &Matrix,
         stats: &LayerStats<'_>,
-        settings: &LayerSettings,
+        plan: &LayerPlan,
     ) -> Result<Quantized, QuantError>;
 }
 

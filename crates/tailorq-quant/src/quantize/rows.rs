@@ -1,11 +1,11 @@
 //! Quantized rows on their way into a packed matrix.
 
-use super::grid::{Grid, ScaleOverflow};
+use super::grid::{Grid, GridRule, ScaleOverflow};
 use super::{Note, Quantized};
-use crate::{LayerSettings, QuantError};
+use crate::{ElementMask, LayerPlan, LayerSettings, QuantError};
 use half::f16;
 use rayon::prelude::*;
-use tailorq_tensor::{Matrix, PackedMatrix};
+use tailorq_tensor::{ElementCorrections, Matrix, PackedMatrix};
 
 /// Rows of one task: fixed, so that the work is cut alike for any number of threads.
 pub(super) const ROWS_PER_TASK: usize = 64;
@@ -18,6 +18,8 @@ pub(super) struct Rows {
     pub(super) codes: Vec<u8>,
     scales: Vec<f16>,
     zeros: Vec<u8>,
+    /// By row: what is added to the base value of each kept column, ascending.
+    corrections: Vec<Vec<(usize, f16)>>,
     /// `|W|_F^2`.
     pub(super) weight_energy: f64,
     /// `|W - Q|_F^2`.
@@ -35,6 +37,7 @@ impl Rows {
             codes: vec![0; n_rows * cols],
             scales: vec![f16::ZERO; n_rows * n_groups],
             zeros: vec![0; n_rows * n_groups],
+            corrections: vec![Vec::new(); n_rows],
             weight_energy: 0.0,
             error_energy: 0.0,
             loss: 0.0,
@@ -50,17 +53,73 @@ impl Rows {
         self.scales[r * self.n_groups + group] = grid.scale;
         self.zeros[r * self.n_groups + group] = grid.zero;
     }
+
+    /// Notes the correction of a kept element; in any order.
+    pub(super) fn correct(&mut self, r: usize, col: usize, correction: f16) {
+        self.corrections[r].push((col, correction));
+    }
+}
+
+/// The correction that brings `value`, the nearest point of the grid, to `weight`; and what becomes of the value.
+#[inline]
+pub(super) fn corrected(weight: f32, value: f32) -> (f16, f32) {
+    let correction = f16::from_f32(weight - value);
+    (correction, value + correction.to_f32())
+}
+
+/// The grid of a group from which the weights at `kept` (places in the group, ascending) are left out: they do not need
+/// it, and their outliers would widen it.
+pub(super) fn fit_without(
+    rule: &GridRule,
+    (weights, importance): (&[f32], Option<&[f32]>),
+    kept: impl Iterator<Item = usize> + Clone,
+) -> Result<Grid, ScaleOverflow> {
+    let rest = |values: &[f32]| -> Vec<f32> {
+        let mut kept = kept.clone().peekable();
+        let is_kept = |i: &usize| kept.next_if_eq(i).is_some();
+        let mut is_kept = is_kept;
+        values.iter().enumerate().filter(|(i, _)| !is_kept(i)).map(|(_, v)| *v).collect()
+    };
+    match kept.clone().next() {
+        None => rule.fit(weights, importance),
+        Some(_) => rule.fit(&rest(weights), importance.map(rest).as_deref()),
+    }
+}
+
+/// The kept columns of a row that lie in `range`, counted from its beginning.
+pub(super) fn kept_within(
+    mask: Option<&ElementMask>,
+    row: usize,
+    range: std::ops::Range<usize>,
+) -> impl Iterator<Item = usize> + Clone + '_ {
+    let columns = mask.map_or(&[][..], |m| m.row(row));
+    let from = columns.partition_point(|&c| (c as usize) < range.start);
+    let to = columns.partition_point(|&c| (c as usize) < range.end);
+    columns[from..to].iter().map(move |&c| c as usize - range.start)
+}
+
+/// A mask must have the shape of its matrix.
+pub(super) fn check_mask(weights: &Matrix, plan: &LayerPlan) -> Result<(), QuantError> {
+    let Some(mask) = plan.kept.as_deref() else { return Ok(()) };
+    let fits = mask.rows() == weights.rows()
+        && (0..mask.rows()).all(|r| mask.row(r).last().is_none_or(|&c| (c as usize) < weights.cols()));
+    if fits {
+        Ok(())
+    } else {
+        let (rows, cols) = (weights.rows(), weights.cols());
+        Err(QuantError::Settings(format!("the kept elements are not those of a [{rows}, {cols}] matrix")))
+    }
 }
 
 /// Cuts the rows into tasks, runs them on all threads, and packs the results in order. Of several errors, that of the
 /// first rows is reported. The quantized matrix has no proxy loss yet; the sum of the tasks' losses comes beside it.
 pub(super) fn quantize_rows(
     weights: &Matrix,
-    settings: &LayerSettings,
+    plan: &LayerPlan,
     notes: Vec<Note>,
     task: impl Fn(usize, usize) -> Result<Rows, QuantError> + Sync,
 ) -> Result<(Quantized, f64), QuantError> {
-    let (n_rows, cols) = (weights.rows(), weights.cols());
+    let (n_rows, cols, settings) = (weights.rows(), weights.cols(), &plan.settings);
     let results: Vec<Result<Rows, QuantError>> = (0..n_rows.div_ceil(ROWS_PER_TASK))
         .into_par_iter()
         .map(|t| task(t * ROWS_PER_TASK, ROWS_PER_TASK.min(n_rows - t * ROWS_PER_TASK)))
@@ -71,12 +130,17 @@ pub(super) fn quantize_rows(
         all.codes.extend_from_slice(&rows.codes);
         all.scales.extend_from_slice(&rows.scales);
         all.zeros.extend_from_slice(&rows.zeros);
+        all.corrections.extend(rows.corrections);
         all.weight_energy += rows.weight_energy;
         all.error_energy += rows.error_energy;
         all.loss += rows.loss;
     }
     let zeros = if settings.layout.symmetric { &[] } else { &all.zeros[..] };
-    let matrix = PackedMatrix::pack(n_rows, cols, settings.layout, &all.codes, &all.scales, zeros)?;
+    let mut matrix = PackedMatrix::pack(n_rows, cols, settings.layout, &all.codes, &all.scales, zeros)?;
+    if plan.kept.is_some() {
+        all.corrections.iter_mut().for_each(|row| row.sort_unstable_by_key(|(col, _)| *col));
+        matrix = matrix.with_elements(ElementCorrections::from_rows(cols, &all.corrections)?)?;
+    }
     let relative_error = if all.weight_energy > 0.0 { (all.error_energy / all.weight_energy).sqrt() } else { 0.0 };
     Ok((Quantized { matrix, proxy_loss: None, relative_error, notes }, all.loss))
 }

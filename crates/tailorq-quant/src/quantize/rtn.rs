@@ -1,10 +1,10 @@
 //! Round to nearest: every weight to the nearest point of its group's grid.
 
 use super::grid::{GridRule, Line};
-use super::rows::{Rows, at_group, check_finite, quantize_rows};
+use super::rows::{Rows, at_group, check_finite, check_mask, corrected, fit_without, kept_within, quantize_rows};
 use super::{LayerStats, Needs, Quantized, Quantizer, check_settings, proxy_loss};
 use crate::simd::round_within;
-use crate::{LayerSettings, QuantError};
+use crate::{LayerPlan, QuantError};
 use tailorq_kernels::Device;
 use tailorq_tensor::Matrix;
 
@@ -26,32 +26,43 @@ impl Quantizer for Rtn {
         device: &dyn Device,
         weights: &Matrix,
         stats: &LayerStats<'_>,
-        settings: &LayerSettings,
+        plan: &LayerPlan,
     ) -> Result<Quantized, QuantError> {
-        check_settings(settings)?;
-        let task = |first, n| round_rows(weights, settings, first, n);
-        let (mut quantized, _) = quantize_rows(weights, settings, Vec::new(), task)?;
+        check_settings(&plan.settings)?;
+        check_mask(weights, plan)?;
+        let task = |first, n| round_rows(weights, plan, first, n);
+        let (mut quantized, _) = quantize_rows(weights, plan, Vec::new(), task)?;
         quantized.proxy_loss = stats.hessian.map(|h| proxy_loss(device, weights, &quantized.matrix, h, stats.n_tokens));
         Ok(quantized)
     }
 }
 
-fn round_rows(weights: &Matrix, settings: &LayerSettings, first: usize, n: usize) -> Result<Rows, QuantError> {
+fn round_rows(weights: &Matrix, plan: &LayerPlan, first: usize, n: usize) -> Result<Rows, QuantError> {
     check_finite(weights, first, n)?;
-    let (layout, cols) = (settings.layout, weights.cols());
+    let (settings, mask, cols) = (&plan.settings, plan.kept.as_deref(), weights.cols());
+    let layout = settings.layout;
     let rule = GridRule::new(layout, settings.clip.without_hessian());
     let group_len = layout.group.len(cols);
     let mut rows = Rows::new(n, cols, settings);
     for r in 0..n {
         for (g, group) in weights.row(first + r).chunks(group_len).enumerate() {
-            let grid = rule.fit(group, None).map_err(at_group(first + r, g))?;
+            let start = g * group_len;
+            let kept = kept_within(mask, first + r, start..start + group.len());
+            let grid = fit_without(&rule, (group, None), kept.clone()).map_err(at_group(first + r, g))?;
             rows.set_grid(r, g, grid);
             let line = Line::new(grid, layout.bits);
+            let mut kept = kept.peekable();
             let (mut weight_energy, mut error_energy) = (0.0f64, 0.0f64);
-            for (&w, code) in group.iter().zip(&mut rows.codes_mut(r)[g * group_len..]) {
+            for (i, &w) in group.iter().enumerate() {
                 let q = round_within(w * line.inverse, line.low, line.high);
-                *code = (q - line.low) as u8;
-                let error = f64::from(w - q * line.scale);
+                rows.codes_mut(r)[start + i] = (q - line.low) as u8;
+                let mut value = q * line.scale;
+                if kept.next_if_eq(&i).is_some() {
+                    let (correction, exact) = corrected(w, value);
+                    rows.correct(r, start + i, correction);
+                    value = exact;
+                }
+                let error = f64::from(w - value);
                 weight_energy += f64::from(w) * f64::from(w);
                 error_energy += error * error;
             }

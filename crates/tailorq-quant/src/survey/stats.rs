@@ -1,6 +1,6 @@
 //! What a survey can gather, and the statistics of one block.
 
-use crate::calibrate::{TokenWeight, add_hessian, squares};
+use crate::calibrate::{TokenWeight, add_hessian, energies, squares};
 use std::ops::Range;
 use tailorq_kernels::{Device, GradientSums};
 use tailorq_model::{BlockStage, Tap};
@@ -19,6 +19,10 @@ pub struct Needs {
     pub hessians: Vec<TokenWeight>,
     /// `|x_t|` of every token and input.
     pub token_norms: bool,
+    /// The sum of `x_t^2`, input by input: the diagonal of the plain Hessian.
+    pub input_energies: bool,
+    /// The mean square of every token's gradient at the output of every linear.
+    pub token_energies: bool,
     /// Leave the first token of every sample, an attention sink in many models, out of the Hessians.
     pub without_first: bool,
 }
@@ -26,7 +30,11 @@ pub struct Needs {
 impl Needs {
     /// Whether a backward pass is needed.
     pub fn gradients(&self) -> bool {
-        self.sum || self.absolute || self.square || self.hessians.iter().any(|w| w.reads_gradients())
+        self.sum
+            || self.absolute
+            || self.square
+            || self.token_energies
+            || self.hessians.iter().any(|w| w.reads_gradients())
     }
 
     /// What both ask for.
@@ -35,6 +43,8 @@ impl Needs {
         self.absolute |= other.absolute;
         self.square |= other.square;
         self.token_norms |= other.token_norms;
+        self.input_energies |= other.input_energies;
+        self.token_energies |= other.token_energies;
         self.without_first |= other.without_first;
         self.hessians.extend(other.hessians.iter().filter(|w| !self.hessians.contains(w)).copied().collect::<Vec<_>>());
         self
@@ -50,6 +60,8 @@ pub struct GroupStats {
     pub hessians: Vec<(TokenWeight, Matrix)>,
     /// `|x_t|` of all tokens in the order of the samples; empty unless asked for.
     pub token_norms: Vec<f32>,
+    /// `sum_t x_t^2` for each input `[in]`; empty unless asked for.
+    pub input_energies: Vec<f64>,
 }
 
 /// What was gathered of the gradients of one linear, `[out, in]` each.
@@ -65,6 +77,8 @@ pub struct LayerGradients {
     pub square: Option<Matrix>,
     /// Lower triangles `[in, in]` of the Hessians whose weights read gradients.
     pub hessians: Vec<(TokenWeight, Matrix)>,
+    /// The mean over outputs of the squared gradient, for all tokens in the order of the samples; empty unless asked for.
+    pub token_energies: Vec<f32>,
 }
 
 /// The statistics of one block over all samples.
@@ -89,6 +103,7 @@ impl BlockStats {
             group,
             hessians: hessians(stage.model.input_width(group), false),
             token_norms: Vec::new(),
+            input_energies: vec![0.0; if needs.input_energies { stage.model.input_width(group) } else { 0 }],
         };
         let layer = |slot: Slot| {
             let weight = &stage.block.linear(slot).weight;
@@ -99,6 +114,7 @@ impl BlockStats {
                 absolute: sum(needs.absolute),
                 square: sum(needs.square),
                 hessians: hessians(weight.cols(), true),
+                token_energies: Vec::new(),
             }
         };
         let layers = if needs.gradients() { Slot::ALL.map(layer).into() } else { Vec::new() };
@@ -117,6 +133,12 @@ impl BlockStats {
         if needs.token_norms {
             stats.token_norms.extend((0..x.rows()).map(|t| squares(x.row(t)).sqrt() as f32));
         }
+        if needs.input_energies {
+            for t in 0..x.rows() {
+                let values = x.row(t).iter().map(|&v| f64::from(v));
+                stats.input_energies.iter_mut().zip(values).for_each(|(sum, v)| *sum += v * v);
+            }
+        }
         for (kind, hessian) in &mut stats.hessians {
             add_hessian(device, (x, None), (*kind, needs.without_first, spans), hessian);
         }
@@ -132,8 +154,15 @@ impl BlockStats {
                 square: layer.square.as_mut(),
             };
             device.weight_gradients(dy.data(), tap.input.data(), spans, sums);
+            if layer.hessians.is_empty() && !needs.token_energies {
+                continue;
+            }
+            let energies = energies(dy);
             for (kind, hessian) in &mut layer.hessians {
-                add_hessian(device, (tap.input, Some(dy)), (*kind, needs.without_first, spans), hessian);
+                add_hessian(device, (tap.input, Some(&energies)), (*kind, needs.without_first, spans), hessian);
+            }
+            if needs.token_energies {
+                layer.token_energies.extend(energies);
             }
         }
     }
@@ -143,10 +172,15 @@ impl BlockStats {
         let bad = |m: &Matrix| m.data().iter().any(|x| !x.is_finite());
         let of_layer = |l: &&LayerGradients| {
             let sums = [&l.sum, &l.absolute, &l.square];
-            sums.into_iter().flatten().any(bad) || l.hessians.iter().any(|(_, h)| bad(h))
+            sums.into_iter().flatten().any(bad)
+                || l.hessians.iter().any(|(_, h)| bad(h))
+                || l.token_energies.iter().any(|x| !x.is_finite())
         };
-        let of_group =
-            |g: &&GroupStats| g.hessians.iter().any(|(_, h)| bad(h)) || g.token_norms.iter().any(|x| !x.is_finite());
+        let of_group = |g: &&GroupStats| {
+            g.hessians.iter().any(|(_, h)| bad(h))
+                || g.token_norms.iter().any(|x| !x.is_finite())
+                || g.input_energies.iter().any(|x| !x.is_finite())
+        };
         let layer = self.layers.iter().find(of_layer).map(|l| l.slot);
         layer.or_else(|| self.groups.iter().find(of_group).map(|g| g.group.slots()[0]))
     }

@@ -64,8 +64,8 @@ fn samples() -> Vec<Vec<u32>> {
     [700, 900, 600, 2100, 5].iter().map(|&n| (0..n).map(|_| rng.below(100) as u32).collect()).collect()
 }
 
-fn settings(_: LayerId) -> LayerSettings {
-    LayerSettings::new(Bits::Three, Group::Inputs(32))
+fn plan(_: LayerId) -> Result<LayerPlan, QuantError> {
+    Ok(LayerSettings::new(Bits::Three, Group::Inputs(32)).into())
 }
 
 fn go_on(_: LayerId) -> ControlFlow<()> {
@@ -92,9 +92,10 @@ impl Fixture {
             device,
             model,
             quantizer,
-            settings_of: &settings,
+            plan_of: &plan,
             true_sequential,
             token_weight: TokenWeight::Uniform,
+            token_energies: None,
         }
     }
 }
@@ -247,4 +248,33 @@ fn tokens_count_as_they_are_told() {
     assert_eq!(first(&a), first(&b));
     assert_ne!(codes(&a), codes(&of(true, TokenWeight::Uniform)));
     assert!(matches!(quantize(true, TokenWeight::Gradient), Err(QuantError::Settings(_))));
+}
+
+/// Each linear has a Hessian of its own when gradients weigh its tokens; even weights give that of GPTQ.
+#[test]
+fn output_gradients_weigh_the_tokens_of_each_linear() {
+    let f = Fixture::new();
+    let n_tokens = f.acts().n_tokens();
+    let quantize = |energies: &dyn Fn(LayerId) -> Vec<f32>, true_sequential| {
+        let energies = |id| Ok(energies(id));
+        let run = BlockQuantizer {
+            token_weight: TokenWeight::Gradient,
+            token_energies: Some(&energies),
+            ..f.run(&Gptq, true_sequential)
+        };
+        run.quantize_block(0, Some(&mut f.acts()), &mut |_| ControlFlow::Continue(()))
+    };
+    let plain = f.run(&Gptq, true).quantize_block(0, Some(&mut f.acts()), &mut |_| ControlFlow::Continue(())).unwrap();
+    let even = quantize(&|_| vec![1.0; n_tokens], true).unwrap();
+    assert_eq!(codes(&even), codes(&plain));
+    let only_k = |id: LayerId| -> Vec<f32> {
+        (0..n_tokens).map(|t| if id.slot == Slot::K && t % 7 == 0 { 40.0 } else { 1.0 }).collect()
+    };
+    for true_sequential in [true, false] {
+        let uneven = quantize(&only_k, true_sequential).unwrap();
+        assert_eq!(codes(&uneven)[0], codes(&plain)[0], "q");
+        assert_ne!(codes(&uneven)[1], codes(&plain)[1], "k");
+    }
+    let error = quantize(&|_| vec![1.0; 3], true).unwrap_err().to_string();
+    assert!(error.contains("energies of 3 tokens"), "{error}");
 }

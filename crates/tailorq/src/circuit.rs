@@ -1,0 +1,227 @@
+//! The circuit of a task: which weights stay at 16 bits, from a survey and a reference quantization to a file of masks.
+
+use crate::error::PipelineError;
+use crate::observer::Observer;
+use crate::output::{TensorData, write_safetensors};
+use crate::survey::{ABSOLUTE, SQUARE, SurveyFile};
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use tailorq_format::{SafetensorsFile, StoredType, TensorSpec};
+use tailorq_kernels::Device;
+use tailorq_model::{Block, Model};
+use tailorq_quant::survey::Needs;
+use tailorq_quant::{
+    CircuitSignal, ElementMask, ElementRow, LayerPlan, LayerSettings, LayerStats, QuantError, TopElements,
+};
+use tailorq_tensor::{LayerId, Matrix, Rng, SharedBytes, Slot, Weight};
+
+/// The largest share of weights that may be kept: beyond it more bits for all are cheaper (a kept weight costs 32 bits).
+const MOST_KEPT: f64 = 0.1;
+
+/// Where the quantized values come from that a signal compares weights with.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Reference {
+    /// Each weight rounded to nearest on the layer's own grid: costs seconds.
+    #[default]
+    Rtn,
+    /// A whole run of GPTQ without kept weights (TACQ's authors): costs as much as the run that follows it.
+    Gptq,
+}
+
+/// Which weights stay at 16 bits.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CircuitSettings {
+    /// Share of all weights of the linears, from 0 to 0.1.
+    pub keep: f64,
+    /// What makes a weight worth keeping.
+    pub signal: CircuitSignal,
+    /// Quantized values for signals that read them.
+    pub reference: Reference,
+    /// For the random control.
+    pub seed: u64,
+}
+
+impl Default for CircuitSettings {
+    /// TACQ's share of 0.35 %.
+    fn default() -> Self {
+        CircuitSettings { keep: 0.0035, signal: CircuitSignal::Tacq, reference: Reference::Rtn, seed: 0 }
+    }
+}
+
+impl CircuitSettings {
+    /// Refuses shares that make no sense.
+    pub fn check(&self) -> Result<(), PipelineError> {
+        if self.keep.is_finite() && (0.0..=MOST_KEPT).contains(&self.keep) {
+            return Ok(());
+        }
+        Err(PipelineError::Settings(format!(
+            "the share of kept weights is {}: use 0 to {MOST_KEPT} (TACQ keeps 0.0035)",
+            self.keep
+        )))
+    }
+
+    /// What a survey must hold for it.
+    pub fn needs(&self) -> Needs {
+        Needs {
+            absolute: self.signal.reads_absolute(),
+            square: self.signal.reads_square(),
+            input_energies: self.signal.reads_inputs(),
+            ..Needs::default()
+        }
+    }
+}
+
+/// What decides the scores, beside the settings.
+pub(crate) struct Evidence<'a> {
+    /// The original model.
+    pub(crate) model: &'a Model,
+    /// How each layer would be rounded.
+    pub(crate) settings: LayerSettings,
+    /// The blocks of a finished reference run; without one weights are rounded to nearest.
+    pub(crate) reference: Option<&'a dyn Fn(usize) -> Result<Block, PipelineError>>,
+    /// The survey, when the signal reads one.
+    pub(crate) survey: Option<&'a SurveyFile>,
+}
+
+/// Scores all elements, chooses the share to keep and writes it: a tensor `kept.NAME` (U32, ascending row-major indices)
+/// for every linear.
+pub(crate) fn write_circuit(
+    device: &dyn Device,
+    evidence: &Evidence<'_>,
+    circuit: &CircuitSettings,
+    path: &Path,
+    observer: &dyn Observer,
+) -> Result<(), PipelineError> {
+    let model = evidence.model;
+    let layers = layers(model)?;
+    observer.stage("choosing the circuit", layers.len() as u64);
+    let sizes = layers.iter().map(|&id| linear_weight(model, id).rows() * linear_weight(model, id).cols());
+    let n_kept = (circuit.keep * sizes.sum::<usize>() as f64).floor() as usize;
+    let mut top = TopElements::new(n_kept);
+    let mut rng = Rng::new(circuit.seed);
+    let mut reference_block: Option<Block> = None;
+    for (idx, &id) in layers.iter().enumerate() {
+        if observer.cancelled() {
+            return Err(PipelineError::Cancelled);
+        }
+        if let (Slot::Q, true, Some(of_block)) = (id.slot, circuit.signal.reads_reference(), evidence.reference) {
+            reference_block = Some(of_block(id.block_idx)?);
+        }
+        let layer = LayerEvidence::gather(device, evidence, circuit, id, reference_block.as_ref())?;
+        let mut scores = vec![0.0f32; layer.weights.cols()];
+        for r in 0..layer.weights.rows() {
+            circuit.signal.score_row(&layer.row(r), &mut rng, &mut scores);
+            top.push(idx, r * scores.len(), &scores);
+        }
+        observer.progress(idx as u64 + 1, &id.to_string());
+    }
+    let tensors: Vec<TensorData> = layers
+        .iter()
+        .zip(top.finish(layers.len()))
+        .map(|(id, kept)| {
+            let name = format!("kept.{}", model.blocks[id.block_idx].linear(id.slot).name);
+            let indices: Vec<u32> = kept.iter().map(|&i| u32::try_from(i).expect("checked by `layers`")).collect();
+            (TensorSpec::new(name, StoredType::U32, &[indices.len()]), SharedBytes::from_vec(indices))
+        })
+        .collect();
+    write_safetensors(path, &tensors)
+}
+
+/// All linears, in the order in which ties are broken.
+fn layers(model: &Model) -> Result<Vec<LayerId>, PipelineError> {
+    let of_block = |block_idx| Slot::ALL.map(|slot| LayerId { block_idx, slot });
+    let layers: Vec<LayerId> = (0..model.blocks.len()).flat_map(of_block).collect();
+    let elements = |id: LayerId| linear_weight(model, id).rows() as u64 * linear_weight(model, id).cols() as u64;
+    match layers.iter().find(|&&id| elements(id) > u64::from(u32::MAX)) {
+        Some(id) => Err(PipelineError::Settings(format!("{id} has more than 2^32 weights: circuits cannot name them"))),
+        None => Ok(layers),
+    }
+}
+
+fn linear_weight(model: &Model, id: LayerId) -> &Weight {
+    &model.blocks[id.block_idx].linear(id.slot).weight
+}
+
+/// What is known of one layer.
+struct LayerEvidence {
+    weights: Matrix,
+    reference: Matrix,
+    gradient: Matrix,
+    inputs: Vec<f32>,
+}
+
+impl LayerEvidence {
+    fn gather(
+        device: &dyn Device,
+        evidence: &Evidence<'_>,
+        circuit: &CircuitSettings,
+        id: LayerId,
+        reference_block: Option<&Block>,
+    ) -> Result<Self, PipelineError> {
+        let (signal, none) = (circuit.signal, || Matrix::zeros(0, 0));
+        let weights = linear_weight(evidence.model, id).to_matrix();
+        let linear = evidence.model.blocks[id.block_idx].linear(id.slot);
+        let shape = (weights.rows(), weights.cols());
+        let survey = || evidence.survey.ok_or_else(|| PipelineError::Settings("the signal needs a survey".into()));
+        let gradient = match (signal.reads_absolute(), signal.reads_square()) {
+            (true, _) => survey()?.statistic(ABSOLUTE, &linear.name, shape)?,
+            (_, true) => survey()?.statistic(SQUARE, &linear.name, shape)?,
+            _ => none(),
+        };
+        let inputs = if signal.reads_inputs() { survey()?.input_energies(evidence.model, id)? } else { Vec::new() };
+        let reference = match (signal.reads_reference(), reference_block) {
+            (false, _) => none(),
+            (true, Some(block)) => block.linear(id.slot).weight.to_matrix(),
+            (true, None) => rounded(device, &weights, evidence.settings)?,
+        };
+        Ok(LayerEvidence { weights, reference, gradient, inputs })
+    }
+
+    fn row(&self, r: usize) -> ElementRow<'_> {
+        fn of(m: &Matrix, r: usize) -> &[f32] {
+            if m.rows() == 0 { &[] } else { m.row(r) }
+        }
+        ElementRow {
+            weights: self.weights.row(r),
+            reference: of(&self.reference, r),
+            gradient: of(&self.gradient, r),
+            inputs: &self.inputs,
+        }
+    }
+}
+
+fn rounded(device: &dyn Device, weights: &Matrix, settings: LayerSettings) -> Result<Matrix, QuantError> {
+    let rtn = tailorq_quant::find("rtn").expect("rtn is a registered method");
+    let quantized = rtn.quantize(device, weights, &LayerStats::default(), &LayerPlan::from(settings))?;
+    Ok(Weight::from(quantized.matrix).to_matrix())
+}
+
+/// A finished circuit.
+pub(crate) struct Circuit {
+    file: SafetensorsFile,
+    path: PathBuf,
+}
+
+impl Circuit {
+    /// Opens what [`write_circuit`] wrote.
+    pub(crate) fn open(path: &Path) -> Result<Self, PipelineError> {
+        Ok(Circuit { file: SafetensorsFile::open(path)?, path: path.to_path_buf() })
+    }
+
+    /// The kept elements of one layer.
+    pub(crate) fn mask(&self, model: &Model, id: LayerId) -> Result<Arc<ElementMask>, QuantError> {
+        let linear = model.blocks[id.block_idx].linear(id.slot);
+        let name = format!("kept.{}", linear.name);
+        let damaged = |problem: &str| QuantError::Settings(format!("{}: {name} {problem}", self.path.display()));
+        let tensor = self.file.get(&name).ok_or_else(|| damaged("is missing: remove the file and run again"))?;
+        let indices = match (tensor.dtype, tensor.bytes.cast::<u32>()) {
+            (StoredType::U32, Some(indices)) => indices,
+            _ => return Err(damaged("is not a list of U32: remove the file and run again")),
+        };
+        let (rows, cols) = (linear.weight.rows(), linear.weight.cols());
+        Ok(Arc::new(ElementMask::from_indices(rows, cols, indices.iter().map(|&i| i as usize))?))
+    }
+}

@@ -1,0 +1,96 @@
+//! Named settings: a published method is a point in the space of settings, and so is what works best here.
+
+use crate::circuit::{CircuitSettings, Reference};
+use crate::recipe::{LossKind, QuantizeSettings};
+use tailorq_quant::{CircuitSignal, Clip};
+use tailorq_tensor::Group;
+
+/// A name for settings.
+#[derive(Clone, Copy, Debug)]
+pub struct Preset {
+    /// As on the command line, where it stands for a method.
+    pub name: &'static str,
+    /// One line for help texts.
+    pub about: &'static str,
+    settings: fn() -> Method,
+}
+
+/// What a method fixes.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Method {
+    /// How weights become codes.
+    pub quantize: QuantizeSettings,
+    /// The weights that stay at 16 bits, if any.
+    pub circuit: Option<CircuitSettings>,
+}
+
+/// All methods, quantizers by themselves first.
+pub const PRESETS: &[Preset] = &[
+    Preset { name: "rtn", about: "round to nearest; no calibration", settings: rtn },
+    Preset { name: "gptq", about: "GPTQ: error feedback through the Hessian of the inputs", settings: gptq },
+    Preset {
+        name: "tacq",
+        about: "GPTQ around the weights that carry the task, which stay at 16 bits",
+        settings: tacq,
+    },
+    Preset { name: "tacq-paper", about: "TACQ as its authors run it", settings: tacq_paper },
+];
+
+impl Preset {
+    /// The preset of that name.
+    pub fn find(name: &str) -> Option<&'static Preset> {
+        PRESETS.iter().find(|p| p.name == name)
+    }
+
+    /// Its settings.
+    pub fn method(&self) -> Method {
+        (self.settings)()
+    }
+}
+
+fn rtn() -> Method {
+    Method { quantize: QuantizeSettings { method: "rtn".into(), ..QuantizeSettings::default() }, circuit: None }
+}
+
+fn gptq() -> Method {
+    Method { quantize: QuantizeSettings::default(), circuit: None }
+}
+
+fn tacq() -> Method {
+    Method { quantize: QuantizeSettings::default(), circuit: Some(CircuitSettings::default()) }
+}
+
+/// One grid a row, clip search, the loss of prompt and answer, and a full run of GPTQ as the reference
+/// (The-Inscrutable-X/TACQ, `evaluate_llama3_8b.sh`).
+fn tacq_paper() -> Method {
+    Method {
+        quantize: QuantizeSettings {
+            group: Group::Row,
+            clip: Clip::Magnitude,
+            loss: LossKind::Full,
+            ..QuantizeSettings::default()
+        },
+        circuit: Some(CircuitSettings {
+            keep: 0.0035,
+            signal: CircuitSignal::Tacq,
+            reference: Reference::Gptq,
+            seed: 0,
+        }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_preset_is_valid_and_found_by_its_name() {
+        for preset in PRESETS {
+            let method = preset.method();
+            method.quantize.check().unwrap();
+            method.circuit.as_ref().map_or(Ok(()), CircuitSettings::check).unwrap();
+            assert_eq!(Preset::find(preset.name).unwrap().about, preset.about);
+        }
+        assert!(Preset::find("magic").is_none());
+    }
+}

@@ -1,0 +1,236 @@
+//! A survey in a file: what the task's data and its gradients say of every weight, gathered once and read by many plans.
+//!
+//! Statistics are stored as bfloat16 (their size matters, not their last digits) under `KIND.NAME`, and the header names
+//! the inputs they were made from, so that nobody plans with the survey of another model or task.
+
+use crate::error::PipelineError;
+use crate::observer::Observer;
+use crate::recipe::{LossKind, Recipe};
+use crate::samples::Samples;
+use crate::spill::SpillFile;
+use serde::Serialize;
+use std::ops::ControlFlow;
+use std::path::Path;
+use tailorq_format::{AtomicFile, SafetensorsFile, SafetensorsWriter, TensorSpec};
+use tailorq_kernels::Device;
+use tailorq_model::Model;
+use tailorq_quant::QuantError;
+use tailorq_quant::survey::{BlockStats, Loss, Needs, Survey, SurveySample};
+use tailorq_tensor::{DType, InputGroup, LayerId, Matrix, Slot};
+
+/// Schema of survey files.
+const SURVEY_SCHEMA: &str = "1";
+
+/// Block inputs and gradients held in memory; what is beyond goes to a file beside the survey.
+pub(crate) const TAPE_BYTES: usize = 1 << 30;
+
+/// The sum over samples of `|dL/dW|` (TACQ).
+pub(crate) const ABSOLUTE: &str = "absolute";
+/// The sum over samples of `(dL/dW)^2`.
+pub(crate) const SQUARE: &str = "square";
+/// The energy of each token's output gradient, f32.
+const TOKEN_ENERGY: &str = "token_energy";
+/// The energy of each input, f32, one tensor for the inputs that linears share, named after the first of them.
+const INPUT_ENERGY: &str = "input_energy";
+/// One number: the mean loss in nats a token.
+const LOSS: &str = "loss";
+
+/// Everything that decides the numbers of a survey, as one line for its header.
+#[derive(Serialize)]
+struct Origin<'a> {
+    model: &'a str,
+    calibration: &'a str,
+    samples: usize,
+    sequence_length: usize,
+    seed: u64,
+    drop_calculator_marks: bool,
+    loss: LossKind,
+}
+
+fn origin(recipe: &Recipe) -> Result<String, PipelineError> {
+    let Some(calibration) = &recipe.calibration else {
+        return Err(PipelineError::Settings("a survey needs the task's data: give --calibration FILE".into()));
+    };
+    let origin = Origin {
+        model: &recipe.model.sha256,
+        calibration: &calibration.sha256,
+        samples: calibration.samples,
+        sequence_length: calibration.sequence_length,
+        seed: calibration.seed,
+        drop_calculator_marks: calibration.drop_calculator_marks,
+        loss: recipe.quantize.loss,
+    };
+    Ok(serde_json::to_string(&origin).expect("plain data"))
+}
+
+/// The tensors that a survey of these needs holds, in the order in which the backward pass finishes them.
+fn specs(model: &Model, needs: &Needs, n_tokens: usize) -> Vec<TensorSpec> {
+    let mut specs = Vec::new();
+    for block_idx in (0..model.blocks.len()).rev() {
+        for slot in Slot::ALL {
+            let linear = model.blocks[block_idx].linear(slot);
+            let shape = [linear.weight.rows(), linear.weight.cols()];
+            for (kind, wanted) in [(ABSOLUTE, needs.absolute), (SQUARE, needs.square)] {
+                if wanted {
+                    specs.push(TensorSpec::new(format!("{kind}.{}", linear.name), DType::BF16, &shape));
+                }
+            }
+            if needs.token_energies {
+                specs.push(TensorSpec::new(format!("{TOKEN_ENERGY}.{}", linear.name), DType::F32, &[n_tokens]));
+            }
+        }
+        for group in InputGroup::ALL.into_iter().filter(|_| needs.input_energies) {
+            let name = &model.blocks[block_idx].linear(group.slots()[0]).name;
+            let width = model.input_width(group);
+            specs.push(TensorSpec::new(format!("{INPUT_ENERGY}.{name}"), DType::F32, &[width]));
+        }
+    }
+    specs.push(TensorSpec::new(LOSS, DType::F32, &[1]));
+    specs
+}
+
+/// Runs the survey that `needs` names over the recipe's calibration data and writes it to `path`; returns the mean loss
+/// of the data in nats a token. The file appears when it is whole.
+pub(crate) fn write_survey(
+    device: &dyn Device,
+    model: &Model,
+    (recipe, samples): (&Recipe, &Samples),
+    needs: &Needs,
+    path: &Path,
+    observer: &dyn Observer,
+) -> Result<f64, PipelineError> {
+    let n_blocks = model.blocks.len();
+    let specs = specs(model, needs, samples.tokens());
+    let bytes: usize = specs.iter().filter_map(TensorSpec::bytes).sum();
+    observer.note(&format!("the survey will have {:.1} MiB: {}", bytes as f64 / f64::from(1 << 20), path.display()));
+    observer.stage("surveying the task", n_blocks as u64);
+    let metadata = [("tailorq_survey", SURVEY_SCHEMA), ("origin", &origin(recipe)?)];
+    let mut file = SafetensorsWriter::create(path, &specs, &metadata)?;
+    let dir = path.parent().unwrap_or(Path::new("."));
+    let mut spill = SpillFile::create(dir).map_err(|e| crate::error::output_error(dir, &e))?;
+    let survey = Survey { device, model, loss: Loss::CrossEntropy, needs, tape_bytes: TAPE_BYTES };
+    let samples = survey_samples(samples, recipe.quantize.loss);
+    let mut failed = None;
+    let summary = survey.run(&samples, Some(&mut spill), &mut |stats| {
+        failed = write_block(&mut file, model, &stats).err();
+        observer.progress((n_blocks - stats.block_idx) as u64, &format!("block {}", stats.block_idx));
+        let stop = failed.is_some() || observer.cancelled();
+        Ok(if stop { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
+    });
+    if let Some(error) = failed {
+        return Err(error);
+    }
+    let summary = match summary {
+        Err(QuantError::Interrupted) => return Err(PipelineError::Cancelled),
+        other => other?,
+    };
+    if needs.token_energies && summary.n_samples < samples.len() {
+        let n = samples.len() - summary.n_samples;
+        return Err(PipelineError::Settings(format!(
+            "{n} calibration items have no completion within the sequence length: raise --sequence-length, or use --loss full"
+        )));
+    }
+    let loss = summary.mean_loss.unwrap_or(0.0);
+    file.write(LOSS, &DType::F32.encode(&[loss as f32]))?;
+    file.commit()?;
+    Ok(loss)
+}
+
+/// The samples with the flags of the tokens that the loss counts.
+fn survey_samples(samples: &Samples, loss: LossKind) -> Vec<SurveySample> {
+    let scored = |flags: &Option<Vec<bool>>| flags.clone().filter(|_| loss == LossKind::Completion);
+    let pairs = samples.sequences.iter().zip(&samples.completions);
+    pairs.map(|(ids, flags)| SurveySample { ids: ids.clone(), scored: scored(flags) }).collect()
+}
+
+fn write_block(
+    file: &mut SafetensorsWriter<AtomicFile>,
+    model: &Model,
+    stats: &BlockStats,
+) -> Result<(), PipelineError> {
+    let block = &model.blocks[stats.block_idx];
+    for layer in &stats.layers {
+        let name = &block.linear(layer.slot).name;
+        for (kind, sums) in [(ABSOLUTE, &layer.absolute), (SQUARE, &layer.square)] {
+            if let Some(sums) = sums {
+                file.write(&format!("{kind}.{name}"), &DType::BF16.encode(sums.data()))?;
+            }
+        }
+        if !layer.token_energies.is_empty() {
+            file.write(&format!("{TOKEN_ENERGY}.{name}"), &DType::F32.encode(&layer.token_energies))?;
+        }
+    }
+    for group in stats.groups.iter().filter(|g| !g.input_energies.is_empty()) {
+        let name = &block.linear(group.group.slots()[0]).name;
+        let energies: Vec<f32> = group.input_energies.iter().map(|&e| e as f32).collect();
+        file.write(&format!("{INPUT_ENERGY}.{name}"), &DType::F32.encode(&energies))?;
+    }
+    Ok(())
+}
+
+/// A finished survey.
+pub(crate) struct SurveyFile {
+    file: SafetensorsFile,
+}
+
+impl SurveyFile {
+    /// Opens a survey and checks that it was made from the recipe's inputs.
+    pub(crate) fn open(path: &Path, recipe: &Recipe) -> Result<Self, PipelineError> {
+        let file = SafetensorsFile::open(path)?;
+        let fail = |problem: &str| Err(PipelineError::Output { path: path.to_path_buf(), problem: problem.into() });
+        let found = |key: &str| file.metadata().get(key).map(String::as_str);
+        if found("tailorq_survey") != Some(SURVEY_SCHEMA) {
+            return fail("is no survey of this version of tailorq: make one with `tailorq survey`");
+        }
+        if found("origin") != Some(&origin(recipe)?) {
+            return fail(
+                "was made from another model, data, choice of items or loss: repeat those, or make a new survey",
+            );
+        }
+        Ok(SurveyFile { file })
+    }
+
+    /// Whether it holds all that `needs` asks for of this model's first linear.
+    pub(crate) fn has(&self, model: &Model, needs: &Needs) -> bool {
+        specs(model, needs, 0).iter().all(|spec| self.file.get(&spec.name).is_some())
+    }
+
+    fn require(&self, name: &str) -> Result<tailorq_format::TensorView<'_>, PipelineError> {
+        self.file.get(name).ok_or_else(|| PipelineError::Output {
+            path: self.file.path().to_path_buf(),
+            problem: format!("has no tensor {name}: make a survey for these settings"),
+        })
+    }
+
+    /// A statistic of one linear, [`ABSOLUTE`] or [`SQUARE`]: `[out, in]`.
+    pub(crate) fn statistic(
+        &self,
+        kind: &str,
+        name: &str,
+        (rows, cols): (usize, usize),
+    ) -> Result<Matrix, PipelineError> {
+        let tensor = self.require(&format!("{kind}.{name}"))?;
+        tensor.expect(DType::BF16.into(), &[rows, cols])?;
+        let mut values = Matrix::zeros(rows, cols);
+        DType::BF16.decode(&tensor.bytes, values.data_mut());
+        Ok(values)
+    }
+
+    /// The token energies of one linear, brought to a mean of 1.
+    pub(crate) fn token_energies(&self, model: &Model, layer: LayerId) -> Result<Vec<f32>, PipelineError> {
+        let name = &model.blocks[layer.block_idx].linear(layer.slot).name;
+        let mut energies = self.require(&format!("{TOKEN_ENERGY}.{name}"))?.to_vector()?;
+        let mean = energies.iter().map(|&e| f64::from(e)).sum::<f64>() / energies.len().max(1) as f64;
+        if mean > 0.0 {
+            energies.iter_mut().for_each(|e| *e = (f64::from(*e) / mean) as f32);
+        }
+        Ok(energies)
+    }
+
+    /// The energies of the inputs of one linear, `[in]`.
+    pub(crate) fn input_energies(&self, model: &Model, layer: LayerId) -> Result<Vec<f32>, PipelineError> {
+        let first = layer.slot.input_group().slots()[0];
+        let name = &model.blocks[layer.block_idx].linear(first).name;
+        Ok(self.require(&format!("{INPUT_ENERGY}.{name}"))?.to_vector()?)
+    }
+}
