@@ -52,6 +52,7 @@ struct GlobalOptions {
 #[derive(Subcommand)]
 enum Command {
     Quantize(commands::quantize::QuantizeArgs),
+    Survey(commands::survey::SurveyArgs),
     Run(commands::run::RunArgs),
     Chat(commands::chat::ChatArgs),
     Eval(commands::eval::EvalArgs),
@@ -63,6 +64,7 @@ enum Command {
 fn execute(command: Command, console: &Console) -> anyhow::Result<()> {
     match command {
         Command::Quantize(args) => commands::quantize::execute(&args, console),
+        Command::Survey(args) => commands::survey::execute(&args, console),
         Command::Run(args) => commands::run::execute(&args, console),
         Command::Chat(args) => commands::chat::execute(&args, console),
         Command::Eval(args) => commands::eval::execute(&args, console),

@@ -43,9 +43,9 @@ pub(crate) fn quantize_blocks(
 ) -> Result<Vec<Part>, PipelineError> {
     let (settings, observer) = (&run.recipe.quantize, run.observer);
     let layer = layer_settings(settings);
-    let plan_of = |id: LayerId| {
-        let kept = task.circuit.as_ref().map(|c| c.mask(model, id)).transpose()?;
-        Ok(LayerPlan { settings: layer, kept })
+    let plan_of = |id: LayerId| match &task.plan {
+        Some(plan) => plan.layer(model, id, layer),
+        None => Ok(LayerPlan::from(layer)),
     };
     let token_energies = |id: LayerId| task.token_energies(model, id);
     let quantizer = BlockQuantizer {

@@ -1,20 +1,15 @@
-//! The circuit of a task: which weights stay at 16 bits, from a survey and a reference quantization to a file of masks.
+//! The circuit of a task: which weights stay at 16 bits, from a survey and a reference quantization.
 
 use crate::error::PipelineError;
 use crate::observer::Observer;
-use crate::output::{TensorData, write_safetensors};
 use crate::survey::{ABSOLUTE, SQUARE, SurveyFile};
 use serde::{Deserialize, Serialize};
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use tailorq_format::{SafetensorsFile, StoredType, TensorSpec};
+use std::collections::BTreeMap;
 use tailorq_kernels::Device;
 use tailorq_model::{Block, Model};
 use tailorq_quant::survey::Needs;
-use tailorq_quant::{
-    CircuitSignal, ElementMask, ElementRow, LayerPlan, LayerSettings, LayerStats, QuantError, TopElements,
-};
-use tailorq_tensor::{LayerId, Matrix, Rng, SharedBytes, Slot, Weight};
+use tailorq_quant::{CircuitSignal, ElementRow, LayerPlan, LayerSettings, LayerStats, QuantError, TopElements};
+use tailorq_tensor::{LayerId, Matrix, Rng, Slot, Weight};
 
 /// The largest share of weights that may be kept: beyond it more bits for all are cheaper (a kept weight costs 32 bits).
 const MOST_KEPT: f64 = 0.1;
@@ -78,23 +73,22 @@ impl CircuitSettings {
 pub(crate) struct Evidence<'a> {
     /// The original model.
     pub(crate) model: &'a Model,
-    /// How each layer would be rounded.
-    pub(crate) settings: LayerSettings,
+    /// How a layer would be rounded.
+    pub(crate) settings_of: &'a dyn Fn(&str) -> LayerSettings,
     /// The blocks of a finished reference run; without one weights are rounded to nearest.
     pub(crate) reference: Option<&'a dyn Fn(usize) -> Result<Block, PipelineError>>,
     /// The survey, when the signal reads one.
     pub(crate) survey: Option<&'a SurveyFile>,
 }
 
-/// Scores all elements, chooses the share to keep and writes it: a tensor `kept.NAME` (U32, ascending row-major indices)
-/// for every linear.
-pub(crate) fn write_circuit(
+/// The elements with the highest scores of all layers together: each linear's checkpoint name with its ascending row-major
+/// indices.
+pub(crate) fn choose_circuit(
     device: &dyn Device,
     evidence: &Evidence<'_>,
     circuit: &CircuitSettings,
-    path: &Path,
     observer: &dyn Observer,
-) -> Result<(), PipelineError> {
+) -> Result<BTreeMap<String, Vec<u32>>, PipelineError> {
     let model = evidence.model;
     let layers = layers(model)?;
     observer.stage("choosing the circuit", layers.len() as u64);
@@ -118,16 +112,12 @@ pub(crate) fn write_circuit(
         }
         observer.progress(idx as u64 + 1, &id.to_string());
     }
-    let tensors: Vec<TensorData> = layers
-        .iter()
-        .zip(top.finish(layers.len()))
-        .map(|(id, kept)| {
-            let name = format!("kept.{}", model.blocks[id.block_idx].linear(id.slot).name);
-            let indices: Vec<u32> = kept.iter().map(|&i| u32::try_from(i).expect("checked by `layers`")).collect();
-            (TensorSpec::new(name, StoredType::U32, &[indices.len()]), SharedBytes::from_vec(indices))
-        })
-        .collect();
-    write_safetensors(path, &tensors)
+    let named = |(id, kept): (&LayerId, Vec<usize>)| {
+        let index = |i| u32::try_from(i).expect("no layer is larger, or `layers` had refused it");
+        let name = model.blocks[id.block_idx].linear(id.slot).name.clone();
+        (name, kept.into_iter().map(index).collect())
+    };
+    Ok(layers.iter().zip(top.finish(layers.len())).map(named).collect())
 }
 
 /// All linears, in the order in which ties are broken.
@@ -175,7 +165,7 @@ impl LayerEvidence {
         let reference = match (signal.reads_reference(), reference_block) {
             (false, _) => none(),
             (true, Some(block)) => block.linear(id.slot).weight.to_matrix(),
-            (true, None) => rounded(device, &weights, evidence.settings)?,
+            (true, None) => rounded(device, &weights, (evidence.settings_of)(&linear.name))?,
         };
         Ok(LayerEvidence { weights, reference, gradient, inputs })
     }
@@ -197,31 +187,4 @@ fn rounded(device: &dyn Device, weights: &Matrix, settings: LayerSettings) -> Re
     let rtn = tailorq_quant::find("rtn").expect("rtn is a registered method");
     let quantized = rtn.quantize(device, weights, &LayerStats::default(), &LayerPlan::from(settings))?;
     Ok(Weight::from(quantized.matrix).to_matrix())
-}
-
-/// A finished circuit.
-pub(crate) struct Circuit {
-    file: SafetensorsFile,
-    path: PathBuf,
-}
-
-impl Circuit {
-    /// Opens what [`write_circuit`] wrote.
-    pub(crate) fn open(path: &Path) -> Result<Self, PipelineError> {
-        Ok(Circuit { file: SafetensorsFile::open(path)?, path: path.to_path_buf() })
-    }
-
-    /// The kept elements of one layer.
-    pub(crate) fn mask(&self, model: &Model, id: LayerId) -> Result<Arc<ElementMask>, QuantError> {
-        let linear = model.blocks[id.block_idx].linear(id.slot);
-        let name = format!("kept.{}", linear.name);
-        let damaged = |problem: &str| QuantError::Settings(format!("{}: {name} {problem}", self.path.display()));
-        let tensor = self.file.get(&name).ok_or_else(|| damaged("is missing: remove the file and run again"))?;
-        let indices = match (tensor.dtype, tensor.bytes.cast::<u32>()) {
-            (StoredType::U32, Some(indices)) => indices,
-            _ => return Err(damaged("is not a list of U32: remove the file and run again")),
-        };
-        let (rows, cols) = (linear.weight.rows(), linear.weight.cols());
-        Ok(Arc::new(ElementMask::from_indices(rows, cols, indices.iter().map(|&i| i as usize))?))
-    }
 }

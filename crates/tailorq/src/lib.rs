@@ -13,6 +13,7 @@ mod inspect;
 mod observer;
 mod output;
 pub mod pipeline;
+mod plan;
 mod presets;
 mod probe;
 mod recipe;
@@ -37,8 +38,10 @@ pub use probe::{GradientOutput, GradientProbe, ProbeError, check_tokens, probe, 
 pub use recipe::{CalibrationInput, LossKind, ModelInput, QuantizeSettings, Recipe, hash_files};
 pub use report::{CalibrationReport, LayerReport, Report, SizeReport, calibration_items};
 pub use spill::SpillFile;
+pub use survey::{SurveyRequest, survey};
 pub use tailorq_kernels::{Device, cpu, reference};
 pub use tailorq_model::{ChatMessage, ChatTemplate, Model, ModelError, ModelFiles, OpenedModel, Tokenizer, open};
+pub use tailorq_quant::survey::Needs;
 pub use tailorq_quant::{CircuitSignal, Clip, TokenWeight};
 pub use tailorq_tensor::{Bits, Group};
 pub use threads::set_threads;

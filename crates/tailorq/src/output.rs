@@ -15,8 +15,17 @@ pub type TensorData = (TensorSpec, SharedBytes);
 
 /// Writes a whole safetensors file under a temporary name, then renames it.
 pub fn write_safetensors(path: &Path, tensors: &[TensorData]) -> Result<(), PipelineError> {
+    write_tensors_with(path, tensors, &[("format", "pt")])
+}
+
+/// [`write_safetensors`] with metadata of its own in the header.
+pub(crate) fn write_tensors_with(
+    path: &Path,
+    tensors: &[TensorData],
+    metadata: &[(&str, &str)],
+) -> Result<(), PipelineError> {
     let specs: Vec<TensorSpec> = tensors.iter().map(|(spec, _)| spec.clone()).collect();
-    let mut writer = SafetensorsWriter::create(path, &specs, &[("format", "pt")])?;
+    let mut writer = SafetensorsWriter::create(path, &specs, metadata)?;
     for (spec, bytes) in tensors {
         writer.write(&spec.name, bytes)?;
     }

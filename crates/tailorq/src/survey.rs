@@ -3,9 +3,12 @@
 //! Statistics are stored as bfloat16 (their size matters, not their last digits) under `KIND.NAME`, and the header names
 //! the inputs they were made from, so that nobody plans with the survey of another model or task.
 
+use crate::circuit::CircuitSettings;
 use crate::error::PipelineError;
+use crate::inputs::{CalibrationRequest, QuantizeRequest, announce, resolve};
 use crate::observer::Observer;
-use crate::recipe::{LossKind, Recipe};
+use crate::output::OutputMode;
+use crate::recipe::{LossKind, QuantizeSettings, Recipe};
 use crate::samples::Samples;
 use crate::spill::SpillFile;
 use serde::Serialize;
@@ -34,6 +37,60 @@ const TOKEN_ENERGY: &str = "token_energy";
 const INPUT_ENERGY: &str = "input_energy";
 /// One number: the mean loss in nats a token.
 const LOSS: &str = "loss";
+
+/// A survey to be made on its own.
+#[derive(Clone, Debug)]
+pub struct SurveyRequest {
+    /// Path or hub id of the checkpoint.
+    pub model: String,
+    /// The task's data.
+    pub calibration: CalibrationRequest,
+    /// Which tokens the loss counts.
+    pub loss: LossKind,
+    /// What to gather.
+    pub needs: Needs,
+}
+
+impl SurveyRequest {
+    /// The survey that a run of `request` would make. Panics when it has no calibration.
+    pub fn of(request: &QuantizeRequest) -> Self {
+        let token_energies = request.settings.token_weight.reads_gradients();
+        let needs = request.circuit.as_ref().map_or_else(Needs::default, CircuitSettings::needs);
+        SurveyRequest {
+            model: request.model.clone(),
+            calibration: request.calibration.clone().expect("a survey needs data"),
+            loss: request.settings.loss,
+            needs: needs.union(&Needs { token_energies, ..Needs::default() }),
+        }
+    }
+}
+
+/// Makes a survey and writes it to `path`, for `QuantizeRequest::survey` of any run over the same inputs. Returns the mean
+/// loss of the data in nats a token.
+pub fn survey(
+    device: &dyn Device,
+    request: &SurveyRequest,
+    path: &Path,
+    observer: &dyn Observer,
+) -> Result<f64, PipelineError> {
+    let opened = tailorq_model::open(&request.model)?;
+    let settings = QuantizeSettings { loss: request.loss, ..QuantizeSettings::default() };
+    let inputs = QuantizeRequest {
+        model: request.model.clone(),
+        settings,
+        calibration: Some(request.calibration.clone()),
+        circuit: None,
+        survey: None,
+        expected: None,
+        output: path.to_path_buf(),
+        mode: OutputMode::Fresh,
+    };
+    inputs.check()?;
+    let (recipe, samples) = resolve(&opened, &inputs, observer)?;
+    let samples = samples.expect("GPTQ's defaults read calibration");
+    announce(&samples, observer);
+    write_survey(device, &opened.model, (&recipe, &samples), &request.needs, path, observer)
+}
 
 /// Everything that decides the numbers of a survey, as one line for its header.
 #[derive(Serialize)]

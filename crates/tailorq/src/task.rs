@@ -1,11 +1,13 @@
-//! What a run knows of its task before it quantizes: a survey, and from it the circuit. Both are files among the parts, so
+//! What a run knows of its task before it quantizes: a survey, and from it a plan. Both are files among the parts, so
 //! that a resumed run has them already.
 
 use crate::blocks::{Run, layer_settings, packed_block, quantize_blocks};
-use crate::circuit::{Circuit, CircuitSettings, Evidence, Reference, write_circuit};
+use crate::circuit::{CircuitSettings, Evidence, Reference, choose_circuit};
 use crate::error::PipelineError;
+use crate::plan::{Exceptions, PlanFile};
 use crate::recipe::Recipe;
 use crate::survey::{SurveyFile, write_survey};
+use std::collections::BTreeMap;
 use std::path::Path;
 use tailorq_model::Model;
 use tailorq_quant::QuantError;
@@ -16,7 +18,7 @@ use tailorq_tensor::LayerId;
 #[derive(Default)]
 pub(crate) struct Task {
     survey: Option<SurveyFile>,
-    pub(crate) circuit: Option<Circuit>,
+    pub(crate) plan: Option<PlanFile>,
 }
 
 impl Task {
@@ -35,7 +37,7 @@ pub(crate) fn survey_needs(recipe: &Recipe) -> Option<Needs> {
     (needs != Needs::default()).then_some(needs)
 }
 
-/// Surveys the task and chooses the circuit, as far as the recipe asks for them and earlier runs have not. `existing` is a
+/// Surveys the task and makes the plan, as far as the recipe asks for them and earlier runs have not. `existing` is a
 /// survey of the same inputs. `original` is the model as opened, `model` that with the artifact's embedding.
 pub(crate) fn gather_task(
     run: &Run<'_>,
@@ -47,30 +49,42 @@ pub(crate) fn gather_task(
         Some(needs) => Some(open_survey(run, original, &needs, existing)?),
         None => None,
     };
-    let mut task = Task { survey, circuit: None };
-    let Some(circuit) = &run.recipe.circuit else { return Ok(task) };
-    let path = run.output.extra("circuit.safetensors");
-    if !path.exists() {
-        let reference = match circuit.reference {
-            Reference::Gptq if circuit.signal.reads_reference() => {
-                Some(quantize_blocks(run, model, &task, "reference")?)
-            }
-            _ => None,
-        };
-        let of_block = |idx: usize| match &reference {
-            Some(parts) => packed_block(&original.blocks[idx], &parts[idx]),
-            None => Ok(original.blocks[idx].clone()),
-        };
-        let evidence = Evidence {
-            model: original,
-            settings: layer_settings(&run.recipe.quantize),
-            reference: reference.is_some().then_some(&of_block),
-            survey: task.survey.as_ref(),
-        };
-        write_circuit(run.device, &evidence, circuit, &path, run.observer)?;
+    let mut task = Task { survey, plan: None };
+    let path = run.output.extra("plan.safetensors");
+    if let (Some(circuit), false) = (&run.recipe.circuit, path.exists()) {
+        let kept = circuit_of(run, (original, model), &task, circuit)?;
+        let exceptions = Exceptions { kept, ..Exceptions::default() };
+        exceptions.write(&path, &run.recipe.model.sha256)?;
     }
-    task.circuit = Some(Circuit::open(&path)?);
+    if path.exists() {
+        task.plan = Some(PlanFile::open(&path, &run.recipe.model.sha256)?);
+    }
     Ok(task)
+}
+
+/// The elements that the recipe keeps at 16 bits.
+fn circuit_of(
+    run: &Run<'_>,
+    (original, model): (&Model, &Model),
+    task: &Task,
+    circuit: &CircuitSettings,
+) -> Result<BTreeMap<String, Vec<u32>>, PipelineError> {
+    let reference = match circuit.reference {
+        Reference::Gptq if circuit.signal.reads_reference() => Some(quantize_blocks(run, model, task, "reference")?),
+        _ => None,
+    };
+    let of_block = |idx: usize| match &reference {
+        Some(parts) => packed_block(&original.blocks[idx], &parts[idx]),
+        None => Ok(original.blocks[idx].clone()),
+    };
+    let settings = layer_settings(&run.recipe.quantize);
+    let evidence = Evidence {
+        model: original,
+        settings_of: &|_| settings,
+        reference: reference.is_some().then_some(&of_block),
+        survey: task.survey.as_ref(),
+    };
+    choose_circuit(run.device, &evidence, circuit, run.observer)
 }
 
 fn open_survey(

@@ -6,8 +6,8 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use tailorq::{
-    Bits, CalibrationRequest, Group, Observer, Outcome, OutputMode, PipelineError, QuantizeRequest, QuantizeSettings,
-    Recipe, Silent,
+    Bits, CalibrationRequest, CircuitSettings, CircuitSignal, Group, LossKind, Observer, Outcome, OutputMode,
+    PipelineError, QuantizeRequest, QuantizeSettings, Recipe, Reference, Report, Silent, SurveyRequest, TokenWeight,
 };
 use tailorq_model::testing::TinyModel;
 
@@ -338,4 +338,94 @@ fn a_damaged_table_is_an_error_at_any_width() {
         assert!(error.contains("model.embed_tokens.weight"), "{error}");
         assert!(!bench.path(name).join("config.json").exists());
     }
+}
+
+/// A request for TACQ over the tiny model; the share is larger than real ones, whose layers are.
+fn circuit(bench: &Bench, output: &str, reference: Reference) -> QuantizeRequest {
+    let mut request = bench.request(output);
+    request.settings.bits = Bits::Two;
+    request.circuit = Some(CircuitSettings { keep: 0.02, reference, ..CircuitSettings::default() });
+    request
+}
+
+#[test]
+fn a_circuit_is_kept_resumed_and_repeated_to_the_same_bytes() {
+    let bench = Bench::new("qwen2");
+    for reference in [Reference::Rtn, Reference::Gptq] {
+        let name = format!("whole-{reference:?}");
+        let Outcome::Written(report) = quantize(&circuit(&bench, &name, reference)).unwrap() else { panic!() };
+        let weights = tailorq::inspect(&tailorq::open(&bench.path(&name).display().to_string()).unwrap()).linears;
+        assert!((weights.bits_per_weight - report.size.linear_bits_per_weight).abs() < 1e-9);
+        let plain = {
+            let mut request = circuit(&bench, &format!("plain-{reference:?}"), reference);
+            request.circuit = None;
+            let Outcome::Written(report) = quantize(&request).unwrap() else { panic!() };
+            report
+        };
+        // A value and a column for each kept element, and a count for each row.
+        let rows: usize = report.layers.iter().filter(|l| l.name.contains("layers")).map(|l| l.rows).sum();
+        let kept = (0.02 * weights.parameters as f64).floor() as usize;
+        let bytes = |r: &Report| r.layers.iter().map(|l| l.bytes).sum::<usize>();
+        assert_eq!(bytes(&report) - bytes(&plain), 4 * kept + 2 * rows);
+        assert!(report.mean_relative_error() < plain.mean_relative_error());
+        let whole = files(&bench.path(&name));
+        for stop in [2, 6, 30, 45] {
+            let mut request = circuit(&bench, &format!("{name}-{stop}"), reference);
+            let stopped = tailorq::quantize(tailorq::cpu().as_ref(), &request, &StopAfter(AtomicU64::new(0), stop));
+            assert!(matches!(stopped, Err(PipelineError::Cancelled)), "stop {stop}: {stopped:?}");
+            request.mode = OutputMode::Resume;
+            quantize(&request).unwrap();
+            assert_same(&files(&request.output), &whole, &format!("{reference:?}, stop {stop}"));
+        }
+        let recipe = Recipe::read(&bench.path(&name).join("recipe.toml")).unwrap();
+        let again = bench.path(&format!("{name}-again"));
+        quantize(&QuantizeRequest::repeat(recipe, again.clone(), OutputMode::Fresh)).unwrap();
+        assert_same(&files(&again), &whole, "the recipe");
+    }
+}
+
+#[test]
+fn a_survey_serves_other_plans_and_only_its_own_inputs() {
+    let bench = Bench::new("llama");
+    let survey = bench.path("survey.safetensors");
+    let mut request = circuit(&bench, "with", Reference::Rtn);
+    request.settings.token_weight = TokenWeight::GradientInverseNorm;
+    let needs = SurveyRequest::of(&request);
+    tailorq::survey(tailorq::cpu().as_ref(), &needs, &survey, &Silent).unwrap();
+    let mut again = request.clone();
+    again.output = bench.path("without");
+    request.survey = Some(survey.clone());
+    quantize(&request).unwrap();
+    quantize(&again).unwrap();
+    assert_same(&files(&request.output), &files(&again.output), "the same survey, made before or on the way");
+    // Another share reads the same survey; another loss does not.
+    request.output = bench.path("more");
+    request.circuit.as_mut().unwrap().keep = 0.03;
+    quantize(&request).unwrap();
+    request.output = bench.path("other");
+    request.settings.loss = LossKind::Full;
+    let error = quantize(&request).unwrap_err().to_string();
+    assert!(error.contains("another model, data"), "{error}");
+    request.settings.loss = LossKind::Completion;
+    request.mode = OutputMode::Overwrite;
+    request.circuit.as_mut().unwrap().signal = CircuitSignal::Fisher;
+    let error = quantize(&request).unwrap_err().to_string();
+    assert!(error.contains("lacks statistics"), "{error}");
+}
+
+#[test]
+fn every_signal_makes_an_artifact_and_most_of_them_different_ones() {
+    let bench = Bench::new("qwen3");
+    let mut seen = Vec::new();
+    for signal in CircuitSignal::ALL {
+        let mut request = circuit(&bench, signal.name(), Reference::Rtn);
+        request.circuit.as_mut().unwrap().signal = signal;
+        quantize(&request).unwrap();
+        let weights = files(&request.output).remove("model.safetensors").unwrap();
+        assert!(!seen.contains(&weights), "{}", signal.name());
+        seen.push(weights);
+    }
+    let mut request = circuit(&bench, "too-much", Reference::Rtn);
+    request.circuit.as_mut().unwrap().keep = 0.5;
+    assert!(matches!(quantize(&request), Err(PipelineError::Settings(_))));
 }

@@ -8,6 +8,7 @@ pub mod probe;
 pub mod quantize;
 pub mod run;
 pub mod sampling;
+pub mod survey;
 
 use crate::console::Console;
 use anyhow::Context;

@@ -1,0 +1,84 @@
+//! A plan in a file: what each linear shall become, where it differs from the recipe's settings for all.
+//!
+//! A safetensors file. Settings of single layers are a JSON table in the header; the elements that a layer keeps at 16 bits
+//! are a tensor `kept.NAME` (U32, ascending row-major indices). The header names the inputs of the plan, so that nobody
+//! quantizes one model by the plan of another.
+
+use crate::error::PipelineError;
+use crate::output::{TensorData, write_tensors_with};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use tailorq_format::{SafetensorsFile, StoredType, TensorSpec};
+use tailorq_model::Model;
+use tailorq_quant::{ElementMask, LayerPlan, LayerSettings, QuantError};
+use tailorq_tensor::{LayerId, SharedBytes};
+
+/// Schema of plan files.
+const PLAN_SCHEMA: &str = "1";
+
+/// What departs from the settings that all layers share, by the layers' checkpoint names.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(crate) struct Exceptions {
+    /// Settings of single layers.
+    pub(crate) layers: BTreeMap<String, LayerSettings>,
+    /// Ascending row-major indices of kept elements.
+    pub(crate) kept: BTreeMap<String, Vec<u32>>,
+}
+
+impl Exceptions {
+    /// Writes them to `path`, whole or not at all. `model` is the checkpoint's SHA-256.
+    pub(crate) fn write(&self, path: &Path, model: &str) -> Result<(), PipelineError> {
+        let layers = serde_json::to_string(&self.layers).expect("plain data");
+        let metadata = [("tailorq_plan", PLAN_SCHEMA), ("model", model), ("layers", &layers)];
+        let tensor = |(name, indices): (&String, &Vec<u32>)| -> TensorData {
+            let spec = TensorSpec::new(format!("kept.{name}"), StoredType::U32, &[indices.len()]);
+            (spec, SharedBytes::from_vec(indices.clone()))
+        };
+        let tensors: Vec<TensorData> = self.kept.iter().map(tensor).collect();
+        write_tensors_with(path, &tensors, &metadata)
+    }
+}
+
+/// A plan that was written, its masks left in the memory map.
+pub(crate) struct PlanFile {
+    file: SafetensorsFile,
+    path: PathBuf,
+    layers: BTreeMap<String, LayerSettings>,
+}
+
+impl PlanFile {
+    /// Opens a plan and checks that it is one for the checkpoint with SHA-256 `model`.
+    pub(crate) fn open(path: &Path, model: &str) -> Result<Self, PipelineError> {
+        let file = SafetensorsFile::open(path)?;
+        let fail = |problem: String| PipelineError::Output { path: path.to_path_buf(), problem };
+        let found = |key: &str| file.metadata().get(key).map(String::as_str);
+        if found("tailorq_plan") != Some(PLAN_SCHEMA) {
+            return Err(fail("is no plan of this version of tailorq: make one with `tailorq plan`".into()));
+        }
+        if found("model") != Some(model) {
+            return Err(fail("was made for another checkpoint: make one for this".into()));
+        }
+        let layers = serde_json::from_str(found("layers").unwrap_or("{}"))
+            .map_err(|e| fail(format!("has settings of layers that cannot be read ({e}): make it again")))?;
+        Ok(PlanFile { file, path: path.to_path_buf(), layers })
+    }
+
+    /// What a layer shall become; `default` is what it becomes where the plan is silent.
+    pub(crate) fn layer(&self, model: &Model, id: LayerId, default: LayerSettings) -> Result<LayerPlan, QuantError> {
+        let linear = model.blocks[id.block_idx].linear(id.slot);
+        let settings = self.layers.get(&linear.name).copied().unwrap_or(default);
+        let name = format!("kept.{}", linear.name);
+        let Some(tensor) = self.file.get(&name) else { return Ok(LayerPlan { settings, kept: None }) };
+        let indices = match (tensor.dtype, tensor.bytes.cast::<u32>()) {
+            (StoredType::U32, Some(indices)) => indices,
+            _ => {
+                let problem = format!("{}: {name} is not a list of U32: make the plan again", self.path.display());
+                return Err(QuantError::Settings(problem));
+            }
+        };
+        let (rows, cols) = (linear.weight.rows(), linear.weight.cols());
+        let mask = ElementMask::from_indices(rows, cols, indices.iter().map(|&i| i as usize))?;
+        Ok(LayerPlan { settings, kept: Some(Arc::new(mask)) })
+    }
+}
