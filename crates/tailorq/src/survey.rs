@@ -66,13 +66,13 @@ impl SurveyRequest {
 }
 
 /// Makes a survey and writes it to `path`, for `QuantizeRequest::survey` of any run over the same inputs. Returns the mean
-/// loss of the data in nats a token.
+/// loss of the data in nats a token, where gradients were needed.
 pub fn survey(
     device: &dyn Device,
     request: &SurveyRequest,
     path: &Path,
     observer: &dyn Observer,
-) -> Result<f64, PipelineError> {
+) -> Result<Option<f64>, PipelineError> {
     let opened = tailorq_model::open(&request.model)?;
     let settings = QuantizeSettings { loss: request.loss, ..QuantizeSettings::default() };
     let inputs = QuantizeRequest {
@@ -120,10 +120,13 @@ fn origin(recipe: &Recipe) -> Result<String, PipelineError> {
     Ok(serde_json::to_string(&origin).expect("plain data"))
 }
 
-/// The tensors that a survey of these needs holds, in the order in which the backward pass finishes them.
+/// The tensors that a survey of these needs holds, in the order in which blocks are finished: from the last to the first
+/// by a backward pass, and the other way round without one.
 fn specs(model: &Model, needs: &Needs, n_tokens: usize) -> Vec<TensorSpec> {
     let mut specs = Vec::new();
-    for block_idx in (0..model.blocks.len()).rev() {
+    let n_blocks = model.blocks.len();
+    for i in 0..n_blocks {
+        let block_idx = if needs.gradients() { n_blocks - 1 - i } else { i };
         for slot in Slot::ALL {
             let linear = model.blocks[block_idx].linear(slot);
             let shape = [linear.weight.rows(), linear.weight.cols()];
@@ -142,12 +145,14 @@ fn specs(model: &Model, needs: &Needs, n_tokens: usize) -> Vec<TensorSpec> {
             specs.push(TensorSpec::new(format!("{INPUT_ENERGY}.{name}"), DType::F32, &[width]));
         }
     }
-    specs.push(TensorSpec::new(LOSS, DType::F32, &[1]));
+    if needs.gradients() {
+        specs.push(TensorSpec::new(LOSS, DType::F32, &[1]));
+    }
     specs
 }
 
 /// Runs the survey that `needs` names over the recipe's calibration data and writes it to `path`; returns the mean loss
-/// of the data in nats a token. The file appears when it is whole.
+/// of the data in nats a token, where gradients were needed. The file appears when it is whole.
 pub(crate) fn write_survey(
     device: &dyn Device,
     model: &Model,
@@ -155,7 +160,7 @@ pub(crate) fn write_survey(
     needs: &Needs,
     path: &Path,
     observer: &dyn Observer,
-) -> Result<f64, PipelineError> {
+) -> Result<Option<f64>, PipelineError> {
     let n_blocks = model.blocks.len();
     let specs = specs(model, needs, samples.tokens());
     let bytes: usize = specs.iter().filter_map(TensorSpec::bytes).sum();
@@ -167,10 +172,11 @@ pub(crate) fn write_survey(
     let mut spill = SpillFile::create(dir).map_err(|e| crate::error::output_error(dir, &e))?;
     let survey = Survey { device, model, loss: Loss::CrossEntropy, needs, tape_bytes: TAPE_BYTES };
     let samples = survey_samples(samples, recipe.quantize.loss);
-    let mut failed = None;
+    let (mut failed, mut n_done) = (None, 0);
     let summary = survey.run(&samples, Some(&mut spill), &mut |stats| {
         failed = write_block(&mut file, model, &stats).err();
-        observer.progress((n_blocks - stats.block_idx) as u64, &format!("block {}", stats.block_idx));
+        n_done += 1;
+        observer.progress(n_done, &format!("block {}", stats.block_idx));
         let stop = failed.is_some() || observer.cancelled();
         Ok(if stop { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
     });
@@ -187,10 +193,11 @@ pub(crate) fn write_survey(
             "{n} calibration items have no completion within the sequence length: raise --sequence-length, or use --loss full"
         )));
     }
-    let loss = summary.mean_loss.unwrap_or(0.0);
-    file.write(LOSS, &DType::F32.encode(&[loss as f32]))?;
+    if let Some(loss) = summary.mean_loss {
+        file.write(LOSS, &DType::F32.encode(&[loss as f32]))?;
+    }
     file.commit()?;
-    Ok(loss)
+    Ok(summary.mean_loss)
 }
 
 /// The samples with the flags of the tokens that the loss counts.

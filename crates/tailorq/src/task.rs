@@ -104,8 +104,9 @@ fn open_survey(
     let path = run.output.extra("survey.safetensors");
     if !path.exists() {
         let samples = run.samples.expect("a recipe with a survey has calibration");
-        let loss = write_survey(run.device, model, (run.recipe, samples), needs, &path, run.observer)?;
-        run.observer.note(&format!("the task's loss before quantization: {loss:.4} nats a token"));
+        if let Some(loss) = write_survey(run.device, model, (run.recipe, samples), needs, &path, run.observer)? {
+            run.observer.note(&format!("the task's loss before quantization: {loss:.4} nats a token"));
+        }
     }
     SurveyFile::open(&path, run.recipe)
 }

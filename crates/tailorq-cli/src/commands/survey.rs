@@ -59,8 +59,6 @@ pub fn execute(args: &SurveyArgs, console: &Console) -> anyhow::Result<()> {
     let bytes = std::fs::metadata(&args.output)?.len();
     console.object(&json!({ "output": args.output, "bytes": bytes, "loss": loss, "seconds": seconds }))?;
     let mib = bytes as f64 / super::MIB;
-    console.text(&format!(
-        "wrote {} in {seconds:.0} s: {mib:.1} MiB; the data's loss is {loss:.4} nats a token\n",
-        args.output.display()
-    ))
+    let loss = loss.map_or(String::new(), |loss| format!("; the data's loss is {loss:.4} nats a token"));
+    console.text(&format!("wrote {} in {seconds:.0} s: {mib:.1} MiB{loss}\n", args.output.display()))
 }
