@@ -1,5 +1,6 @@
 //! What can go wrong while quantizing: every message names the layer, the place in it and a remedy.
 
+use crate::allocate::AllocateError;
 use tailorq_model::TapeError;
 use tailorq_tensor::{LayerId, PackError};
 use thiserror::Error;
@@ -70,6 +71,9 @@ pub enum QuantError {
     /// Block inputs could not be kept.
     #[error(transparent)]
     Tape(#[from] TapeError),
+    /// There is no plan.
+    #[error(transparent)]
+    Allocate(#[from] AllocateError),
     /// The caller asked to stop.
     #[error("interrupted")]
     Interrupted,

@@ -217,6 +217,22 @@ fn the_knapsack_needs_no_common_measure() {
     }
 }
 
+/// Damages that fall by as much as the bytes rise leave nothing but filling the budget, which the exact plan does to the byte.
+#[test]
+fn the_knapsack_fills_a_budget_where_all_bytes_are_worth_the_same() {
+    let shapes: [u64; 7] = [331_776, 110_592, 110_592, 331_776, 884_736, 884_736, 884_736];
+    let unit = |i: usize| {
+        let candidate = |bits: u64| {
+            let cost_bytes = shapes[i % 7] / 8 * bits + shapes[i % 7] / 128 * 2 + 96 * bits;
+            Candidate { format: bits as usize, cost_bytes, damage: 1e9 - cost_bytes as f64 }
+        };
+        Unit { id: UnitId::Layer(layer(i)), candidates: [2, 3, 4, 8].map(candidate).to_vec() }
+    };
+    let units: Vec<Unit> = (0..70).map(unit).collect();
+    let budget = least_cost(&units) * 3 / 2 / 96 * 96;
+    assert_eq!(Knapsack.allocate(&units, budget).unwrap().cost_bytes, budget);
+}
+
 #[test]
 fn depth_only_protects_the_ends_first() {
     let table: Vec<_> = (0..6).map(|_| vec![(2, 9), (3, 4), (4, 1)]).collect();

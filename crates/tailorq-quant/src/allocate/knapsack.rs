@@ -12,18 +12,18 @@ use super::hull::{Descent, Step, best_fill, steps};
 use super::units::{Front, Point, allocation, fronts};
 use super::{AllocateError, Allocation, Allocator, Unit};
 
-/// Partial plans held at most, all units together: 16 bytes each.
-const MOST_PLANS: usize = 1 << 24;
+/// Partial plans held at most: 40 bytes for each that one unit adds, and 16 for each kept, over all units.
+const MOST_PLANS: usize = 1 << 23;
 
 /// Room for rounding in bounds, which must not drop the best plan: relative to the bound, and to the damages in it.
 const SLACK: [f64; 2] = [1e-9, 1e-15];
 
 /// The plan of least total damage within the budget, and of least bytes among those: exact, no cost is rounded.
 ///
-/// Worst case `O(n * s)` for `n` candidates and `s` partial plans of one unit more, where `s` is bounded by the distinct
-/// sums of costs; typically a few thousand for the 80 blocks or 560 layers of a 70B model, as most choices are ruled out at
-/// once. Where costs have no common measure and damages are proportional to them it may need more than is allowed, which is
-/// an error, not an approximation.
+/// `O(n s log s)` for `n` candidates and `s` partial plans at once, of which there are at most as many as distinct sums of
+/// costs. The bound leaves few of them: 80 blocks or 560 layers with 4 candidates take a millisecond or two, and about a
+/// second where damages are proportional to costs, so that no choice is better than another and only filling the budget
+/// counts. If costs have no common measure either, more may be needed than can be held: an error, not an approximation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Knapsack;
 
@@ -48,7 +48,7 @@ impl Allocator for Knapsack {
         }
         if descent.left > 0 {
             let search = Search::new(&fronts, &descent, step, gap);
-            if let Some(moves) = search.run(fill.gain, fill.cost)? {
+            if let Some(moves) = search.run(fill.gain, fill.cost, MOST_PLANS)? {
                 levels.clone_from(&descent.levels);
                 for (front_idx, level) in moves {
                     levels[front_idx] = level;
@@ -149,12 +149,15 @@ impl Search {
     }
 
     /// The levels of the best plan, if it is better than one that gains `gain` over the hull's for `cost` bytes.
-    fn run(&self, gain: f64, cost: u64) -> Result<Option<Vec<(usize, usize)>>, AllocateError> {
+    fn run(&self, gain: f64, cost: u64, most_plans: usize) -> Result<Option<Vec<(usize, usize)>>, AllocateError> {
         let mut decisions = vec![Decision { parent: 0, level: 0 }];
         let mut plans = vec![Partial { cost: 0, damage: 0.0, regret: 0.0, decision: 0 }];
         for (i, branch) in self.branches.iter().enumerate() {
             let rest = self.branches.get(i + 1).map_or([0, 0], |b| b.rest);
-            plans = self.extend(&plans, branch, rest, &mut decisions)?;
+            let room = most_plans.saturating_sub(decisions.len());
+            let extended = self.extend(&plans, branch, rest, room);
+            let extended = extended.ok_or(AllocateError::TooHard { limit: most_plans })?;
+            plans = undercut(extended, &mut decisions);
         }
         // Damages fall along the plans, so the last one has the least, and the least bytes with it.
         let Some(best) = plans.last() else { return Ok(None) };
@@ -162,15 +165,9 @@ impl Search {
         Ok(is_better.then(|| self.trace(&decisions, best.decision)))
     }
 
-    /// All plans with one branch more that have hope and are not undercut, costs rising and damages falling.
-    fn extend(
-        &self,
-        plans: &[Partial],
-        branch: &Branch,
-        rest: [i64; 2],
-        decisions: &mut Vec<Decision>,
-    ) -> Result<Vec<Partial>, AllocateError> {
-        let mut extended: Vec<(Partial, usize)> = Vec::with_capacity(plans.len() * branch.choices.len());
+    /// All plans with one branch more that have hope, each with the level it chose; `None` if they are more than `most`.
+    fn extend(&self, plans: &[Partial], branch: &Branch, rest: [i64; 2], most: usize) -> Option<Vec<(Partial, usize)>> {
+        let mut extended = Vec::new();
         for choice in &branch.choices {
             for plan in plans {
                 let cost = plan.cost + choice.cost;
@@ -179,20 +176,14 @@ impl Search {
                 // What stays unused even if all later branches take their largest choices.
                 let unused = (self.left - cost - rest[1]).max(0);
                 if cost + rest[0] <= self.left && regret + self.slope * unused as f64 <= self.gap {
+                    if extended.len() == most {
+                        return None;
+                    }
                     extended.push((Partial { cost, damage, regret, decision: plan.decision }, choice.level));
                 }
             }
         }
-        // Stable, so that among equals the narrower choice stays first.
-        extended.sort_by(|(a, _), (b, _)| a.cost.cmp(&b.cost).then(a.damage.total_cmp(&b.damage)));
-        let mut kept: Vec<Partial> = Vec::new();
-        for (plan, level) in extended {
-            if kept.last().is_none_or(|k| plan.damage < k.damage) {
-                decisions.push(Decision { parent: plan.decision, level });
-                kept.push(Partial { decision: decisions.len() - 1, ..plan });
-            }
-        }
-        if decisions.len() > MOST_PLANS { Err(AllocateError::TooHard { limit: MOST_PLANS }) } else { Ok(kept) }
+        Some(extended)
     }
 
     /// The level of every branch's front.
@@ -204,5 +195,45 @@ impl Search {
             last = parent;
         }
         moves
+    }
+}
+
+/// The plans that no other undercuts, costs rising and damages falling, and the record of their choices.
+fn undercut(mut plans: Vec<(Partial, usize)>, decisions: &mut Vec<Decision>) -> Vec<Partial> {
+    // Stable, so that among equals the narrower choice stays first.
+    plans.sort_by(|(a, _), (b, _)| a.cost.cmp(&b.cost).then(a.damage.total_cmp(&b.damage)));
+    let mut kept: Vec<Partial> = Vec::new();
+    for (plan, level) in plans {
+        if kept.last().is_none_or(|k| plan.damage < k.damage) {
+            decisions.push(Decision { parent: plan.decision, level });
+            kept.push(Partial { decision: decisions.len() - 1, ..plan });
+        }
+    }
+    kept
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::allocate::{Candidate, UnitId};
+    use tailorq_tensor::Rng;
+
+    /// Sums of random numbers that shall meet a target: no bound helps, and no two sums are alike.
+    #[test]
+    fn what_is_too_hard_is_an_error() {
+        let mut rng = Rng::new(1);
+        let unit = |b: usize| {
+            let cost = 1_000_000_000 + rng.below(1_000_000_000) as u64;
+            let candidate = |format, cost| Candidate { format, cost_bytes: cost, damage: -(cost as f64) };
+            Unit { id: UnitId::Block(b), candidates: vec![candidate(0, 0), candidate(1, cost)] }
+        };
+        let units: Vec<Unit> = (0..40).map(unit).collect();
+        let fronts = fronts(&units).unwrap();
+        let steps = steps(&fronts);
+        let descent = Descent::new(&fronts, &steps, 30_123_456_789).unwrap();
+        let step = &steps[descent.n_taken];
+        let search = Search::new(&fronts, &descent, step, step.slope * descent.left as f64);
+        let found = search.run(0.0, 0, 10_000);
+        assert_eq!(found, Err(AllocateError::TooHard { limit: 10_000 }));
     }
 }
