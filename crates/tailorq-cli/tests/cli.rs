@@ -247,6 +247,38 @@ fn eval_refuses_what_a_model_was_calibrated_on() {
 }
 
 #[test]
+fn eval_goes_on_from_finished_items() {
+    let place = Place::new();
+    let row = |i: usize| format!("{{\"prompt\": \"What is {i}?\", \"answer\": \"{i}\"}}\n");
+    place.write("items.jsonl", (0..6).map(row).collect::<String>());
+    let args = ["eval", "model-1", "--tasks", "jsonl,completion_nll", "--data", "items.jsonl", "--max-tokens", "4"];
+    let cached = [&args[..], &["--cache", "finished"]].concat();
+    let whole = place.json(&args);
+    assert_eq!(place.json(&cached), whole);
+    let files = || {
+        let mut files: Vec<_> = std::fs::read_dir(place.path("finished")).unwrap().map(|e| e.unwrap().path()).collect();
+        files.sort();
+        files
+    };
+    assert_eq!(files().len(), 2);
+    // As if it had been killed while it wrote the third item.
+    for file in files() {
+        let text = std::fs::read_to_string(&file).unwrap();
+        let third = text.match_indices('\n').nth(2).unwrap().0;
+        std::fs::write(&file, &text[..third + 9]).unwrap();
+    }
+    let log = |name: &str, args: &[&str]| {
+        assert_eq!(place.json(&[args, &["--log-samples", name]].concat()), whole);
+        std::fs::read_to_string(place.path(name)).unwrap()
+    };
+    assert_eq!(log("resumed.jsonl", &cached), log("whole.jsonl", &args));
+    place.json(&[&cached[..], &["--limit", "2"]].concat());
+    assert_eq!(files().len(), 4, "other items have other files");
+    place.write("finished/no folder", "");
+    place.fails(1, &[&args[..], &["--cache", "finished/no folder"]].concat(), &["finished/no folder", "--cache"]);
+}
+
+#[test]
 fn inspect_counts_bytes() {
     let place = Place::new();
     let object = place.json(&["inspect", "model-1"]);

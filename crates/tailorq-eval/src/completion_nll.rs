@@ -4,6 +4,7 @@
 //! Cheap and smooth: one pass an item, no generation, and a small change of the model is a small change of the value, which
 //! makes it the measure by which quantized models are compared first.
 
+use crate::cache::{Contents, Finished, Whose, exact, read_exact};
 use crate::calibration::{Identity, check_items};
 use crate::completion::scored_completion;
 use crate::data::{Item, Items, data_file, read_split};
@@ -13,7 +14,7 @@ use crate::items::ItemRecord;
 use crate::scored::{check_tokens, target_nlls};
 use crate::task::{Progress, Subject, Task, TaskOptions, TaskResult};
 use regex::Regex;
-use serde_json::Map;
+use serde_json::{Map, Value, json};
 use std::sync::LazyLock;
 use tailorq_model::ChatMessage;
 
@@ -34,6 +35,20 @@ pub(crate) struct CompletionNll {
     pub(crate) tokens: usize,
     /// Tokens cut from the start of the prompt, because prompt and completion did not fit the context.
     pub(crate) cut_tokens: usize,
+}
+
+impl CompletionNll {
+    /// What is kept of a finished item.
+    fn written(&self) -> Map<String, Value> {
+        let kept = json!({"nll": exact(self.nll), "tokens": self.tokens, "cut_tokens": self.cut_tokens});
+        kept.as_object().cloned().expect("an object was written")
+    }
+
+    fn read(kept: &Map<String, Value>) -> Option<Self> {
+        let number = |key: &str| usize::try_from(kept.get(key)?.as_u64()?).ok();
+        let nll = read_exact(kept.get("nll")?)?;
+        Some(CompletionNll { nll, tokens: number("tokens")?, cut_tokens: number("cut_tokens")? })
+    }
 }
 
 /// The mean over all tokens of all items.
@@ -127,15 +142,22 @@ impl Task for NllTask {
         let read = |item: Item<'_>| Question::read_pair(item.row).map_err(|problem| item.fail(problem));
         let identity = |item| read(item).map(|(before, completion)| Identity::new(&asked(&before), &completion));
         let known = check_items(self.name, options, &items, identity)?;
+        let read = |item: Item<'_>| {
+            let (before, completion) = read(item)?;
+            Ok((before, if self.gsm8k { without_calculator_marks(&completion) } else { completion }))
+        };
+        let pairs = items.iter().map(read).collect::<Result<Vec<_>, EvalError>>()?;
+        let mut contents = Contents::new(&Value::Null);
+        pairs.iter().for_each(|pair| contents.add(&json!(pair)));
+        let mut finished = Finished::open(self.name, options, Whose::Subject, contents)?;
         let mut shares = Vec::with_capacity(items.len());
-        for item in items.iter() {
-            let index = item.index;
+        for (index, (before, completion)) in pairs.into_iter().enumerate() {
             crate::perplexity::report(progress, index, items.len())?;
-            let (before, mut completion) = read(item)?;
-            if self.gsm8k {
-                completion = without_calculator_marks(&completion);
-            }
-            let share = completion_nll(subject, &before, &completion, index)?;
+            let share = match finished.get(index, CompletionNll::read)? {
+                Some(share) => share,
+                None => completion_nll(subject, &before, &completion, index)?,
+            };
+            finished.keep(index, share.written())?;
             if let Some(log) = options.items.log {
                 let scores = [("nll", share.nll.into()), ("tokens", share.tokens.into())];
                 log(&ItemRecord {

@@ -147,6 +147,14 @@ pub enum EvalError {
         /// The model.
         model: String,
     },
+    /// A file of finished items that cannot be used.
+    #[error("{path} {problem}", path = path.display())]
+    Cache {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it and what to do about it.
+        problem: String,
+    },
     /// A database or a gold query is of no use.
     #[error(transparent)]
     Sql(#[from] SqlError),

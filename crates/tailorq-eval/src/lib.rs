@@ -4,6 +4,7 @@
 //! Nothing here knows how a model was made: an original and a quantized model are scored by the same code.
 
 mod answers;
+mod cache;
 mod calibration;
 mod choice;
 mod completion;
@@ -25,6 +26,7 @@ pub mod task;
 mod wikitext;
 mod windows;
 
+pub use cache::Cache;
 pub use calibration::{CalibrationItems, fingerprint, text_fingerprint};
 pub use error::EvalError;
 pub use items::ItemRecord;

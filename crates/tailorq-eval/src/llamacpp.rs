@@ -6,10 +6,12 @@
 //! less than two windows is refused, as there. The values differ from those of the `paper` definition on the same text:
 //! shorter windows, but no targets without context.
 
+use crate::cache::{Contents, Finished, Whose};
 use crate::error::EvalError;
 use crate::scored::{check_tokens, target_nlls};
 use crate::task::{Progress, Subject, Task, TaskOptions, TaskResult};
 use serde::Serialize;
+use serde_json::json;
 use tailorq_model::Tokenizer;
 
 /// llama.cpp's default window.
@@ -44,6 +46,16 @@ pub fn llamacpp_perplexity(
     limit: Option<usize>,
     progress: &mut Progress<'_>,
 ) -> Result<LlamaCppPerplexity, EvalError> {
+    measured(subject, text, (window, limit), &mut Finished::nothing(), progress)
+}
+
+fn measured(
+    subject: &Subject<'_>,
+    text: &str,
+    (window, limit): (usize, Option<usize>),
+    finished: &mut Finished,
+    progress: &mut Progress<'_>,
+) -> Result<LlamaCppPerplexity, EvalError> {
     check_window(subject, window)?;
     let tokens = subject.tokenizer.encode(text.strip_suffix('\n').unwrap_or(text), true)?;
     check_tokens(subject, &tokens)?;
@@ -62,11 +74,13 @@ pub fn llamacpp_perplexity(
         if let Some(bos) = bos {
             inputs[0] = bos;
         }
-        for nll in target_nlls(subject, &inputs, first, &piece[first + 1..], window_idx)? {
-            sum += nll;
-            squares += nll * nll;
-            count += 1;
-        }
+        let [of_window, of_squares] = finished.numbers(window_idx, || {
+            let nlls = target_nlls(subject, &inputs, first, &piece[first + 1..], window_idx)?;
+            Ok([nlls.iter().sum(), nlls.iter().map(|nll| nll * nll).sum()])
+        })?;
+        sum += of_window;
+        squares += of_squares;
+        count += window - first - 1;
     }
     crate::perplexity::report(progress, n_windows, n_windows)?;
     let n = count as f64;
@@ -121,7 +135,10 @@ impl Task for LlamaCppTask {
     ) -> Result<TaskResult, EvalError> {
         let text = crate::perplexity::text_to_score(self.name(), options)?;
         let window = options.window.unwrap_or(LLAMA_CPP_WINDOW);
-        let perplexity = llamacpp_perplexity(subject, text, window, options.windows, progress)?;
+        let mut contents = Contents::new(&json!({"window": window}));
+        contents.add(&text.into());
+        let mut finished = Finished::open(self.name(), options, Whose::Subject, contents)?;
+        let perplexity = measured(subject, text, (window, options.windows), &mut finished, progress)?;
         let mut details = crate::perplexity::fields(&perplexity);
         details.retain(|key, _| key != "value" && key != "tokens");
         Ok(TaskResult::new(perplexity.value, perplexity.tokens, details))

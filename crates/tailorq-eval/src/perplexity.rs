@@ -5,6 +5,7 @@
 //! overlap; each window is scored on its own, its first token excepted; the value is
 //! `exp(total negative log-likelihood / total targets)`.
 
+use crate::cache::{Contents, Finished, Whose};
 use crate::error::EvalError;
 use crate::online::{PairDivergence, TargetNll};
 use crate::task::{Progress, Subject, Task, TaskOptions, TaskResult};
@@ -54,20 +55,35 @@ pub fn perplexity(
     options: WindowOptions,
     progress: &mut Progress<'_>,
 ) -> Result<Perplexity, EvalError> {
+    measured(subject, tokens, options, &mut Finished::nothing(), progress)
+}
+
+fn measured(
+    subject: &Subject<'_>,
+    tokens: &[u32],
+    options: WindowOptions,
+    finished: &mut Finished,
+    progress: &mut Progress<'_>,
+) -> Result<Perplexity, EvalError> {
     let windows = options.cut(tokens)?;
     check_windows(subject, tokens, windows[0].len())?;
     let mut nll = 0.0;
     for (window_idx, window) in windows.iter().enumerate() {
         report(progress, window_idx, windows.len())?;
-        let hidden = scored_hidden(subject.model, subject.device, window);
-        let mut rows: Vec<TargetNll> = window[1..].iter().map(|id| TargetNll::new(*id)).collect();
-        subject.model.for_each_logits(subject.device, &hidden, &mut |words, logits| {
-            rows.par_iter_mut().zip(logits.par_chunks(words.len())).for_each(|(row, l)| row.add(words.start, l));
-        });
-        nll += finite(subject, window_idx, rows.iter().map(TargetNll::value).sum())?;
+        let [of_window] = finished.numbers(window_idx, || Ok([window_nll(subject, window, window_idx)?]))?;
+        nll += of_window;
     }
     report(progress, windows.len(), windows.len())?;
     Ok(summary(nll, &windows, tokens, options))
+}
+
+fn window_nll(subject: &Subject<'_>, window: &[u32], window_idx: usize) -> Result<f64, EvalError> {
+    let hidden = scored_hidden(subject.model, subject.device, window);
+    let mut rows: Vec<TargetNll> = window[1..].iter().map(|id| TargetNll::new(*id)).collect();
+    subject.model.for_each_logits(subject.device, &hidden, &mut |words, logits| {
+        rows.par_iter_mut().zip(logits.par_chunks(words.len())).for_each(|(row, l)| row.add(words.start, l));
+    });
+    finite(subject, window_idx, rows.iter().map(TargetNll::value).sum())
 }
 
 /// Perplexity of `subject` and its divergence from `reference` on `tokens`, which both understand alike (see
@@ -81,25 +97,41 @@ pub fn divergence(
     options: WindowOptions,
     progress: &mut Progress<'_>,
 ) -> Result<(Perplexity, Divergence), EvalError> {
+    diverging(subject, reference, (tokens, options), &mut Finished::nothing(), progress)
+}
+
+fn diverging(
+    subject: &Subject<'_>,
+    reference: &Subject<'_>,
+    (tokens, options): (&[u32], WindowOptions),
+    finished: &mut Finished,
+    progress: &mut Progress<'_>,
+) -> Result<(Perplexity, Divergence), EvalError> {
     let windows = options.cut(tokens)?;
     same_vocabulary(subject, reference)?;
     check_windows(subject, tokens, windows[0].len())?;
     check_windows(reference, tokens, windows[0].len())?;
-    let (mut nll, mut reference_nll, mut kl, mut agreed) = (0.0, 0.0, 0.0, 0usize);
+    let mut sums = [0.0; 4];
     for (window_idx, window) in windows.iter().enumerate() {
         report(progress, window_idx, windows.len())?;
-        let rows = compare_window(subject, reference, window);
-        nll += finite(subject, window_idx, rows.iter().map(PairDivergence::nll).sum())?;
-        reference_nll += finite(reference, window_idx, rows.iter().map(PairDivergence::reference_nll).sum())?;
-        kl += finite(subject, window_idx, rows.iter().map(PairDivergence::kl).sum())?;
-        agreed += rows.iter().filter(|r| r.agrees()).count();
+        let of_window = finished.numbers(window_idx, || {
+            let rows = compare_window(subject, reference, window);
+            Ok([
+                finite(subject, window_idx, rows.iter().map(PairDivergence::nll).sum())?,
+                finite(reference, window_idx, rows.iter().map(PairDivergence::reference_nll).sum())?,
+                finite(subject, window_idx, rows.iter().map(PairDivergence::kl).sum())?,
+                rows.iter().filter(|r| r.agrees()).count() as f64,
+            ])
+        })?;
+        sums.iter_mut().zip(of_window).for_each(|(sum, of_window)| *sum += of_window);
     }
+    let [nll, reference_nll, kl, agreed] = sums;
     report(progress, windows.len(), windows.len())?;
     let perplexity = summary(nll, &windows, tokens, options);
     let targets = perplexity.tokens as f64;
     let divergence = Divergence {
         mean_kl: kl / targets,
-        top1_agreement: agreed as f64 / targets,
+        top1_agreement: agreed / targets,
         reference_perplexity: (reference_nll / targets).exp(),
     };
     Ok((perplexity, divergence))
@@ -212,12 +244,14 @@ impl Task for PerplexityTask {
         let (perplexity, divergence) = match &options.reference {
             None => {
                 let tokens = subject.tokenizer.encode(text, true)?;
-                (self::perplexity(subject, &tokens, windows, progress)?, None)
+                let mut finished = open_finished(self.name(), options, &tokens, windows)?;
+                (measured(subject, &tokens, windows, &mut finished, progress)?, None)
             }
             Some(reference) => {
                 same_vocabulary(subject, reference)?;
                 let tokens = same_tokens(subject, reference, text)?;
-                let (perplexity, d) = self::divergence(subject, reference, &tokens, windows, progress)?;
+                let mut finished = open_finished(self.name(), options, &tokens, windows)?;
+                let (perplexity, d) = diverging(subject, reference, (&tokens, windows), &mut finished, progress)?;
                 (perplexity, Some((reference.name, d)))
             }
         };
@@ -230,6 +264,19 @@ impl Task for PerplexityTask {
         }
         Ok(TaskResult::new(perplexity.value, perplexity.tokens, details))
     }
+}
+
+/// The windows that are finished already: each window depends on the tokens, the window and both models.
+fn open_finished(
+    task: &'static str,
+    options: &TaskOptions<'_>,
+    tokens: &[u32],
+    windows: WindowOptions,
+) -> Result<Finished, EvalError> {
+    let reference = options.items.cache.as_ref().and_then(|cache| cache.reference);
+    let mut contents = Contents::new(&serde_json::json!({"window": windows.window, "reference": reference}));
+    contents.add(&tokens.into());
+    Finished::open(task, options, Whose::Subject, contents)
 }
 
 /// The fields of a plain struct of numbers and words.

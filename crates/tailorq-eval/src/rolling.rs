@@ -5,6 +5,7 @@
 //! context, and the last, shorter one has as much context as fits. The sum is then spread over words or bytes of the
 //! original text, so that models with different tokenizers can be compared.
 
+use crate::cache::{Contents, Finished, Whose};
 use crate::calibration::{CalibrationCount, Identity, check_items};
 use crate::data::{Item, Items};
 use crate::error::EvalError;
@@ -13,7 +14,7 @@ use crate::scored::{check_tokens, target_nlls};
 use crate::task::{Progress, Subject, Task, TaskOptions, TaskResult};
 use crate::wikitext;
 use serde::Serialize;
-use serde_json::Map;
+use serde_json::{Map, json};
 use std::ops::Range;
 use tailorq_model::Tokenizer;
 
@@ -81,6 +82,16 @@ pub fn rolling_perplexity(
     max_length: usize,
     progress: &mut Progress<'_>,
 ) -> Result<(RollingPerplexity, Vec<f64>), EvalError> {
+    rolling(subject, documents, max_length, &mut Finished::nothing(), progress)
+}
+
+fn rolling(
+    subject: &Subject<'_>,
+    documents: &[Document],
+    max_length: usize,
+    finished: &mut Finished,
+    progress: &mut Progress<'_>,
+) -> Result<(RollingPerplexity, Vec<f64>), EvalError> {
     let most = subject.model.config.max_positions;
     if max_length == 0 || max_length > most {
         let remedy = format!("use 1 to {most}, the context that {} was trained for", subject.name);
@@ -92,7 +103,8 @@ pub fn rolling_perplexity(
         let ids = subject.tokenizer.encode(&document.text, true)?;
         check_tokens(subject, &ids)?;
         tokens += ids.len();
-        sums.push(-document_nll(subject, &ids, max_length, document_idx)?);
+        let [nll] = finished.numbers(document_idx, || Ok([document_nll(subject, &ids, max_length, document_idx)?]))?;
+        sums.push(-nll);
     }
     crate::perplexity::report(progress, documents.len(), documents.len())?;
     if tokens == 0 {
@@ -215,7 +227,10 @@ impl Task for RollingTask {
         let (documents, known) = self.documents(options)?;
         let most = subject.model.config.max_positions;
         let max_length = options.window.unwrap_or(ROLLING_LENGTH.min(most));
-        let (perplexity, sums) = rolling_perplexity(subject, &documents, max_length, progress)?;
+        let mut contents = Contents::new(&json!({"max_length": max_length}));
+        documents.iter().for_each(|document| contents.add(&document.text.as_str().into()));
+        let mut finished = Finished::open(self.name, options, Whose::Subject, contents)?;
+        let (perplexity, sums) = rolling(subject, &documents, max_length, &mut finished, progress)?;
         if let Some(log) = options.items.log {
             for (index, sum) in sums.iter().enumerate() {
                 let scores = [("loglikelihood".to_owned(), (*sum).into())].into_iter().collect();

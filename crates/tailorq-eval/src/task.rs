@@ -1,5 +1,6 @@
 //! What a task is, and which there are.
 
+use crate::cache::Cache;
 use crate::calibration::CalibrationItems;
 use crate::choice::{ARC_CHALLENGE, ARC_EASY, BOOLQ, HELLASWAG, MMLU, OPENBOOKQA, PIQA, WINOGRANDE};
 use crate::completion_nll::{COMPLETION_NLL, GSM8K_NLL};
@@ -67,6 +68,8 @@ pub struct ItemOptions<'a> {
     pub calibration: &'a [CalibrationItems],
     /// Calibration items are scored all the same.
     pub allow_calibration_items: bool,
+    /// Where finished items are kept and read from.
+    pub cache: Option<Cache<'a>>,
     /// Hears of every item, in the order of the file.
     pub log: Option<&'a dyn Fn(&ItemRecord)>,
 }

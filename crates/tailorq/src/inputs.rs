@@ -150,6 +150,11 @@ fn model_files(opened: &OpenedModel) -> Vec<PathBuf> {
     opened.files.weight_files.iter().cloned().chain(beside).collect()
 }
 
+/// The SHA-256 of all files of a model that decide what it computes.
+pub fn model_sha256(opened: &OpenedModel) -> Result<String, PipelineError> {
+    hash_files(&model_files(opened), |_| ()).map_err(|e| crate::error::output_error(&opened.files.path, &e))
+}
+
 pub(crate) fn announce(samples: &Samples, observer: &dyn Observer) {
     let used = samples.sequences.len();
     let template = if samples.chat_template { " through the chat template" } else { "" };

@@ -28,7 +28,7 @@ mod threads;
 pub use circuit::{CircuitSettings, Reference};
 pub use error::PipelineError;
 pub use estimate::Estimate;
-pub use inputs::{CalibrationRequest, QuantizeRequest};
+pub use inputs::{CalibrationRequest, QuantizeRequest, model_sha256};
 pub use inspect::{Inspection, Share, StoredMatrix, inspect};
 pub use observer::{Observer, Silent};
 pub use output::OutputMode;

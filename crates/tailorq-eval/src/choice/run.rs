@@ -2,12 +2,13 @@
 
 use super::question::Question;
 use super::verdict::{Verdict, flips, insert_share};
+use crate::cache::{Contents, Finished, Whose};
 use crate::error::EvalError;
 use crate::items::ItemRecord;
 use crate::likelihood::{Likelihood, PreparedItem, Request, prepare, score_items};
 use crate::task::{Progress, Subject, TaskOptions, TaskResult};
 use rayon::prelude::*;
-use serde_json::{Map, json};
+use serde_json::{Map, Value, json};
 
 /// A question in its place, after its description and examples.
 pub(super) struct Asked {
@@ -46,12 +47,14 @@ pub(super) fn decide(
     let items = prepare_all(task, subject, &asked)?;
     let tokens = items.iter().flat_map(|i| &i.branches).map(|b| b.targets.len()).sum();
     let shortened = items.iter().filter(|i| i.shortened > 0).count();
-    let scores = score_items(subject, &items, &mut |done, _| progress(done, total))?;
+    let mut finished = Finished::open(task, options, Whose::Subject, contents(&asked))?;
+    let scores = score_items(subject, &items, &mut finished, &mut |done, _| progress(done, total))?;
     let verdicts = judge(&asked, &scores);
     let mut of_reference = None;
     if let Some(reference) = &options.reference {
         let items = prepare_all(task, reference, &asked)?;
-        let scores = score_items(reference, &items, &mut |done, _| progress(n + done, total))?;
+        let mut finished = Finished::open(task, options, Whose::Reference, contents(&asked))?;
+        let scores = score_items(reference, &items, &mut finished, &mut |done, _| progress(n + done, total))?;
         of_reference = Some(judge(&asked, &scores));
     }
     if let Some(log) = options.items.log {
@@ -60,6 +63,16 @@ pub(super) fn decide(
         }
     }
     Ok(Decided { verdicts, of_reference, tokens, shortened })
+}
+
+/// All that decides the likelihoods.
+fn contents(asked: &[Asked]) -> Contents {
+    let mut contents = Contents::new(&Value::Null);
+    for asked in asked {
+        let requests = asked.requests.iter().map(|r| json!([r.context, r.continuation]));
+        contents.add(&requests.collect());
+    }
+    contents
 }
 
 fn prepare_all(task: &'static str, subject: &Subject<'_>, asked: &[Asked]) -> Result<Vec<PreparedItem>, EvalError> {

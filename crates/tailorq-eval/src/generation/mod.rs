@@ -14,12 +14,16 @@ mod tasks;
 pub(crate) use jsonl::{Question, asked};
 pub use tasks::{GSM8K, GSM8K_CHAT, GSM8K_COT, JSONL, SPIDER};
 
+use crate::cache::{Contents, Finished};
 use crate::completion::chat_prompt;
 use crate::error::EvalError;
 use crate::task::Subject;
+use serde_json::{Map, Value, json};
 use std::ops::ControlFlow;
 use tailorq_model::ChatMessage;
-use tailorq_runtime::{BatchOptions, BatchProgress, Completion, CompletionRequest, RuntimeError, generate_batch};
+use tailorq_runtime::{
+    BatchOptions, BatchProgress, Completion, CompletionRequest, FinishReason, RuntimeError, generate_batch,
+};
 
 /// New tokens where nothing else is asked for: the harness' default.
 pub(crate) const MAX_TOKENS: usize = 256;
@@ -58,6 +62,13 @@ pub(crate) struct Exercise<'a> {
     pub(crate) judge: Judge<'a>,
 }
 
+impl Exercise<'_> {
+    fn answered(&self, completion: &Completion) -> Result<Answered, EvalError> {
+        let judgement = (self.judge)(&completion.text)?;
+        Ok(Answered { index: self.index, completion: completion.clone(), judgement })
+    }
+}
+
 /// How continuations end.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Ending {
@@ -81,13 +92,39 @@ pub(crate) struct Answered {
 /// Hears how many of how many are done, and of each item as soon as it is done; may stop the work.
 pub(crate) type OnAnswer<'a> = dyn FnMut(usize, usize, Option<&Answered>) -> ControlFlow<()> + 'a;
 
-/// Continues and judges all exercises; answers come in their order.
+/// All that decides the continuations.
+pub(crate) fn contents(exercises: &[Exercise<'_>], ending: &Ending) -> Contents {
+    let mut contents = Contents::new(&json!({"max_tokens": ending.max_tokens, "stop": ending.stop}));
+    for exercise in exercises {
+        contents.add(&match &exercise.prompt {
+            Prompt::Text(text) => json!({"text": text}),
+            Prompt::Chat(messages) => json!({"chat": messages}),
+        });
+    }
+    contents
+}
+
+/// Continues and judges all exercises; answers come in their order. `finished` ones are only judged again.
 pub(crate) fn answer(
     subject: &Subject<'_>,
     exercises: &[Exercise<'_>],
     ending: &Ending,
+    finished: &mut Finished,
     on_answer: &mut OnAnswer<'_>,
 ) -> Result<Vec<Answered>, EvalError> {
+    let mut answers: Vec<Option<Answered>> = Vec::with_capacity(exercises.len());
+    for (at, exercise) in exercises.iter().enumerate() {
+        let known = finished.get(at, read_completion)?;
+        answers.push(known.map(|completion| exercise.answered(&completion)).transpose()?);
+    }
+    let waiting: Vec<usize> = (0..exercises.len()).filter(|at| answers[*at].is_none()).collect();
+    let (total, known) = (exercises.len(), exercises.len() - waiting.len());
+    if waiting.is_empty() {
+        return match on_answer(total, total, None) {
+            ControlFlow::Continue(()) => Ok(answers.into_iter().flatten().collect()),
+            ControlFlow::Break(()) => Err(EvalError::Interrupted),
+        };
+    }
     let request = |exercise: &Exercise<'_>| {
         let prompt = match &exercise.prompt {
             Prompt::Text(text) => subject.tokenizer.encode(text, true)?,
@@ -95,18 +132,18 @@ pub(crate) fn answer(
         };
         Ok(CompletionRequest { prompt, max_tokens: ending.max_tokens, stop: ending.stop.clone() })
     };
-    let requests = exercises.iter().map(request).collect::<Result<Vec<_>, EvalError>>()?;
-    let mut answers: Vec<Option<Answered>> = exercises.iter().map(|_| None).collect();
+    let requests = waiting.iter().map(|at| request(&exercises[*at])).collect::<Result<Vec<_>, EvalError>>()?;
     let mut failure = None;
     let Subject { model, tokenizer, device, .. } = *subject;
     let listen = &mut |progress: BatchProgress<'_>| {
         let Some((at, completion)) = progress.finished else {
-            return on_answer(progress.done, progress.total, None);
+            return on_answer(known + progress.done, total, None);
         };
-        match (exercises[at].judge)(&completion.text) {
-            Ok(judgement) => {
-                let answered = Answered { index: exercises[at].index, completion: completion.clone(), judgement };
-                let flow = on_answer(progress.done, progress.total, Some(&answered));
+        let at = waiting[at];
+        let kept = finished.keep(at, write_completion(completion));
+        match kept.and_then(|()| exercises[at].answered(completion)) {
+            Ok(answered) => {
+                let flow = on_answer(known + progress.done, total, Some(&answered));
                 answers[at] = Some(answered);
                 flow
             }
@@ -125,13 +162,33 @@ pub(crate) fn answer(
     }
 }
 
+/// What is kept of a finished item.
+fn write_completion(completion: &Completion) -> Map<String, Value> {
+    let Completion { text, tokens, finish, cut_tokens } = completion;
+    let kept = json!({"text": text, "tokens": tokens, "finish": finish.name(), "cut_tokens": cut_tokens});
+    kept.as_object().cloned().expect("an object was written")
+}
+
+fn read_completion(kept: &Map<String, Value>) -> Option<Completion> {
+    const ENDS: [FinishReason; 4] =
+        [FinishReason::EndOfSequence, FinishReason::StopString, FinishReason::MaxTokens, FinishReason::ContextFull];
+    let tokens = kept.get("tokens")?.as_array()?;
+    let tokens: Option<Vec<u32>> = tokens.iter().map(|id| u32::try_from(id.as_u64()?).ok()).collect();
+    let finish = kept.get("finish")?.as_str()?;
+    Some(Completion {
+        text: kept.get("text")?.as_str()?.to_owned(),
+        tokens: tokens?,
+        finish: ENDS.into_iter().find(|end| end.name() == finish)?,
+        cut_tokens: usize::try_from(kept.get("cut_tokens")?.as_u64()?).ok()?,
+    })
+}
+
 #[cfg(test)]
 #[allow(clippy::print_stdout, reason = "a test says why it was skipped")]
 mod tests {
     use super::*;
     use crate::completion::user;
     use crate::data::Row;
-    use serde_json::Value;
     use tailorq_model::testing::TinyModel;
 
     fn judged(text: &str) -> Judgement {
@@ -168,7 +225,7 @@ mod tests {
             let ending = Ending { max_tokens: 7, stop: vec![] };
             let exercises = exercises(|text| Ok(judged(text)));
             let mut heard = Vec::new();
-            let answers = answer(subject, &exercises, &ending, &mut |_, total, answered| {
+            let answers = answer(subject, &exercises, &ending, &mut Finished::nothing(), &mut |_, total, answered| {
                 assert_eq!(total, 3);
                 heard.extend(answered.map(|a| a.index));
                 ControlFlow::Continue(())
@@ -181,7 +238,10 @@ mod tests {
                 assert_eq!(a.judgement, judged(&a.completion.text));
                 assert!(!a.completion.tokens.is_empty());
             }
-            let alone = answer(subject, &exercises[1..2], &ending, &mut |_, _, _| ControlFlow::Continue(())).unwrap();
+            let alone = answer(subject, &exercises[1..2], &ending, &mut Finished::nothing(), &mut |_, _, _| {
+                ControlFlow::Continue(())
+            })
+            .unwrap();
             assert_eq!(alone[0], answers[1]);
         });
     }
@@ -192,10 +252,11 @@ mod tests {
             let ending = Ending { max_tokens: 3, stop: vec![] };
             let failing = exercises(|_| Err(EvalError::TextTooShort { tokens: 77 }));
             let go_on = &mut |_: usize, _: usize, _: Option<&Answered>| ControlFlow::Continue(());
-            let failed = answer(subject, &failing, &ending, go_on);
+            let failed = answer(subject, &failing, &ending, &mut Finished::nothing(), go_on);
             assert!(matches!(failed, Err(EvalError::TextTooShort { tokens: 77 })));
             let exercises = exercises(|text| Ok(judged(text)));
-            let stopped = answer(subject, &exercises, &ending, &mut |_, _, _| ControlFlow::Break(()));
+            let stopped =
+                answer(subject, &exercises, &ending, &mut Finished::nothing(), &mut |_, _, _| ControlFlow::Break(()));
             assert!(matches!(stopped, Err(EvalError::Interrupted)));
         });
     }
@@ -237,7 +298,9 @@ mod tests {
         let exercises: Vec<Exercise<'_>> = rows.iter().enumerate().map(exercise).collect();
         let full = std::env::var_os("TAILORQ_TEST_FULL").is_some();
         let ending = Ending { max_tokens: if full { 48 } else { 8 }, stop: vec![] };
-        let answers = answer(&subject, &exercises, &ending, &mut |_, _, _| ControlFlow::Continue(())).unwrap();
+        let answers =
+            answer(&subject, &exercises, &ending, &mut Finished::nothing(), &mut |_, _, _| ControlFlow::Continue(()))
+                .unwrap();
         for (answered, expected) in answers.iter().zip(expected) {
             let tokens: Vec<u32> = serde_json::from_value(expected["new_tokens"].clone()).unwrap();
             assert_eq!(answered.completion.tokens, tokens[..ending.max_tokens]);

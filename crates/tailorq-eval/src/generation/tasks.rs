@@ -3,7 +3,8 @@
 use super::gsm8k::Style;
 use super::jsonl::Question;
 use super::spider::Databases;
-use super::{Answered, Ending, Exercise, Judgement, MAX_TOKENS, answer};
+use super::{Answered, Ending, Exercise, Judgement, MAX_TOKENS, answer, contents};
+use crate::cache::{Finished, Whose};
 use crate::calibration::{CalibrationCount, Identity, check_items};
 use crate::data::{Item, Items, data_file, data_folder, read_split};
 use crate::error::EvalError;
@@ -189,7 +190,8 @@ fn run(
     options: &TaskOptions<'_>,
     progress: &mut Progress<'_>,
 ) -> Result<Vec<Answered>, EvalError> {
-    let answers = answer(subject, exercises, ending, &mut |done, total, _| progress(done, total))?;
+    let mut finished = Finished::open(task, options, Whose::Subject, contents(exercises, ending))?;
+    let answers = answer(subject, exercises, ending, &mut finished, &mut |done, total, _| progress(done, total))?;
     if let Some(log) = options.items.log {
         // Items are finished in no particular order, and a log should be the same every time.
         answers.iter().for_each(|answered| log(&record(task, answered)));

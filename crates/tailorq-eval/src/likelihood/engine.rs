@@ -2,8 +2,10 @@
 
 use super::rows::{Asked, Place, Rows};
 use super::{Likelihood, PreparedItem};
+use crate::cache::{Finished, exact, read_exact};
 use crate::error::EvalError;
 use crate::task::{Progress, Subject};
+use serde_json::{Map, Value};
 use std::ops::Range;
 use tailorq_model::{Batch, KvCache};
 use tailorq_runtime::PREFIX_CHUNK;
@@ -14,42 +16,117 @@ const GROUP_TOKENS: usize = 512;
 /// Bytes of keys and values that a group may hold, unless a single item holds more.
 const GROUP_BYTES: usize = 1 << 30;
 
-/// The likelihoods of all requests of all items, in their order. `progress` hears of items that are done.
+/// The likelihoods of all requests of all items, in their order; those of `finished` items are not computed again.
+/// `progress` hears of items that are done.
 ///
 /// Items are read in the lexical order of their tokens, so that those with the same long beginning are neighbours; the
-/// groups depend on the items alone, not on the number of threads.
+/// groups depend on the items alone, not on the number of threads nor on what is finished, and a group is computed whole
+/// or not at all. So an item has the same bits in every run.
 pub(crate) fn score_items(
     subject: &Subject<'_>,
     items: &[PreparedItem],
+    finished: &mut Finished,
     progress: &mut Progress<'_>,
 ) -> Result<Vec<Vec<Likelihood>>, EvalError> {
-    let mut order: Vec<usize> = (0..items.len()).collect();
-    order.sort_by(|&a, &b| items[a].shared.cmp(&items[b].shared).then(a.cmp(&b)));
+    let groups = plan(subject, items);
     let mut scores: Vec<Vec<Likelihood>> = vec![Vec::new(); items.len()];
     let mut donor = Donor::default();
     let mut done = 0;
-    while done < order.len() {
+    for (g, group) in groups.iter().enumerate() {
         crate::perplexity::report(progress, done, items.len())?;
-        let group = next_group(subject, items, &order[done..], &donor);
-        let last = order[done + group.len() - 1];
-        let members: Vec<Member<'_>> = (order[done..].iter().zip(&group))
-            .map(|(&index, &kept)| Member { index, item: &items[index], kept })
-            .collect();
-        let next_shares = order.get(done + group.len()).map_or(0, |&next| reusable(&items[last].shared, &items[next]));
-        for (member, likelihoods) in members.iter().zip(score_group(subject, &members, &mut donor, next_shares)?) {
+        done += group.members.len();
+        if group.members.iter().all(|member| finished.has(member.index)) {
+            for Member { index, item, .. } in &group.members {
+                let known = finished.get(*index, |kept| read_likelihoods(kept, item.branches.len()))?;
+                scores[*index] = known.unwrap_or_default();
+            }
+            continue;
+        }
+        let given = donor.before(subject, &groups, g);
+        let (cache, likelihoods) = score_group(subject, &group.members, &given)?;
+        donor = Donor { after: Some(g), cache };
+        donor.cache.truncate(group.leaves);
+        for (member, likelihoods) in group.members.iter().zip(likelihoods) {
+            finished.keep(member.index, write_likelihoods(&likelihoods))?;
             scores[member.index] = likelihoods;
         }
-        done += group.len();
     }
     crate::perplexity::report(progress, items.len(), items.len())?;
     Ok(scores)
 }
 
-/// Keys and values of tokens that were read for an earlier item.
+/// Items that are computed together.
+struct Group<'a> {
+    members: Vec<Member<'a>>,
+    /// Tokens of the last member whose keys and values the next group takes from.
+    leaves: usize,
+}
+
+/// All groups, in the order in which they are computed.
+fn plan<'a>(subject: &Subject<'_>, items: &'a [PreparedItem]) -> Vec<Group<'a>> {
+    let mut order: Vec<usize> = (0..items.len()).collect();
+    order.sort_by(|&a, &b| items[a].shared.cmp(&items[b].shared).then(a.cmp(&b)));
+    let (mut groups, mut planned, mut given): (Vec<Group<'a>>, usize, &[u32]) = (Vec::new(), 0, &[]);
+    while planned < order.len() {
+        let kept = next_group(subject, items, &order[planned..], given);
+        let members: Vec<Member<'a>> = (order[planned..].iter().zip(kept))
+            .map(|(&index, kept)| Member { index, item: &items[index], kept })
+            .collect();
+        planned += members.len();
+        let last = &items[order[planned - 1]].shared;
+        let leaves = order.get(planned).map_or(0, |&next| reusable(last, &items[next]));
+        given = &last[..leaves];
+        groups.push(Group { members, leaves });
+    }
+    groups
+}
+
+/// Keys and values of tokens that were read for an earlier group.
 #[derive(Default)]
 struct Donor {
-    tokens: Vec<u32>,
+    /// The group that left them.
+    after: Option<usize>,
     cache: KvCache,
+}
+
+impl Donor {
+    /// What the group `g` is given by the one before. If that was not computed, because it was finished already, the
+    /// tokens are read as they were then: with the group in which they were read first.
+    fn before(&self, subject: &Subject<'_>, groups: &[Group<'_>], g: usize) -> KvCache {
+        let needed = groups[g].members.iter().map(|member| member.kept).max().unwrap_or(0);
+        if needed == 0 {
+            return KvCache::new();
+        }
+        let mut first = g - 1;
+        // A group whose last member took all that is needed from the one before only passed it on.
+        while self.after != Some(first) && groups[first].members.last().is_some_and(|last| needed <= last.kept) {
+            first -= 1;
+        }
+        let mut cache = if self.after == Some(first) {
+            self.cache.clone()
+        } else {
+            let given = self.before(subject, groups, first);
+            let caches = read_shared(subject, &groups[first].members, &given, &mut Rows::default());
+            caches.into_iter().next_back().unwrap_or_default()
+        };
+        cache.truncate(groups[first].leaves);
+        cache
+    }
+}
+
+/// What is kept of a finished item.
+fn write_likelihoods(likelihoods: &[Likelihood]) -> Map<String, Value> {
+    let sums: Vec<Value> = likelihoods.iter().map(|l| exact(l.sum)).collect();
+    let greedy: Vec<bool> = likelihoods.iter().map(|l| l.is_greedy).collect();
+    [("loglikelihoods".to_owned(), sums.into()), ("is_greedy".to_owned(), greedy.into())].into_iter().collect()
+}
+
+fn read_likelihoods(kept: &Map<String, Value>, n: usize) -> Option<Vec<Likelihood>> {
+    let (sums, greedy) = (kept.get("loglikelihoods")?.as_array()?, kept.get("is_greedy")?.as_array()?);
+    let pairs = sums.iter().zip(greedy);
+    let likelihoods: Option<Vec<Likelihood>> =
+        pairs.map(|(sum, greedy)| Some(Likelihood { sum: read_exact(sum)?, is_greedy: greedy.as_bool()? })).collect();
+    likelihoods.filter(|l| l.len() == n && sums.len() == n && greedy.len() == n)
 }
 
 /// An item of a group.
@@ -68,15 +145,15 @@ fn reusable(tokens: &[u32], item: &PreparedItem) -> usize {
     common.min(first_scored) / PREFIX_CHUNK * PREFIX_CHUNK
 }
 
-/// How many tokens each item of the next group takes from the donor. A group ends before an item that has more to take
+/// How many tokens each item of the next group takes from those that are `given`. A group ends before an item that has more to take
 /// from its neighbour than from the donor.
-fn next_group(subject: &Subject<'_>, items: &[PreparedItem], order: &[usize], donor: &Donor) -> Vec<usize> {
+fn next_group(subject: &Subject<'_>, items: &[PreparedItem], order: &[usize], given: &[u32]) -> Vec<usize> {
     let config = &subject.model.config;
     let token_bytes = 2 * size_of::<f32>() * config.n_blocks * config.n_kv_heads * config.head_dim;
     let (mut group, mut tokens, mut bytes) = (Vec::new(), 0, 0);
     let mut before: Option<&PreparedItem> = None;
     for item in order.iter().map(|&i| &items[i]) {
-        let kept = reusable(&donor.tokens, item);
+        let kept = reusable(given, item);
         tokens += item.n_inputs() - kept;
         bytes += token_bytes * (item.n_inputs() + item.branches.len() * item.shared.len());
         let waits = before.is_some_and(|before| reusable(&before.shared, item) > kept);
@@ -89,20 +166,15 @@ fn next_group(subject: &Subject<'_>, items: &[PreparedItem], order: &[usize], do
     group
 }
 
-/// Scores a group and leaves the first `next_shares` tokens of its last item as the donor.
+/// Scores a group; also the keys and values of the shared part of its last item.
 fn score_group(
     subject: &Subject<'_>,
     members: &[Member<'_>],
-    donor: &mut Donor,
-    next_shares: usize,
-) -> Result<Vec<Vec<Likelihood>>, EvalError> {
+    given: &KvCache,
+) -> Result<(KvCache, Vec<Vec<Likelihood>>), EvalError> {
     let mut rows = Rows::default();
-    let mut caches = read_shared(subject, members, &donor.cache, &mut rows);
-    if let (Some(member), Some(cache)) = (members.last(), caches.last()) {
-        let mut cache = cache.clone();
-        cache.truncate(next_shares);
-        *donor = Donor { tokens: member.item.shared[..next_shares].to_vec(), cache };
-    }
+    let mut caches = read_shared(subject, members, given, &mut rows);
+    let last = caches.last().cloned().unwrap_or_default();
     read_tails(subject, members, &mut caches, &mut rows);
     let asked: Vec<Vec<Vec<Asked>>> =
         (members.iter().enumerate()).map(|(m, member)| ask(member, m, &mut rows)).collect();
@@ -115,7 +187,7 @@ fn score_group(
         }
         scores.push(likelihoods);
     }
-    Ok(scores)
+    Ok((last, scores))
 }
 
 /// Reads what the donor lacks of the shared parts: a chunk of every item at a time, all cut at the same multiples.
@@ -206,4 +278,16 @@ fn ask(member: &Member<'_>, m: usize, rows: &mut Rows) -> Vec<Vec<Asked>> {
                 .collect()
         })
         .collect()
+}
+
+#[cfg(test)]
+pub(super) mod testing {
+    //! Finished items for tests.
+
+    use super::{Finished, Likelihood, write_likelihoods};
+
+    /// As if these had been read from a file.
+    pub(crate) fn finished<'a>(known: impl Iterator<Item = (usize, &'a [Likelihood])>) -> Finished {
+        Finished::of(known.map(|(index, likelihoods)| (index, write_likelihoods(likelihoods).into())).collect())
+    }
 }

@@ -24,6 +24,7 @@ mod tests {
     //! Encoding rules, and the engine against every request scored alone.
 
     use super::{Likelihood, PreparedItem, Request, prepare, score_items};
+    use crate::cache::Finished;
     use crate::error::EvalError;
     use crate::likelihood::encode::{Encoded, encode};
     use crate::task::Subject;
@@ -80,7 +81,11 @@ mod tests {
         }
 
         fn score(&self, items: &[PreparedItem]) -> Vec<Vec<Likelihood>> {
-            score_items(&self.subject(), items, &mut |_, _| ControlFlow::Continue(())).unwrap()
+            self.score_rest(items, &mut Finished::nothing())
+        }
+
+        fn score_rest(&self, items: &[PreparedItem], finished: &mut Finished) -> Vec<Vec<Likelihood>> {
+            score_items(&self.subject(), items, finished, &mut |_, _| ControlFlow::Continue(())).unwrap()
         }
 
         /// A request alone: all of it at once, without keys and values of anything else, in plain arithmetic.
@@ -210,6 +215,22 @@ mod tests {
     }
 
     #[test]
+    fn finished_items_change_no_bit_of_the_others() {
+        let tiny = Fixture::new(2048, false);
+        let items = mixed_items(&tiny);
+        let whole = tiny.score(&items);
+        for missing in 0..items.len() {
+            // All but one are finished, then the first ones, then the last ones.
+            let patterns: [&dyn Fn(usize) -> bool; 3] = [&|i| i != missing, &|i| i < missing, &|i| i > missing];
+            for is_finished in patterns {
+                let known = (0..items.len()).filter(|i| is_finished(*i)).map(|i| (i, &whole[i][..]));
+                let mut finished = super::engine::testing::finished(known);
+                assert_eq!(tiny.score_rest(&items, &mut finished), whole, "around item {missing}");
+            }
+        }
+    }
+
+    #[test]
     fn greedy_continuations_are_known() {
         let tiny = Fixture::new(256, false);
         let context = tiny.bytes("Once");
@@ -238,10 +259,12 @@ mod tests {
     fn damage_and_interruption_are_told() {
         let mut tiny = Fixture::new(256, false);
         let item = tiny.prepare(&requests("Short:", &[" a"]));
-        let stopped = score_items(&tiny.subject(), std::slice::from_ref(&item), &mut |_, _| ControlFlow::Break(()));
+        let finished = &mut Finished::nothing();
+        let items = std::slice::from_ref(&item);
+        let stopped = score_items(&tiny.subject(), items, finished, &mut |_, _| ControlFlow::Break(()));
         assert!(matches!(stopped, Err(EvalError::Interrupted)));
         tiny.opened.model.norm[0] = f32::NAN;
-        let damaged = score_items(&tiny.subject(), &[item], &mut |_, _| ControlFlow::Continue(()));
+        let damaged = score_items(&tiny.subject(), items, finished, &mut |_, _| ControlFlow::Continue(()));
         assert!(matches!(damaged, Err(EvalError::NotFiniteItem { index: 0, .. })), "{damaged:?}");
     }
 }

@@ -13,7 +13,7 @@ use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 use tailorq::{Device, OpenedModel};
-use tailorq_eval::{CalibrationItems, ItemOptions, ItemRecord, Subject, Task, TaskOptions, task};
+use tailorq_eval::{Cache, CalibrationItems, ItemOptions, ItemRecord, Subject, Task, TaskOptions, task};
 
 /// Measure a model by tasks: perplexity on a text, answers to a data set's questions, likelihoods of your own completions.
 ///
@@ -60,6 +60,9 @@ pub struct EvalArgs {
     /// Write one JSON object for each item into this file
     #[arg(long, value_name = "FILE")]
     log_samples: Option<PathBuf>,
+    /// Keep finished items in this folder, and go on from those that are in it
+    #[arg(long, value_name = "DIR")]
+    cache: Option<PathBuf>,
     /// Score items that the model was calibrated on, by its report.json, instead of refusing them
     #[arg(long)]
     allow_calibration_items: bool,
@@ -81,6 +84,7 @@ Examples:
   tailorq eval ./my-model --tasks arc_easy,piqa,boolq --data data --reference original.gguf
   tailorq eval ./my-model --tasks mmlu --num-fewshot 5 --data data --json
   tailorq eval ./my-model --tasks gsm8k_nll,gsm8k,spider --data data --limit 200 --log-samples items.jsonl
+  tailorq eval ./my-model --tasks mmlu,gsm8k --data data --cache finished   (stopped? repeat it)
   tailorq eval ./my-model --tasks jsonl --data mine.jsonl --max-tokens 32 --stop $'\\n'"
 }
 
@@ -94,6 +98,8 @@ pub fn execute(args: &EvalArgs, console: &Console) -> anyhow::Result<()> {
     let opened = super::open(&args.model, console)?;
     let reference = args.reference.as_deref().map(|source| super::open(source, console)).transpose()?;
     let calibration = calibration_items([Some(&opened), reference.as_ref()])?;
+    let hashes = args.cache.as_ref().map(|_| model_hashes(&opened, reference.as_ref())).transpose()?;
+    let cache = args.cache.as_deref().zip(hashes.as_ref());
     let device = tailorq::cpu();
     let log = args.log_samples.as_deref().map(SampleLog::create).transpose()?;
     let write = |record: &ItemRecord| {
@@ -115,6 +121,7 @@ pub fn execute(args: &EvalArgs, console: &Console) -> anyhow::Result<()> {
             plain: args.plain,
             calibration: &calibration,
             allow_calibration_items: args.allow_calibration_items,
+            cache: cache.map(|(folder, (model, reference))| Cache { folder, model, reference: reference.as_deref() }),
             log: Some(&write),
         },
     };
@@ -145,6 +152,11 @@ pub fn execute(args: &EvalArgs, console: &Console) -> anyhow::Result<()> {
 fn calibration_items(models: [Option<&OpenedModel>; 2]) -> anyhow::Result<Vec<CalibrationItems>> {
     let items = models.into_iter().flatten().map(|opened| Ok(tailorq::calibration_items(opened)?));
     items.filter_map(Result::transpose).collect()
+}
+
+/// By what the cache tells models apart.
+fn model_hashes(opened: &OpenedModel, reference: Option<&OpenedModel>) -> anyhow::Result<(String, Option<String>)> {
+    Ok((tailorq::model_sha256(opened)?, reference.map(tailorq::model_sha256).transpose()?))
 }
 
 /// A file that gets a line for each item. Writing cannot fail where items are scored, so a failure is kept for the end.
