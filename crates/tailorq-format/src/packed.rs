@@ -3,7 +3,8 @@
 use crate::error::DAMAGED;
 use crate::{FormatError, Result, StoredType, TensorSet, TensorSpec};
 use tailorq_tensor::{
-    Bits, ElementCorrections, ElementParts, PackError, PackedMatrix, PackedParts, PackedSpec, SharedBytes, TILE,
+    Bits, ElementCorrections, ElementParts, Mean4, PackError, PackedMatrix, PackedParts, PackedSpec, SharedBytes, TILE,
+    TileBits, TileCorrections, TileMap, TileParts, TileSpec,
 };
 
 /// The newest version of the tensors that [`packed_specs`] names, and the first that has corrections. A configuration
@@ -17,7 +18,19 @@ pub fn format_version<'a>(matrices: impl IntoIterator<Item = &'a PackedSpec>) ->
 }
 
 /// Every part that a packed matrix may have.
-const PARTS: [&str; 7] = ["codes", "codes_high", "scales", "zeros", "element_counts", "element_cols", "element_values"];
+const PARTS: [&str; 11] = [
+    "codes",
+    "codes_high",
+    "scales",
+    "zeros",
+    "tilemap",
+    "mean_scales",
+    "tile_codes",
+    "tile_scales",
+    "element_counts",
+    "element_cols",
+    "element_values",
+];
 
 /// The tensors of a packed `[rows, cols]` matrix, in the order in which they are written:
 ///
@@ -27,6 +40,10 @@ const PARTS: [&str; 7] = ["codes", "codes_high", "scales", "zeros", "element_cou
 /// | `codes_high` | U16 | `[rows, tiles]` | 3 bits |
 /// | `scales` | F16 | `[rows, groups]` | always |
 /// | `zeros` | U8 | `[rows, zero_bytes_per_row]` | asymmetric |
+/// | `tilemap` | U8 | `[rows, ceil(tiles / 8)]` | means of four or tile corrections |
+/// | `mean_scales` | F16 | `[rows, groups]` | means of four |
+/// | `tile_codes` | I8 `[count, 16]` or U8 `[count, 8]` | 8 or 4 bits a code | tile corrections |
+/// | `tile_scales` | F16 | `[count]` | tile corrections |
 /// | `element_counts` | U16, above 65,535 columns U32 | `[rows]` | element corrections |
 /// | `element_cols` | as `element_counts` | `[elements]` | element corrections |
 /// | `element_values` | F16 | `[elements]` | element corrections |
@@ -47,6 +64,17 @@ pub fn packed_specs(layer: &str, spec: &PackedSpec) -> Vec<TensorSpec> {
     if !layout.symmetric {
         part("zeros", StoredType::U8, &[rows, layout.zero_bytes_per_row(cols)]);
     }
+    if corrections.mean4.is_some() || corrections.tiles.is_some() {
+        part("tilemap", StoredType::U8, &[rows, TileMap::row_bytes(cols)]);
+    }
+    if corrections.mean4.is_some() {
+        part("mean_scales", StoredType::F16, &[rows, layout.group.count(cols)]);
+    }
+    if let Some(TileSpec { bits, count }) = corrections.tiles {
+        let dtype = if bits == TileBits::Eight { StoredType::I8 } else { StoredType::U8 };
+        part("tile_codes", dtype, &[count, bits.tile_bytes()]);
+        part("tile_scales", StoredType::F16, &[count]);
+    }
     if let Some(n) = corrections.elements {
         let index = if ElementCorrections::index_bytes(cols) == 2 { StoredType::U16 } else { StoredType::U32 };
         part("element_counts", index, &[rows]);
@@ -60,6 +88,13 @@ pub fn packed_specs(layer: &str, spec: &PackedSpec) -> Vec<TensorSpec> {
 pub fn packed_tensors(layer: &str, matrix: &PackedMatrix) -> Vec<(TensorSpec, SharedBytes)> {
     let parts = matrix.parts();
     let mut bytes = vec![Some(&parts.codes), parts.codes_high.as_ref(), Some(&parts.scales), parts.zeros.as_ref()];
+    if let Some(mean4) = matrix.mean4() {
+        bytes.extend([mean4.map().bytes(), mean4.scale_bytes()].map(Some));
+    }
+    if let Some(tiles) = matrix.tiles() {
+        let TileParts { tilemap, codes, scales } = tiles.parts();
+        bytes.extend([tilemap, codes, scales].map(Some));
+    }
     if let Some(elements) = matrix.elements() {
         let ElementParts { counts, cols, values } = elements.parts();
         bytes.extend([counts, cols, values].map(Some));
@@ -88,11 +123,19 @@ pub fn read_packed(set: &TensorSet, layer: &str, spec: &PackedSpec) -> Result<Pa
             }
         }
     }
-    assemble(spec, &parts).map_err(|e| {
-        let codes = format!("{layer}.codes");
+    let codes = format!("{layer}.codes");
+    let damaged = |problem: String| {
         let file = set.get(&codes).map_or(set.place(), |view| view.file);
-        FormatError::tensor(file, layer, format!("is no valid packed matrix: {e}"), DAMAGED)
-    })
+        FormatError::tensor(file, layer, format!("is no valid packed matrix: {problem}"), DAMAGED)
+    };
+    let matrix = assemble(spec, &parts).map_err(|e| damaged(e.to_string()))?;
+    // The only count that no shape holds.
+    let (found, announced) = (matrix.spec().corrections.mean4, spec.corrections.mean4);
+    if found != announced {
+        let [found, announced] = [found, announced].map(Option::unwrap_or_default);
+        return Err(damaged(format!("its tilemap marks {found} tiles, the configuration announces {announced}")));
+    }
+    Ok(matrix)
 }
 
 fn assemble(spec: &PackedSpec, parts: &Parts) -> Result<PackedMatrix, PackError> {
@@ -103,6 +146,18 @@ fn assemble(spec: &PackedSpec, parts: &Parts) -> Result<PackedMatrix, PackError>
         zeros: parts.find("zeros"),
     };
     let mut matrix = PackedMatrix::new(spec.rows, spec.cols, spec.layout, base)?;
+    if spec.corrections.mean4.is_some() {
+        let (map, scales) = (parts.get("tilemap"), parts.get("mean_scales"));
+        matrix = matrix.with_mean4(Mean4::new(spec.rows, spec.cols, spec.layout.group, map, scales)?)?;
+    }
+    if let Some(TileSpec { bits, .. }) = spec.corrections.tiles {
+        let tiles = TileParts {
+            tilemap: parts.get("tilemap"),
+            codes: parts.get("tile_codes"),
+            scales: parts.get("tile_scales"),
+        };
+        matrix = matrix.with_tiles(TileCorrections::new(spec.rows, spec.cols, bits, tiles)?)?;
+    }
     if spec.corrections.elements.is_some() {
         let elements = ElementParts {
             counts: parts.get("element_counts"),

@@ -8,7 +8,8 @@ use tailorq_format::{
     SafetensorsWriter, StoredType, TensorSet, TensorSpec, format_version, packed_specs, packed_tensors, read_packed,
 };
 use tailorq_tensor::{
-    Bits, CorrectionSpec, ElementCorrections, Group, Layout, PackedMatrix, PackedSpec, ReadRows, Rng,
+    Bits, CorrectionSpec, ElementCorrections, Group, Layout, MeanTile, PackedMatrix, PackedSpec, ReadRows, Rng, TILE,
+    TileBits, TileCorrection, TileCorrections, TileSpec,
 };
 
 fn random(rows: usize, cols: usize, layout: Layout, seed: u64) -> PackedMatrix {
@@ -32,6 +33,78 @@ fn elements(rows: usize, cols: usize, seed: u64) -> ElementCorrections {
     };
     let all: Vec<Vec<_>> = (0..rows).map(&mut row).collect();
     ElementCorrections::from_rows(cols, &all).unwrap()
+}
+
+/// Everything that may lie beside a base, alone and together.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Beside {
+    Nothing,
+    Elements,
+    Tiles(TileBits),
+    TilesAndElements,
+    Means,
+    MeansAndElements,
+}
+
+impl Beside {
+    const ALL: [Beside; 7] = [
+        Beside::Nothing,
+        Beside::Elements,
+        Beside::Tiles(TileBits::Four),
+        Beside::Tiles(TileBits::Eight),
+        Beside::TilesAndElements,
+        Beside::Means,
+        Beside::MeansAndElements,
+    ];
+
+    /// Means need two bits; another matrix goes without them.
+    fn add_to(self, matrix: PackedMatrix, seed: u64) -> PackedMatrix {
+        let (rows, cols) = (matrix.rows(), matrix.cols());
+        let with_elements = |m: PackedMatrix| m.with_elements(elements(rows, cols, seed)).unwrap();
+        match self {
+            Beside::Nothing => matrix,
+            Beside::Elements => with_elements(matrix),
+            Beside::Tiles(bits) => matrix.with_tiles(tiles(rows, cols, bits, seed)).unwrap(),
+            Beside::TilesAndElements => {
+                with_elements(matrix.with_tiles(tiles(rows, cols, TileBits::Eight, seed)).unwrap())
+            }
+            Beside::Means if matrix.layout().bits == Bits::Two => means(matrix, seed),
+            Beside::MeansAndElements if matrix.layout().bits == Bits::Two => with_elements(means(matrix, seed)),
+            Beside::Means | Beside::MeansAndElements => matrix,
+        }
+    }
+}
+
+/// The tiles of each row that are marked: in turn some, none and all.
+fn marked(rows: usize, cols: usize, rng: &mut Rng) -> Vec<Vec<usize>> {
+    let share = [0.3, 0.0, 1.0];
+    (0..rows).map(|r| (0..cols.div_ceil(TILE)).filter(|_| rng.uniform() < share[r % 3]).collect()).collect()
+}
+
+fn tiles(rows: usize, cols: usize, bits: TileBits, seed: u64) -> TileCorrections {
+    let mut rng = Rng::new(seed);
+    let chosen = marked(rows, cols, &mut rng);
+    let mut one = |tile: usize| {
+        let mut codes = [0; TILE];
+        codes[..TILE.min(cols - tile * TILE)].fill_with(|| rng.below(16) as i8 - 8);
+        TileCorrection { tile, scale: f16::from_f64(rng.uniform()), codes }
+    };
+    let all: Vec<Vec<_>> = chosen.into_iter().map(|row| row.into_iter().map(&mut one).collect()).collect();
+    TileCorrections::from_rows(cols, bits, &all).unwrap()
+}
+
+fn means(matrix: PackedMatrix, seed: u64) -> PackedMatrix {
+    let (cols, mut rng) = (matrix.cols(), Rng::new(seed));
+    let chosen = marked(matrix.rows(), cols, &mut rng);
+    let n = matrix.rows() * matrix.layout().group.count(cols);
+    let scales: Vec<f16> = (0..n).map(|_| f16::from_f64(rng.uniform())).collect();
+    let mut one = |tile: usize| {
+        let mut means = [0; 4];
+        means[..TILE.min(cols - tile * TILE).div_ceil(4)].fill_with(|| rng.below(256) as u8 as i8);
+        MeanTile { tile, means }
+    };
+    let all: Vec<Vec<_>> = chosen.into_iter().map(|row| row.into_iter().map(&mut one).collect()).collect();
+    matrix.pack_mean4(&scales, &all).unwrap()
 }
 
 fn all_values(matrix: &PackedMatrix) -> Vec<f32> {
@@ -67,20 +140,20 @@ fn layouts() -> Vec<Layout> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(96))]
+    #![proptest_config(ProptestConfig::with_cases(200))]
 
     #[test]
     fn every_layout_survives_a_file(
-        layout in prop::sample::select(layouts()), rows in 0usize..6, cols in 1usize..300, corrected: bool, seed: u64,
+        layout in prop::sample::select(layouts()), rows in 0usize..6, cols in 1usize..300,
+        beside in prop::sample::select(Beside::ALL.to_vec()), seed: u64,
     ) {
-        let mut matrix = random(rows, cols, layout, seed);
-        if corrected {
-            matrix = matrix.with_elements(elements(rows, cols, seed)).unwrap();
-        }
+        let matrix = beside.add_to(random(rows, cols, layout, seed), seed);
         let spec = matrix.spec();
         let specs = packed_specs("w", &spec);
         prop_assert_eq!(specs.iter().map(|s| s.bytes().unwrap()).sum::<usize>(), matrix.bytes());
-        prop_assert_eq!(format_version([&spec]), if corrected { 2 } else { 1 });
+        prop_assert_eq!(format_version([&spec]), if spec.corrections.is_none() { 1 } else { 2 });
+        let json = serde_json::to_string(&spec).unwrap();
+        prop_assert_eq!(serde_json::from_str::<PackedSpec>(&json).unwrap(), spec);
         let dir = tempfile::tempdir().unwrap();
         let set = write(dir.path(), &tensors(&matrix));
         let read = read_packed(&set, "w", &spec).unwrap();
@@ -149,7 +222,10 @@ fn corrections_that_the_configuration_does_not_describe_are_refused() {
     let text = message(&set, &PackedSpec::base(3, 40, layout));
     assert!(text.contains("'w.element_counts' is there") && text.contains("quantize again"), "{text}");
     for wrong in [0, n - 1, n + 1, usize::MAX] {
-        let text = message(&set, &PackedSpec { corrections: CorrectionSpec { elements: Some(wrong) }, ..spec });
+        let text = message(
+            &set,
+            &PackedSpec { corrections: CorrectionSpec { elements: Some(wrong), ..spec.corrections }, ..spec },
+        );
         assert!(text.contains("'w.element_cols'") && text.contains("expected"), "{text}");
     }
     for part in ["element_counts", "element_cols", "element_values"] {
@@ -184,4 +260,59 @@ fn a_wide_matrix_survives_a_file() {
     let set = write(dir.path(), &tensors(&matrix));
     assert_eq!(set.get("w.element_cols").unwrap().dtype, StoredType::U32);
     assert_eq!(all_values(&read_packed(&set, "w", &matrix.spec()).unwrap()), all_values(&matrix));
+}
+
+#[test]
+fn tiles_that_the_configuration_does_not_describe_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let layout = Layout { bits: Bits::Two, group: Group::Inputs(32), symmetric: true };
+    let message = |good: &[(TensorSpec, Vec<u8>)], spec: &PackedSpec| {
+        let message = read_packed(&write(dir.path(), good), "w", spec).unwrap_err().to_string();
+        assert!(message.contains(dir.path().to_str().unwrap()), "{message}");
+        message
+    };
+    let matrices = [
+        Beside::Tiles(TileBits::Four).add_to(random(3, 40, layout, 1), 2),
+        Beside::Tiles(TileBits::Eight).add_to(random(3, 40, layout, 1), 2),
+        Beside::Means.add_to(random(3, 40, layout, 1), 2),
+    ];
+    for matrix in matrices {
+        let (spec, good) = (matrix.spec(), tensors(&matrix));
+        let text = message(&good, &PackedSpec::base(3, 40, layout));
+        assert!(text.contains("'w.tilemap' is there"), "{text}");
+        for part in good.iter().map(|(s, _)| s.name.clone()) {
+            let less: Vec<_> = good.iter().filter(|(s, _)| s.name != part).cloned().collect();
+            let text = message(&less, &spec);
+            assert!(text.contains(&format!("'{part}' is missing")), "{text}");
+        }
+        let with = |corrections| PackedSpec { corrections, ..spec };
+        let announced = spec.corrections;
+        if let Some(TileSpec { bits, count }) = announced.tiles {
+            let wider = if bits == TileBits::Four { TileBits::Eight } else { TileBits::Four };
+            for tiles in [TileSpec { bits, count: count + 1 }, TileSpec { bits: wider, count }] {
+                let text = message(&good, &with(CorrectionSpec { tiles: Some(tiles), ..announced }));
+                assert!(text.contains("'w.tile_codes'"), "{text}");
+            }
+            let text = message(&good, &with(CorrectionSpec { mean4: Some(1), ..announced }));
+            assert!(text.contains("'w.mean_scales' is missing"), "{text}");
+        } else {
+            let one_more = CorrectionSpec { mean4: announced.mean4.map(|n| n + 1), ..announced };
+            let text = message(&good, &with(one_more));
+            assert!(text.contains("the configuration announces"), "{text}");
+            let text = message(&good, &PackedSpec { layout: Layout { bits: Bits::Four, ..layout }, ..spec });
+            assert!(text.contains("'w.codes'"), "{text}");
+        }
+        // A bit beyond the last tile, then one too few.
+        for (map, expected) in [([0b1000, 0, 0b111], "tile 3"), ([0, 0, 0b011], "announces|ask for")] {
+            let mut damaged = good.clone();
+            damaged.iter_mut().find(|(s, _)| s.name == "w.tilemap").unwrap().1 = map.to_vec();
+            let text = message(&damaged, &spec);
+            assert!(text.contains("'w'") && expected.split('|').any(|e| text.contains(e)), "{text}");
+        }
+        let mut damaged = good.clone();
+        let scales = damaged.iter_mut().find(|(s, _)| s.name.ends_with("e_scales") || s.name.ends_with("mean_scales"));
+        scales.unwrap().1[2..4].copy_from_slice(&f16::INFINITY.to_le_bytes());
+        let text = message(&damaged, &spec);
+        assert!(text.contains("_scales: scale 1 is inf"), "{text}");
+    }
 }

@@ -43,7 +43,7 @@ impl ElementCorrections {
         let too_large = || PackError::TooLarge(rows, cols);
         let size = |part, bytes: &SharedBytes, expected: usize| match bytes.len() {
             found if found == expected => Ok(()),
-            found => Err(PackError::ElementSize { part, found, expected }),
+            found => Err(PackError::CorrectionSize { part, found, expected }),
         };
         size("element_counts", &parts.counts, rows.checked_mul(width).ok_or_else(too_large)?)?;
         let counts = Indices::of(&parts.counts, cols).ok_or(PackError::Misaligned("element_counts"))?;

@@ -1,80 +1,11 @@
 //! The packed matrix. Its scalar accessors define every layout; kernels are optimizations tested against them.
 
 use crate::layout::{Bits, Layout, TILE};
-use crate::{CorrectionSpec, ElementCorrections, PackedSpec, ReadRows, SharedBytes};
+use crate::{
+    CorrectionSpec, ElementCorrections, Mean4, MeanTile, PackError, PackedSpec, ReadRows, SharedBytes, TileCorrections,
+    TileSpec,
+};
 use half::f16;
-use thiserror::Error;
-
-/// Why bytes do not form a packed matrix.
-#[derive(Debug, Error, PartialEq)]
-pub enum PackError {
-    /// A part has the wrong number of bytes.
-    #[error("{part} has {found} bytes, a [{rows}, {cols}] matrix of this layout needs {expected}")]
-    Size {
-        /// `codes`, `codes_high`, `scales` or `zeros`.
-        part: &'static str,
-        /// Bytes it has.
-        found: usize,
-        /// Bytes it must have.
-        expected: usize,
-        /// Rows of the matrix.
-        rows: usize,
-        /// Columns of the matrix.
-        cols: usize,
-    },
-    /// A part does not start at a multiple of its element size.
-    #[error("{0} is not aligned in memory")]
-    Misaligned(&'static str),
-    /// A scale is NaN, infinite or negative.
-    #[error("scale {index} is {value}: scales are finite and not negative")]
-    Scale {
-        /// Index into the scales.
-        index: usize,
-        /// Its value.
-        value: f32,
-    },
-    /// A part of the element corrections has the wrong number of bytes.
-    #[error("{part} has {found} bytes, the rows and their counts ask for {expected}")]
-    ElementSize {
-        /// `element_counts`, `element_cols` or `element_values`.
-        part: &'static str,
-        /// Bytes it has.
-        found: usize,
-        /// Bytes it must have.
-        expected: usize,
-    },
-    /// The columns of a row's element corrections do not ascend, or go beyond the matrix.
-    #[error("element corrections of row {row}: column {col} is out of order or beyond the {cols} columns")]
-    ElementColumn {
-        /// Row of the matrix.
-        row: usize,
-        /// The first offending column.
-        col: usize,
-        /// Columns of the matrix.
-        cols: usize,
-    },
-    /// An element correction is NaN or infinite.
-    #[error("the element correction of row {row}, column {col} is {value}: corrections are finite")]
-    ElementValue {
-        /// Row of the matrix.
-        row: usize,
-        /// Column of the matrix.
-        col: usize,
-        /// The value.
-        value: f32,
-    },
-    /// Corrections are for a matrix of another shape.
-    #[error("corrections for a {found:?} matrix do not belong to one of {expected:?}")]
-    OtherShape {
-        /// `(rows, cols)` of the corrections.
-        found: (usize, usize),
-        /// `(rows, cols)` of the matrix.
-        expected: (usize, usize),
-    },
-    /// The shape overflows the address space.
-    #[error("shape [{0}, {1}] is too large")]
-    TooLarge(usize, usize),
-}
 
 /// The parts of a packed matrix's base as they lie in a file, little-endian.
 #[derive(Clone, Debug)]
@@ -89,14 +20,16 @@ pub struct PackedParts {
     pub zeros: Option<SharedBytes>,
 }
 
-/// A `[rows, cols]` weight matrix at 2, 3, 4 or 8 bits, `value = (code - zero) * scale`, plus the corrections of single
-/// elements where there are any.
+/// A `[rows, cols]` weight matrix at 2, 3, 4 or 8 bits, `value = (code - zero) * scale`, plus the corrections of tiles and of
+/// single elements where there are any.
 #[derive(Clone, Debug)]
 pub struct PackedMatrix {
     rows: usize,
     cols: usize,
     layout: Layout,
     parts: PackedParts,
+    mean4: Option<Mean4>,
+    tiles: Option<TileCorrections>,
     elements: Option<ElementCorrections>,
 }
 
@@ -127,16 +60,54 @@ impl PackedMatrix {
         if let Some(index) = scales.iter().position(|s| !s.is_finite() || s.to_f32() < 0.0) {
             return Err(PackError::Scale { index, value: scales[index].to_f32() });
         }
-        Ok(PackedMatrix { rows, cols, layout, parts, elements: None })
+        Ok(PackedMatrix { rows, cols, layout, parts, mean4: None, tiles: None, elements: None })
     }
 
     /// This matrix with `elements` added to it, instead of those that it may have had.
     pub fn with_elements(self, elements: ElementCorrections) -> Result<Self, PackError> {
-        let (found, expected) = ((elements.rows(), elements.cols()), (self.rows, self.cols));
-        if found != expected {
-            return Err(PackError::OtherShape { found, expected });
-        }
+        self.belongs((elements.rows(), elements.cols()))?;
         Ok(PackedMatrix { elements: Some(elements), ..self })
+    }
+
+    /// This matrix with `tiles` added to it, instead of those that it may have had.
+    pub fn with_tiles(self, tiles: TileCorrections) -> Result<Self, PackError> {
+        self.belongs((tiles.rows(), tiles.cols()))?;
+        match self.mean4 {
+            Some(_) => Err(PackError::Mean4("tile corrections".into())),
+            None => Ok(PackedMatrix { tiles: Some(tiles), ..self }),
+        }
+    }
+
+    /// This matrix with the words of some tiles read as means, which is what its codes must hold there.
+    pub fn with_mean4(self, mean4: Mean4) -> Result<Self, PackError> {
+        self.belongs((mean4.rows(), mean4.cols()))?;
+        if self.layout.bits != Bits::Two || self.layout.group != mean4.group() || self.tiles.is_some() {
+            return Err(PackError::Mean4(self.spec().to_string()));
+        }
+        mean4.check(self.parts.codes.cast().expect("checked at the door"))?;
+        Ok(PackedMatrix { mean4: Some(mean4), ..self })
+    }
+
+    /// This matrix with some of its tiles replaced by means: `rows` lists them in ascending order, `scales` (`[rows, groups]`)
+    /// are those of the means.
+    pub fn pack_mean4(mut self, scales: &[f16], rows: &[Vec<MeanTile>]) -> Result<Self, PackError> {
+        let mean4 = Mean4::from_rows(self.cols, self.layout.group, scales, rows)?;
+        self.belongs((mean4.rows(), mean4.cols()))?;
+        if self.layout.bits == Bits::Two {
+            let mut words = self.parts.codes.cast::<u32>().expect("checked at the door").to_vec();
+            for (row, tiles) in words.chunks_exact_mut(self.tiles_per_row().max(1)).zip(rows) {
+                for tile in tiles {
+                    row[tile.tile] = tile.word();
+                }
+            }
+            self.parts.codes = SharedBytes::from_vec(words);
+        }
+        self.with_mean4(mean4)
+    }
+
+    fn belongs(&self, found: (usize, usize)) -> Result<(), PackError> {
+        let expected = (self.rows, self.cols);
+        if found == expected { Ok(()) } else { Err(PackError::OtherShape { found, expected }) }
     }
 
     /// Packs codes (`[rows, cols]`, one a byte), scales (`[rows, groups]`) and zeros (`[rows, groups]`; empty when the
@@ -161,8 +132,8 @@ impl PackedMatrix {
         PackedMatrix::new(rows, cols, layout, parts)
     }
 
-    /// The rows of all `panels` (same columns, same layout), one under the other. Panics when they differ or when there
-    /// are none.
+    /// The rows of all `panels` (same columns, same layout, tile codes of one width), one under the other. Panics when they
+    /// differ or when there are none. What only some panels have, the others have none of.
     pub fn stack(panels: &[PackedMatrix]) -> Self {
         let first = &panels[0];
         assert!(panels.iter().all(|p| p.cols == first.cols && p.layout == first.layout), "panels of one matrix");
@@ -173,12 +144,18 @@ impl PackedMatrix {
             zeros: stack_part::<u8>(panels, |p| p.zeros.as_ref()),
         };
         let rows = panels.iter().map(|p| p.rows).sum();
+        let tiles: Vec<_> = panels.iter().map(|p| (p.rows, p.tiles.as_ref())).collect();
         let elements: Vec<_> = panels.iter().map(|p| (p.rows, p.elements.as_ref())).collect();
-        PackedMatrix {
+        let mean4: Vec<_> = panels.iter().map(|p| (p.rows, p.mean4.as_ref())).collect();
+        let stacked = PackedMatrix {
+            mean4: Mean4::stack(first.cols, &mean4),
+            tiles: TileCorrections::stack(first.cols, &tiles),
             elements: ElementCorrections::stack(first.cols, &elements),
             ..PackedMatrix::new(rows, first.cols, first.layout, parts)
                 .expect("stacked panels are as valid as each of them")
-        }
+        };
+        assert!(stacked.mean4.is_none() || stacked.tiles.is_none(), "means and tile corrections do not go together");
+        stacked
     }
 
     /// Outputs.
@@ -198,13 +175,27 @@ impl PackedMatrix {
 
     /// Shape, layout and corrections.
     pub fn spec(&self) -> PackedSpec {
-        let corrections = CorrectionSpec { elements: self.elements.as_ref().map(ElementCorrections::len) };
+        let corrections = CorrectionSpec {
+            mean4: self.mean4.as_ref().map(Mean4::len),
+            tiles: self.tiles.as_ref().map(|t| TileSpec { bits: t.bits(), count: t.len() }),
+            elements: self.elements.as_ref().map(ElementCorrections::len),
+        };
         PackedSpec { layout: self.layout, rows: self.rows, cols: self.cols, corrections }
     }
 
     /// The parts of the base as they lie in a file.
     pub fn parts(&self) -> &PackedParts {
         &self.parts
+    }
+
+    /// The tiles whose words hold means instead of codes, if there are any.
+    pub fn mean4(&self) -> Option<&Mean4> {
+        self.mean4.as_ref()
+    }
+
+    /// What is added to tiles of the base, if anything is.
+    pub fn tiles(&self) -> Option<&TileCorrections> {
+        self.tiles.as_ref()
     }
 
     /// What is added to single elements of the base, if anything is.
@@ -243,7 +234,7 @@ impl PackedMatrix {
         &self.parts.scales.cast::<f16>().expect("checked at the door")[r * n..(r + 1) * n]
     }
 
-    /// The code of weight `(r, c)` in the base.
+    /// The code of weight `(r, c)` in the base; of no meaning in a tile of means.
     pub fn code(&self, r: usize, c: usize) -> u8 {
         assert!(c < self.cols, "column {c} of {}", self.cols);
         let (tile, i) = (c / TILE, c % TILE);
@@ -268,27 +259,37 @@ impl PackedMatrix {
         })
     }
 
-    /// Weight `(r, c)` of the base: `(code - zero) * scale`, exact in f32.
+    /// Weight `(r, c)` of the base: `(code - zero) * scale`, or its mean where the tile holds means; exact in f32.
     pub fn base_value(&self, r: usize, c: usize) -> f32 {
+        if let Some(mean) = self.mean4.as_ref().and_then(|m| m.get(r, c, self.code_words(r))) {
+            return mean;
+        }
         let g = c / self.layout.group.len(self.cols);
         f32::from(i16::from(self.code(r, c)) - i16::from(self.zero(r, g))) * self.scales(r)[g].to_f32()
     }
 
-    /// Weight `(r, c)`: the base, plus its element correction, summed in f32.
+    /// Weight `(r, c)`: the base, plus its tile's correction, plus its own, each sum rounded to f32.
     pub fn value(&self, r: usize, c: usize) -> f32 {
-        let base = self.base_value(r, c);
-        self.elements.as_ref().and_then(|e| e.get(r, c)).map_or(base, |correction| base + correction)
+        let tile = self.tiles.as_ref().and_then(|t| t.get(r, c));
+        let element = self.elements.as_ref().and_then(|e| e.get(r, c));
+        [tile, element].into_iter().flatten().fold(self.base_value(r, c), |value, correction| value + correction)
     }
 
     /// Row `r` as f32, the same values as [`PackedMatrix::value`].
     pub fn unpack_row(&self, r: usize, out: &mut [f32]) {
         self.unpack_base(r, out);
+        if let Some(mean4) = &self.mean4 {
+            mean4.write_to_row(r, self.code_words(r), out);
+        }
+        if let Some(tiles) = &self.tiles {
+            tiles.add_to_row(r, out);
+        }
         if let Some(elements) = &self.elements {
             elements.add_to_row(r, out);
         }
     }
 
-    /// The base of row `r`, tile by tile.
+    /// The codes of row `r` on their grid, tile by tile, as if no tile held means.
     fn unpack_base(&self, r: usize, out: &mut [f32]) {
         assert_eq!(out.len(), self.cols, "unpack_row: output length");
         let (words, highs, scales) = (self.code_words(r), self.code_highs(r), self.scales(r));

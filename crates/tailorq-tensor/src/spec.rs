@@ -1,12 +1,18 @@
 //! What a configuration records of a packed matrix: shape, layout and corrections, which together fix every size.
 
-use crate::{ElementCorrections, Layout};
+use crate::{ElementCorrections, Layout, TileBits, TileMap};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
 /// Which corrections a packed matrix has beside its base, and how many.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct CorrectionSpec {
+    /// Tiles that hold means of four instead of codes, see [`crate::Mean4`]. Not beside `tiles`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mean4: Option<usize>,
+    /// Tiles with a correction, see [`crate::TileCorrections`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tiles: Option<TileSpec>,
     /// Elements with a 16-bit correction, see [`ElementCorrections`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub elements: Option<usize>,
@@ -17,12 +23,15 @@ impl CorrectionSpec {
     pub fn is_none(&self) -> bool {
         *self == CorrectionSpec::default()
     }
+}
 
-    /// Bytes of the corrections of a `[rows, cols]` matrix.
-    pub fn bytes(&self, rows: usize, cols: usize) -> usize {
-        let index = ElementCorrections::index_bytes(cols);
-        self.elements.map_or(0, |n| rows * index + n * (index + 2))
-    }
+/// The tile corrections of a matrix.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct TileSpec {
+    /// Width of their codes.
+    pub bits: TileBits,
+    /// How many tiles have one.
+    pub count: usize,
 }
 
 /// Everything about a packed matrix but its numbers.
@@ -48,16 +57,21 @@ impl PackedSpec {
 
     /// Bytes of all parts.
     pub fn bytes(&self) -> usize {
-        self.layout.bytes(self.rows, self.cols) + self.corrections.bytes(self.rows, self.cols)
+        let &PackedSpec { layout, rows, cols, corrections } = self;
+        let map = rows * TileMap::row_bytes(cols);
+        let mean4 = corrections.mean4.map_or(0, |_| map + 2 * rows * layout.group.count(cols));
+        let tiles = corrections.tiles.map_or(0, |t| map + t.count * (t.bits.tile_bytes() + 2));
+        let index = ElementCorrections::index_bytes(cols);
+        let elements = corrections.elements.map_or(0, |n| rows * index + n * (index + 2));
+        layout.bytes(rows, cols) + mean4 + tiles + elements
     }
 }
 
 impl fmt::Display for PackedSpec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.layout)?;
-        if self.corrections.elements.is_some() {
-            f.write_str(" + elements")?;
-        }
-        Ok(())
+        let CorrectionSpec { mean4, tiles, elements } = self.corrections;
+        let parts = [(mean4.is_some(), " + means"), (tiles.is_some(), " + tiles"), (elements.is_some(), " + elements")];
+        parts.iter().filter(|p| p.0).try_for_each(|p| f.write_str(p.1))
     }
 }

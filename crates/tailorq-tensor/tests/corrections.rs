@@ -162,7 +162,7 @@ fn hostile_parts_are_refused() {
     let good = ElementCorrections::from_rows(10, &rows).unwrap().parts().clone();
     let refused =
         |edit: &dyn Fn(&mut ElementParts)| ElementCorrections::new(2, 10, edited(&good, |p| edit(p))).unwrap_err();
-    let size = |part, found, expected| PackError::ElementSize { part, found, expected };
+    let size = |part, found, expected| PackError::CorrectionSize { part, found, expected };
     assert_eq!(refused(&|p| p.counts = numbers(&[2u16])), size("element_counts", 2, 4));
     // Counts that ask for more or less than there is.
     assert_eq!(refused(&|p| p.counts = numbers(&[2u16, 2])), size("element_cols", 6, 8));

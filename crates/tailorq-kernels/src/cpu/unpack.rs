@@ -1,7 +1,7 @@
 //! Rows of any weight as f32.
 
 use super::simd::{Isa, LANES, Simd, per_isa};
-use tailorq_tensor::{Bits, PackedMatrix, TILE, Weight};
+use tailorq_tensor::{Bits, PackedMatrix, TILE, TileBits, TileCorrections, Weight};
 
 /// Reads `out.len() / cols` rows from row `first` on, as [`tailorq_tensor::ReadRows::read_rows`] does.
 pub(super) fn read_rows(isa: Isa, w: &Weight, first: usize, out: &mut [f32]) {
@@ -29,8 +29,46 @@ fn unpack_body<S: Simd>(simd: S, m: &PackedMatrix, r: usize, out: &mut [f32]) {
         Bits::Four => unpack_tiles::<S, 4>(simd, m, r, out),
         Bits::Eight => unpack_tiles::<S, 8>(simd, m, r, out),
     }
+    if let Some(mean4) = m.mean4() {
+        mean4.write_to_row(r, m.code_words(r), out);
+    }
+    if let Some(tiles) = m.tiles() {
+        match tiles.bits() {
+            TileBits::Four => add_tiles::<S, 4>(simd, tiles, r, out),
+            TileBits::Eight => add_tiles::<S, 8>(simd, tiles, r, out),
+        }
+    }
     if let Some(elements) = m.elements() {
         elements.add_to_row(r, out);
+    }
+}
+
+/// Adds the corrections of one row's tiles. `code * scale` is exact, so that only the sum is rounded.
+#[inline(always)]
+fn add_tiles<S: Simd, const BITS: u32>(simd: S, tiles: &TileCorrections, r: usize, out: &mut [f32]) {
+    let scales = tiles.scales();
+    for (tile, rank) in tiles.map().row(r) {
+        let codes = signed_codes::<S, BITS>(simd, tiles.code_bytes(rank));
+        let correction = simd.mul(codes, simd.splat(scales[rank].to_f32()));
+        let weights = &mut out[tile * TILE..];
+        if let Some(whole) = weights.first_chunk_mut::<LANES>() {
+            simd.store(simd.add(simd.load(whole), correction), whole);
+        } else {
+            simd.store_partial(simd.add(simd.load_partial(weights, 0.0), correction), weights);
+        }
+    }
+}
+
+/// Two's complement codes: with the sign bit flipped they count from the smallest code on.
+#[inline(always)]
+fn signed_codes<S: Simd, const BITS: u32>(simd: S, bytes: &[u8]) -> S::F {
+    let word = |i: usize, flip: u32| u32::from_le_bytes(bytes.as_chunks::<4>().0[i]) ^ flip;
+    if BITS == 4 {
+        let flip = 0x8888_8888;
+        simd.sub(simd.codes4([word(0, flip), word(1, flip)]), simd.splat(8.0))
+    } else {
+        let flip = 0x8080_8080;
+        simd.sub(simd.codes8([word(0, flip), word(1, flip), word(2, flip), word(3, flip)]), simd.splat(128.0))
     }
 }
 
@@ -91,7 +129,7 @@ fn zero_point(bits: Bits, zeros: Option<&[u8]>, g: usize) -> u8 {
 mod tests {
     use super::*;
     use half::f16;
-    use tailorq_tensor::{ElementCorrections, Group, Layout, Rng};
+    use tailorq_tensor::{ElementCorrections, Group, Layout, MeanTile, Rng, TileCorrection};
 
     fn base(rng: &mut Rng, rows: usize, cols: usize, layout: Layout) -> PackedMatrix {
         let levels = usize::from(layout.bits.max_code()) + 1;
@@ -111,6 +149,37 @@ mod tests {
         };
         let all: Vec<Vec<_>> = (0..rows).map(&mut row).collect();
         ElementCorrections::from_rows(cols, &all).unwrap()
+    }
+
+    /// Corrections of no, some and all tiles of rows.
+    fn tiles(rng: &mut Rng, rows: usize, cols: usize, bits: TileBits) -> TileCorrections {
+        let levels = 1 << bits.count();
+        let mut all = vec![Vec::new(); rows];
+        for (r, row) in all.iter_mut().enumerate() {
+            for tile in (0..cols.div_ceil(TILE)).filter(|_| rng.below(2) < r).collect::<Vec<_>>() {
+                let mut codes = [0; TILE];
+                let used = TILE.min(cols - tile * TILE);
+                codes[..used].fill_with(|| (rng.below(levels) as i16 - levels as i16 / 2) as i8);
+                row.push(TileCorrection { tile, scale: f16::from_f32(rng.uniform() as f32), codes });
+            }
+        }
+        TileCorrections::from_rows(cols, bits, &all).unwrap()
+    }
+
+    /// No, some and all tiles of rows as means.
+    fn means(rng: &mut Rng, m: PackedMatrix) -> PackedMatrix {
+        let (cols, groups) = (m.cols(), m.layout().group.count(m.cols()));
+        let scales: Vec<f16> = (0..m.rows() * groups).map(|_| f16::from_f32(rng.uniform() as f32)).collect();
+        let mut all = vec![Vec::new(); m.rows()];
+        for (r, row) in all.iter_mut().enumerate() {
+            for tile in (0..cols.div_ceil(TILE)).filter(|_| rng.below(2) < r).collect::<Vec<_>>() {
+                let mut means = [0; 4];
+                let used = TILE.min(cols - tile * TILE).div_ceil(4);
+                means[..used].fill_with(|| rng.below(256) as u8 as i8);
+                row.push(MeanTile { tile, means });
+            }
+        }
+        m.pack_mean4(&scales, &all).unwrap()
     }
 
     fn check(m: &PackedMatrix) {
@@ -134,7 +203,17 @@ mod tests {
                     let layout = Layout { bits, group, symmetric };
                     let m = base(&mut rng, 3, cols, layout);
                     check(&m);
-                    check(&m.with_elements(elements(&mut rng, 3, cols)).unwrap());
+                    check(&m.clone().with_elements(elements(&mut rng, 3, cols)).unwrap());
+                    for bits in TileBits::ALL {
+                        let tiled = m.clone().with_tiles(tiles(&mut rng, 3, cols, bits)).unwrap();
+                        check(&tiled);
+                        check(&tiled.with_elements(elements(&mut rng, 3, cols)).unwrap());
+                    }
+                    if layout.bits == Bits::Two {
+                        let means = means(&mut rng, m);
+                        check(&means);
+                        check(&means.with_elements(elements(&mut rng, 3, cols)).unwrap());
+                    }
                 }
             }
         }

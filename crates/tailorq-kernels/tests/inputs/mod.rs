@@ -7,7 +7,8 @@ use std::ops::Range;
 use std::sync::Arc;
 use tailorq_kernels::{AttentionSpan, RopeTable};
 use tailorq_tensor::{
-    Bits, DType, DenseRows, ElementCorrections, Group, Layout, Matrix, PackedMatrix, Rng, SharedBytes, Weight,
+    Bits, DType, DenseRows, ElementCorrections, Group, Layout, Matrix, PackedMatrix, Rng, SharedBytes, TILE, TileBits,
+    TileCorrection, TileCorrections, Weight,
 };
 
 /// `n` standard normal numbers.
@@ -25,8 +26,26 @@ pub fn weights(rng: &mut Rng, rows: usize, cols: usize) -> Vec<Weight> {
     all
 }
 
-/// The matrix with corrections of single elements, in some rows none and in some all.
+/// The matrix with corrections of tiles and of single elements, in some rows none and in some all.
 pub fn corrected(rng: &mut Rng, matrix: PackedMatrix) -> PackedMatrix {
+    let share = [0.3, 1.0, 0.0, 0.6];
+    let cols = matrix.cols();
+    let mut rows = vec![Vec::new(); matrix.rows()];
+    for (r, row) in rows.iter_mut().enumerate() {
+        for tile in 0..cols.div_ceil(TILE) {
+            if rng.uniform() < share[r % 4] {
+                let mut codes = [0; TILE];
+                codes[..TILE.min(cols - tile * TILE)].fill_with(|| rng.below(256) as u8 as i8);
+                row.push(TileCorrection { tile, scale: f16::from_f32(0.01 * rng.uniform() as f32), codes });
+            }
+        }
+    }
+    let tiles = TileCorrections::from_rows(cols, TileBits::Eight, &rows).unwrap();
+    with_elements(rng, matrix.with_tiles(tiles).unwrap())
+}
+
+/// The matrix with corrections of single elements.
+fn with_elements(rng: &mut Rng, matrix: PackedMatrix) -> PackedMatrix {
     let share = [0.05, 0.0, 0.5, 1.0];
     let chosen: Vec<Vec<_>> = (0..matrix.rows())
         .map(|r| {
