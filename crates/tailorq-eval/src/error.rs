@@ -115,6 +115,12 @@ pub enum EvalError {
         /// The model.
         model: String,
     },
+    /// A chat is asked for, and the model has no template for one.
+    #[error("{model} has no chat template: leave out --apply-chat-template, or use a model that was trained on chats")]
+    NoTemplate {
+        /// The model.
+        model: String,
+    },
     /// The caller asked to stop.
     #[error("interrupted")]
     Interrupted,

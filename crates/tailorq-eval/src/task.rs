@@ -9,6 +9,7 @@ use crate::generation::{GSM8K, GSM8K_CHAT, GSM8K_COT, JSONL, SPIDER};
 use crate::items::ItemRecord;
 use crate::llamacpp::LlamaCppTask;
 use crate::perplexity::PerplexityTask;
+use crate::prompt::PromptStyle;
 use crate::rolling::{ROLLING, WIKITEXT};
 use serde::Serialize;
 use std::ops::ControlFlow;
@@ -58,6 +59,8 @@ pub struct ItemOptions<'a> {
     pub limit: Option<usize>,
     /// Examples before each item; each task has its own default.
     pub num_fewshot: Option<usize>,
+    /// How tasks whose prompts are text ask.
+    pub style: PromptStyle,
     /// Most tokens of a generated answer; each task has its own default.
     pub max_tokens: Option<usize>,
     /// Texts that end an answer, beside those of the task.

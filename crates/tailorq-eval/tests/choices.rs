@@ -13,7 +13,7 @@ use std::cell::RefCell;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use tailorq_eval::{EvalError, ItemOptions, ItemRecord, Subject, TaskOptions, TaskResult, task};
+use tailorq_eval::{EvalError, ItemOptions, ItemRecord, PromptStyle, Subject, TaskOptions, TaskResult, task};
 use tailorq_model::OpenedModel;
 use tailorq_model::testing::TinyModel;
 use tailorq_runtime::Device;
@@ -123,6 +123,26 @@ fn examples_change_scores_and_need_a_pool() {
     assert_eq!(with(Some(0)).unwrap().1, none.1);
     let message = with(Some(31)).unwrap_err().to_string();
     assert!(message.contains("calib.jsonl holds 30 items"), "{message}");
+}
+
+#[test]
+fn a_chat_is_asked_in_one_turn_or_in_several() {
+    let (dir, mut model) = (arc_folder(4), tiny(5));
+    let items = ItemOptions { data: Some(dir.path()), num_fewshot: Some(2), ..ItemOptions::default() };
+    let with = |model: &OpenedModel, style| run("arc_easy", model, None, ItemOptions { style, ..items });
+    let [text, chat, turns] =
+        [PromptStyle::Text, PromptStyle::Chat, PromptStyle::ChatOfTurns].map(|style| with(&model, style).unwrap());
+    assert_ne!(text.1[0].loglikelihoods, chat.1[0].loglikelihoods);
+    assert_ne!(turns.1[0].loglikelihoods, chat.1[0].loglikelihoods);
+    assert_eq!(
+        (text.0.details.get("apply_chat_template"), &chat.0.details["fewshot_as_multiturn"]),
+        (None, &false.into())
+    );
+    assert_eq!(turns.0.details["fewshot_as_multiturn"], true);
+    // The space before an answer goes; the line break that ends the template's text belongs to the continuation.
+    assert_eq!(text.0.tokens, chat.0.tokens);
+    model.template = None;
+    assert!(matches!(with(&model, PromptStyle::Chat), Err(EvalError::NoTemplate { .. })));
 }
 
 #[test]

@@ -38,7 +38,7 @@ mod tests {
         let json = r#"{"question": "Who?", "choices": {"text": ["me", "you there", "they"], "label": ["1", "2", "3"]}, "answerKey": "2"}"#;
         let question = testing::read(read, json).unwrap();
         assert_eq!(texts(&question), of("Question: Who?\nAnswer:", &[" me", " you there", " they"], 1));
-        assert_eq!(question.shot(), "Question: Who?\nAnswer: you there\n\n");
+        assert_eq!(question.shot().text(), "Question: Who?\nAnswer: you there\n\n");
         assert_eq!(question.lengths(), [2, 9, 4]);
     }
 

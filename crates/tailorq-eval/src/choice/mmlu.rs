@@ -10,6 +10,7 @@ use crate::calibration::{Identity, check_items};
 use crate::data::{Item, data_folder, read_split};
 use crate::error::EvalError;
 use crate::items::{python_strip, wilson_interval};
+use crate::prompt::{Lead, Shot};
 use crate::task::{Progress, Subject, Task, TaskOptions, TaskResult};
 use serde_json::{Map, Value};
 use std::collections::{BTreeMap, HashMap};
@@ -131,7 +132,7 @@ impl Task for Mmlu {
             if group_of(name).is_none() {
                 return Err(item.fail(format!("is of the subject '{name}', which is none of the 57 of the data set")));
             }
-            asked.push(Asked::new(&read(&item)?, &examples.before(&item, name, n_shots)?));
+            asked.push(Asked { question: read(&item)?, lead: examples.lead(&item, name, n_shots)? });
             subjects.push(name);
         }
         let decided = decide(self.name(), subject, asked, false, options, progress)?;
@@ -168,12 +169,12 @@ fn description(subject: &str) -> String {
 /// Examples of each subject, in the order of the file.
 #[derive(Default)]
 struct Examples {
-    shots: HashMap<String, Vec<String>>,
+    shots: HashMap<String, Vec<Shot>>,
 }
 
 impl Examples {
     fn read(folder: &Path, n_shots: usize) -> Result<Self, EvalError> {
-        let mut shots: HashMap<String, Vec<String>> = HashMap::new();
+        let mut shots: HashMap<String, Vec<Shot>> = HashMap::new();
         for item in read_split(folder, &["dev"], "the examples of each subject")?.iter() {
             let of_subject = shots.entry(item.text("subject")?.to_owned()).or_default();
             if of_subject.len() < n_shots {
@@ -184,7 +185,7 @@ impl Examples {
     }
 
     /// Description and first examples of the item's subject.
-    fn before(&self, item: &Item<'_>, subject: &str, n_shots: usize) -> Result<String, EvalError> {
+    fn lead(&self, item: &Item<'_>, subject: &str, n_shots: usize) -> Result<Lead, EvalError> {
         let shots = self.shots.get(subject).map_or(&[][..], Vec::as_slice);
         if shots.len() < n_shots {
             let problem = format!(
@@ -193,7 +194,7 @@ impl Examples {
             );
             return Err(item.fail(problem));
         }
-        Ok(description(subject) + &shots.concat())
+        Ok(Lead { description: description(subject), shots: shots.to_vec() })
     }
 }
 
@@ -264,7 +265,7 @@ mod tests {
         let question = testing::read(read, ROW).unwrap();
         let context = "What?\nA. w\nB. x\nC. y\nD. z\nAnswer:";
         assert_eq!(texts(&question), of(context, &[" A", " B", " C", " D"], 2));
-        assert_eq!(question.shot(), format!("{context} C\n\n"));
+        assert_eq!(question.shot().text(), format!("{context} C\n\n"));
         assert_eq!(
             description("high_school_biology"),
             "The following are multiple choice questions (with answers) about high school biology.\n\n"

@@ -27,6 +27,7 @@ use crate::calibration::{CalibrationCount, check_items};
 use crate::data::{Item, data_folder, read_split};
 use crate::error::EvalError;
 use crate::fewshot::Examples;
+use crate::prompt::{Lead, Shot};
 use crate::task::{Progress, Subject, Task, TaskOptions, TaskResult};
 use question::Question;
 use run::{Asked, decide, summarize};
@@ -53,8 +54,9 @@ impl ChoiceTask {
         let mut asked = Vec::with_capacity(items.len());
         for item in items.iter() {
             let shots = examples.next().into_iter().map(|shot| Ok((self.read)(&shot)?.shot()));
-            let before = shots.collect::<Result<String, EvalError>>()?;
-            asked.push(Asked::new(&(self.read)(&item)?, &before));
+            let shots = shots.collect::<Result<Vec<Shot>, EvalError>>()?;
+            let lead = Lead { description: String::new(), shots };
+            asked.push(Asked { question: (self.read)(&item)?, lead });
         }
         Ok((asked, known))
     }
@@ -100,7 +102,8 @@ mod tests {
         let options = TaskOptions { items, ..TaskOptions::default() };
         let asked = piqa::TASK.ask(&options).unwrap().0;
         // `r = random.Random(1234)`, then `r.sample(range(30), 2)` three times: [24, 14], [3, 0], [2, 29].
-        let contexts: Vec<&str> = asked.iter().map(|a| a.requests[1].context.as_str()).collect();
+        let requests: Vec<(String, String)> = asked.iter().map(|a| testing::request(&a.question, &a.lead, 1)).collect();
+        let contexts: Vec<&str> = requests.iter().map(|(context, _)| context.as_str()).collect();
         assert_eq!(
             contexts,
             [
@@ -109,7 +112,7 @@ mod tests {
                 "Question: g2\nAnswer: a2\n\nQuestion: g29\nAnswer: b29\n\nQuestion: g2\nAnswer:",
             ]
         );
-        assert_eq!(asked[2].requests[1].continuation, " b2");
+        assert_eq!(requests[2].1, " b2");
     }
 }
 
@@ -119,6 +122,7 @@ pub(crate) mod testing {
 
     use super::{Item, Question};
     use crate::error::EvalError;
+    use crate::prompt::{Asker, Lead, PromptStyle};
     use std::path::Path;
 
     /// Reads a row given as JSON.
@@ -129,8 +133,15 @@ pub(crate) mod testing {
 
     /// Contexts with continuations, and the right one.
     pub(crate) fn texts(question: &Question) -> (Vec<(String, String)>, usize) {
-        let requests = question.requests("");
-        (requests.into_iter().map(|r| (r.context, r.continuation)).collect(), question.gold)
+        let n = question.lengths().len();
+        ((0..n).map(|choice| request(question, &Lead::default(), choice)).collect(), question.gold)
+    }
+
+    /// Context and continuation of a choice, as text.
+    pub(crate) fn request(question: &Question, lead: &Lead, choice: usize) -> (String, String) {
+        let asker = Asker { model: "", template: None, style: PromptStyle::Text };
+        let request = question.requests(asker, lead).expect("text needs no template").swap_remove(choice);
+        (request.context, request.continuation)
     }
 
     /// What [`texts`] gives for one context.

@@ -4,6 +4,7 @@ use crate::calibration::Identity;
 use crate::data::Item;
 use crate::error::EvalError;
 use crate::likelihood::Request;
+use crate::prompt::{Asker, Lead, Shot};
 
 /// An item as it is asked.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -50,8 +51,8 @@ impl Question {
     }
 
     /// The item with its answer, as an example before another one.
-    pub(crate) fn shot(&self) -> String {
-        format!("{} {}\n\n", self.context(self.gold), self.choices[self.gold])
+    pub(crate) fn shot(&self) -> Shot {
+        Shot { asked: self.context(self.gold).to_owned(), answer: self.choices[self.gold].clone() }
     }
 
     /// By what it is known: the first of `fields`, its context, or all of it as it is shown in an example; beside them the
@@ -60,18 +61,19 @@ impl Question {
         // Copies of a data set may lack a field that is not read otherwise.
         let mut fields = fields.iter().map(|field| item.text(field).unwrap_or_default().to_owned());
         let asked = fields.next().unwrap_or_default();
-        let questions = vec![asked, self.context(self.gold).to_owned(), self.shot()];
+        let questions = vec![asked, self.context(self.gold).to_owned(), self.shot().text()];
         Identity { questions, beside: fields.chain(self.choices.iter().cloned()).collect() }
     }
 
-    /// A request for each choice, after `before` (description and examples).
-    pub(crate) fn requests(&self, before: &str) -> Vec<Request> {
-        (self.choices.iter().enumerate())
-            .map(|(i, choice)| Request {
-                context: [before, self.context(i)].concat(),
-                continuation: format!(" {choice}"),
-            })
-            .collect()
+    /// A request for each choice, after `lead`.
+    pub(crate) fn requests(&self, asker: Asker<'_>, lead: &Lead) -> Result<Vec<Request>, EvalError> {
+        let contexts = self.contexts.iter().map(|context| lead.context(asker, context));
+        let contexts = contexts.collect::<Result<Vec<_>, EvalError>>()?;
+        let request = |(i, choice): (usize, &String)| {
+            let (context, delimiter) = contexts.get(i).unwrap_or(&contexts[0]);
+            Request { context: context.clone(), continuation: [delimiter, choice.as_str()].concat() }
+        };
+        Ok(self.choices.iter().enumerate().map(request).collect())
     }
 
     /// Unicode code points of each choice, by which `acc_norm` divides.

@@ -5,22 +5,16 @@ use super::verdict::{Verdict, flips, insert_share};
 use crate::cache::{Contents, Finished, Whose};
 use crate::error::EvalError;
 use crate::items::ItemRecord;
-use crate::likelihood::{Likelihood, PreparedItem, Request, prepare, score_items};
+use crate::likelihood::{Likelihood, PreparedItem, prepare, score_items};
+use crate::prompt::{Asker, Lead, PromptStyle};
 use crate::task::{Progress, Subject, TaskOptions, TaskResult};
 use rayon::prelude::*;
 use serde_json::{Map, Value, json};
 
 /// A question in its place, after its description and examples.
 pub(super) struct Asked {
-    pub(super) requests: Vec<Request>,
-    lengths: Vec<usize>,
-    gold: usize,
-}
-
-impl Asked {
-    pub(super) fn new(question: &Question, before: &str) -> Self {
-        Asked { requests: question.requests(before), lengths: question.lengths(), gold: question.gold }
-    }
+    pub(super) question: Question,
+    pub(super) lead: Lead,
 }
 
 /// The decisions on all items.
@@ -44,16 +38,16 @@ pub(super) fn decide(
 ) -> Result<Decided, EvalError> {
     let n = asked.len();
     let total = if options.reference.is_some() { 2 * n } else { n };
-    let items = prepare_all(task, subject, &asked)?;
+    let (items, contents) = prepare_all(task, subject, &asked, options)?;
     let tokens = items.iter().flat_map(|i| &i.branches).map(|b| b.targets.len()).sum();
     let shortened = items.iter().filter(|i| i.shortened > 0).count();
-    let mut finished = Finished::open(task, options, Whose::Subject, contents(&asked))?;
+    let mut finished = Finished::open(task, options, Whose::Subject, contents)?;
     let scores = score_items(subject, &items, &mut finished, &mut |done, _| progress(done, total))?;
     let verdicts = judge(&asked, &scores);
     let mut of_reference = None;
     if let Some(reference) = &options.reference {
-        let items = prepare_all(task, reference, &asked)?;
-        let mut finished = Finished::open(task, options, Whose::Reference, contents(&asked))?;
+        let (items, contents) = prepare_all(task, reference, &asked, options)?;
+        let mut finished = Finished::open(task, options, Whose::Reference, contents)?;
         let scores = score_items(reference, &items, &mut finished, &mut |done, _| progress(n + done, total))?;
         of_reference = Some(judge(&asked, &scores));
     }
@@ -65,25 +59,36 @@ pub(super) fn decide(
     Ok(Decided { verdicts, of_reference, tokens, shortened })
 }
 
-/// All that decides the likelihoods.
-fn contents(asked: &[Asked]) -> Contents {
-    let mut contents = Contents::new(&Value::Null);
-    for asked in asked {
-        let requests = asked.requests.iter().map(|r| json!([r.context, r.continuation]));
-        contents.add(&requests.collect());
+/// All items as the model reads them, and all that decides their likelihoods.
+fn prepare_all(
+    task: &'static str,
+    subject: &Subject<'_>,
+    asked: &[Asked],
+    options: &TaskOptions<'_>,
+) -> Result<(Vec<PreparedItem>, Contents), EvalError> {
+    let asker = Asker::new(subject, options);
+    let one = |(index, asked): (usize, &Asked)| {
+        let requests = asked.question.requests(asker, &asked.lead)?;
+        let content: Value = requests.iter().map(|r| json!([r.context, r.continuation])).collect();
+        Ok((prepare(subject, task, index, &requests)?, content))
+    };
+    let prepared: Vec<Result<_, EvalError>> = asked.par_iter().enumerate().map(one).collect();
+    let (mut items, mut contents) = (Vec::with_capacity(asked.len()), Contents::new(&Value::Null));
+    for prepared in prepared {
+        // Of several errors the first in the order of the file is told, whichever thread came first.
+        let (item, content) = prepared?;
+        contents.add(&content);
+        items.push(item);
     }
-    contents
-}
-
-fn prepare_all(task: &'static str, subject: &Subject<'_>, asked: &[Asked]) -> Result<Vec<PreparedItem>, EvalError> {
-    let prepared: Vec<_> =
-        (asked.par_iter().enumerate()).map(|(index, a)| prepare(subject, task, index, &a.requests)).collect();
-    // Of several errors the first in the order of the file is told, whichever thread came first.
-    prepared.into_iter().collect()
+    Ok((items, contents))
 }
 
 fn judge(asked: &[Asked], scores: &[Vec<Likelihood>]) -> Vec<Verdict> {
-    asked.iter().zip(scores).map(|(a, likelihoods)| Verdict::new(likelihoods, &a.lengths, a.gold)).collect()
+    asked
+        .iter()
+        .zip(scores)
+        .map(|(a, likelihoods)| Verdict::new(likelihoods, &a.question.lengths(), a.question.gold))
+        .collect()
 }
 
 fn record(
@@ -125,6 +130,11 @@ pub(super) fn summarize(
     details.insert("alias".to_owned(), task.into());
     details.insert("items".to_owned(), verdicts.len().into());
     details.insert("num_fewshot".to_owned(), options.items.num_fewshot.unwrap_or(0).into());
+    if options.items.style != PromptStyle::Text {
+        let of_turns = options.items.style == PromptStyle::ChatOfTurns;
+        details.insert("apply_chat_template".to_owned(), true.into());
+        details.insert("fewshot_as_multiturn".to_owned(), of_turns.into());
+    }
     let right: Vec<bool> = verdicts.iter().map(Verdict::is_right).collect();
     let value = insert_share(&mut details, "acc", &right);
     if by_length {

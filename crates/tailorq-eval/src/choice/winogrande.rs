@@ -37,7 +37,7 @@ mod tests {
         let expected =
             ["He fed the dog, as the dog", "He fed the dog, as the man"].map(|c| (c.to_owned(), rest.clone()));
         assert_eq!(texts(&question), (expected.to_vec(), 0));
-        assert_eq!(question.shot(), "He fed the dog, as the dog was hungry _ .\n\n");
+        assert_eq!(question.shot().text(), "He fed the dog, as the dog was hungry _ .\n\n");
         for bad in ["No blank.", "_"] {
             let json = format!(r#"{{"sentence": "{bad}", "option1": "a", "option2": "b", "answer": "2"}}"#);
             assert!(testing::read(read, &json).is_err());

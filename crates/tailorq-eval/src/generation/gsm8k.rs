@@ -4,6 +4,7 @@ use super::gsm8k_examples::WEI;
 use super::{Judgement, Prompt};
 use crate::answers::{INVALID, after_hashes, flexible, last_number, normalized_number, parse_number, the_answer_is};
 use crate::completion::user;
+use crate::prompt::{Lead, PromptStyle, Shot};
 
 /// Which of the ways.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,17 +28,21 @@ impl Style {
     }
 
     /// The prompt; `shots` are questions and answers of training items, which only [`Style::FiveShot`] uses.
-    pub(crate) fn prompt(self, shots: &[(&str, &str)], question: &str) -> Prompt {
+    pub(crate) fn prompt(self, shots: &[(&str, &str)], question: &str, style: PromptStyle) -> Prompt {
         let (shots, [ask, answer]) = match self {
             Style::FiveShot => (shots, ["Question: ", "\nAnswer:"]),
             Style::ChainOfThought => (&WEI[..], ["Q: ", "\nA:"]),
             Style::Chat => return Prompt::Chat(vec![user(question)]),
         };
-        let mut text = String::new();
-        for (question, solution) in shots {
-            text.push_str(&format!("{ask}{question}{answer} {solution}\n\n"));
+        let asked = |question: &str| [ask, question, answer].concat();
+        let shot =
+            |(question, solution): &(&str, &str)| Shot { asked: asked(question), answer: (*solution).to_owned() };
+        let lead = Lead { description: String::new(), shots: shots.iter().map(shot).collect() };
+        match style {
+            PromptStyle::Text => Prompt::Text(lead.text(&asked(question))),
+            PromptStyle::Chat => Prompt::Chat(lead.turns(&asked(question), false)),
+            PromptStyle::ChatOfTurns => Prompt::Chat(lead.turns(&asked(question), true)),
         }
-        Prompt::Text(text + ask + question + answer)
     }
 
     /// Judges a completion by the item's `answer`, which ends in `#### N`.
@@ -81,19 +86,28 @@ mod tests {
 
     #[test]
     fn prompts_are_the_harness_ones() {
-        let Prompt::Text(text) = Style::FiveShot.prompt(&[("Q1?", "A <<1+1=2>>\n#### 2"), ("Q2?", "#### 3")], "Q3?")
-        else {
+        let shots = [("Q1?", "A <<1+1=2>>\n#### 2"), ("Q2?", "#### 3")];
+        let Prompt::Text(text) = Style::FiveShot.prompt(&shots, "Q3?", PromptStyle::Text) else {
             panic!("five-shot is text")
         };
         assert_eq!(
             text,
             "Question: Q1?\nAnswer: A <<1+1=2>>\n#### 2\n\nQuestion: Q2?\nAnswer: #### 3\n\nQuestion: Q3?\nAnswer:"
         );
-        let Prompt::Text(text) = Style::ChainOfThought.prompt(&[], "Why?") else { panic!("so is chain of thought") };
+        let Prompt::Text(text) = Style::ChainOfThought.prompt(&[], "Why?", PromptStyle::Text) else {
+            panic!("so is chain of thought")
+        };
         assert!(text.starts_with("Q: There are 15 trees in the grove."), "{text}");
         assert!(text.ends_with("23 - 15 is 8. The answer is 8.\n\nQ: Why?\nA:"), "{text}");
         assert_eq!(text.matches("Q: ").count(), 9);
-        assert_eq!(Style::Chat.prompt(&[], "Why?"), Prompt::Chat(vec![user("Why?")]));
+        assert_eq!(Style::Chat.prompt(&[], "Why?", PromptStyle::Text), Prompt::Chat(vec![user("Why?")]));
+        let Prompt::Chat(turns) = Style::FiveShot.prompt(&shots, "Q3?", PromptStyle::ChatOfTurns) else {
+            panic!("turns make a chat")
+        };
+        assert_eq!(
+            (turns.len(), &turns[3].content[..], &turns[4].content[..]),
+            (5, "#### 3", "Question: Q3?\nAnswer:")
+        );
     }
 
     #[test]

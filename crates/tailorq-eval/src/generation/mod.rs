@@ -292,7 +292,7 @@ mod tests {
         let rows: Vec<Row> = file.lines().take(expected.len()).map(|l| serde_json::from_str(l).unwrap()).collect();
         let exercise = |(index, row): (usize, &Row)| Exercise {
             index,
-            prompt: gsm8k::Style::Chat.prompt(&[], row["question"].as_str().unwrap()),
+            prompt: gsm8k::Style::Chat.prompt(&[], row["question"].as_str().unwrap(), Default::default()),
             judge: Box::new(|text| Ok(judged(text))),
         };
         let exercises: Vec<Exercise<'_>> = rows.iter().enumerate().map(exercise).collect();

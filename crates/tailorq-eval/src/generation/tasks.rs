@@ -10,6 +10,7 @@ use crate::data::{Item, Items, data_file, data_folder, read_split};
 use crate::error::EvalError;
 use crate::fewshot::Examples;
 use crate::items::{ItemRecord, mean_and_stderr};
+use crate::prompt::PromptStyle;
 use crate::sql::{Hardness, SqlLimits};
 use crate::task::{Progress, Subject, Task, TaskOptions, TaskResult};
 use serde_json::{Map, json};
@@ -60,6 +61,9 @@ impl Task for Gsm8k {
             Style::FiveShot => options.items.num_fewshot.unwrap_or(SHOTS),
             Style::ChainOfThought | Style::Chat => 0,
         };
+        if options.items.style != PromptStyle::Text && subject.template.is_none() {
+            return Err(EvalError::NoTemplate { model: subject.name.to_owned() });
+        }
         let mut examples = Examples::open(&folder, n_shots)?;
         let mut exercises = Vec::with_capacity(items.len());
         for item in items.iter() {
@@ -68,7 +72,7 @@ impl Task for Gsm8k {
             let style = self.style;
             exercises.push(Exercise {
                 index: item.index,
-                prompt: style.prompt(&shots, question),
+                prompt: style.prompt(&shots, question, options.items.style),
                 judge: Box::new(move |completion| Ok(style.judge(completion, solution))),
             });
         }

@@ -13,7 +13,7 @@ use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 use tailorq::{Device, OpenedModel};
-use tailorq_eval::{Cache, CalibrationItems, ItemOptions, ItemRecord, Subject, Task, TaskOptions, task};
+use tailorq_eval::{Cache, CalibrationItems, ItemOptions, ItemRecord, PromptStyle, Subject, Task, TaskOptions, task};
 
 /// Measure a model by tasks: perplexity on a text, answers to a data set's questions, likelihoods of your own completions.
 ///
@@ -48,6 +48,12 @@ pub struct EvalArgs {
     /// Examples before each item [default: the task's; papers give MMLU 5]
     #[arg(long, value_name = "N")]
     num_fewshot: Option<u32>,
+    /// Ask choices, gsm8k and gsm8k_cot through the model's chat template, examples and question as one turn
+    #[arg(long, visible_alias = "apply_chat_template")]
+    apply_chat_template: bool,
+    /// With the chat template, make every example a turn of the user and one of the assistant
+    #[arg(long, visible_alias = "fewshot_as_multiturn", requires = "apply_chat_template")]
+    fewshot_as_multiturn: bool,
     /// Most tokens of a generated answer [default: the task's, mostly 256]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     max_tokens: Option<u32>,
@@ -116,6 +122,11 @@ pub fn execute(args: &EvalArgs, console: &Console) -> anyhow::Result<()> {
             data: args.data.as_deref(),
             limit: args.limit.map(|n| n as usize),
             num_fewshot: args.num_fewshot.map(|n| n as usize),
+            style: match (args.apply_chat_template, args.fewshot_as_multiturn) {
+                (false, _) => PromptStyle::Text,
+                (true, false) => PromptStyle::Chat,
+                (true, true) => PromptStyle::ChatOfTurns,
+            },
             max_tokens: args.max_tokens.map(|n| n as usize),
             stop: &args.stop,
             plain: args.plain,
