@@ -71,6 +71,9 @@ pub enum QuantError {
     /// Block inputs could not be kept.
     #[error(transparent)]
     Tape(#[from] TapeError),
+    /// A task metric that the caller brought could not be measured.
+    #[error("the task metric could not be measured: {0}")]
+    Metric(String),
     /// There is no plan.
     #[error(transparent)]
     Allocate(#[from] AllocateError),

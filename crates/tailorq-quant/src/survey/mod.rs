@@ -6,8 +6,10 @@
 //! anything that asks for gradients the forward pass is all there is, and blocks come first to last.
 //!
 //! [`StabilitySurvey`] and [`NoiseSurvey`] are passes of their own, over prompts alone: they read the outputs of blocks,
-//! for scores of blocks.
+//! for scores of blocks. [`DamageSurvey`] measures what a quantized unit alone does to predictions or to a task's metric.
 
+mod damage;
+mod judged;
 mod noise;
 mod run;
 mod stability;
@@ -15,7 +17,9 @@ mod stats;
 mod streams;
 
 pub use crate::calibrate::TokenWeight;
-pub use noise::{BlockNoise, Judged, NoiseSurvey};
+pub use damage::{DamageSurvey, Measure, Metric};
+pub use judged::Judged;
+pub use noise::{BlockNoise, NoiseSurvey};
 pub use run::{Loss, Summary, Survey, SurveySample};
 pub use stability::{BlockStability, StabilitySurvey};
 pub use stats::{BlockStats, GroupStats, LayerGradients, Needs};

@@ -3,29 +3,15 @@
 //! The streams after all blocks are kept from one clean pass, so that a noisy run begins behind the block whose output it
 //! disturbs. For `L` blocks that is half the work of `L` whole passes.
 
+use super::judged::{Distance, Judged, Place};
 use super::run::SurveySample;
 use super::streams::{Streams, output_not_finite};
 use crate::QuantError;
-use crate::signals::{NoiseStep, add_uniform_noise, divergence, noise_rng, range};
-use rayon::prelude::*;
+use crate::signals::{NoiseStep, add_uniform_noise, noise_rng, range};
 use std::ops::{ControlFlow, Range};
 use tailorq_kernels::Device;
-use tailorq_model::{Model, Spill, next_token_targets};
+use tailorq_model::{Model, Spill};
 use tailorq_tensor::Matrix;
-
-/// Rows whose logits are held at once, twice: with a vocabulary of 150 000 words, 77 MB.
-const ROWS: usize = 64;
-
-/// Which predictions are compared.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Judged {
-    /// That of each sample's last token, as in the paper: one number a prompt.
-    #[default]
-    LastToken,
-    /// Those of the scored tokens, averaged over each sample. With the model's own continuations of the prompts for a
-    /// completion this still needs no labels, and rests on many more numbers.
-    Scored,
-}
 
 /// The measurement.
 #[derive(Clone, Copy)]
@@ -56,16 +42,6 @@ pub struct BlockNoise {
     pub divergence: f64,
 }
 
-/// A token whose prediction is judged.
-#[derive(Clone, Copy, Debug)]
-struct Place {
-    row: usize,
-    /// Weights of one sample's places sum to 1.
-    weight: f64,
-    /// Whether it is the sample's last.
-    is_last: bool,
-}
-
 impl NoiseSurvey<'_> {
     /// One measurement for each block. Samples without a judged token are passed over, and it is an error when none is left;
     /// `watch` sees the index of every finished block and may stop the run with [`QuantError::Interrupted`]. The result
@@ -79,17 +55,11 @@ impl NoiseSurvey<'_> {
         if self.bits == 0 {
             return Err(QuantError::Settings("a grid of 0 bits has no step: use 4".into()));
         }
-        let samples: Vec<&SurveySample> = samples.iter().filter(|s| !self.places(s, 0).is_empty()).collect();
+        let samples = self.judged.judgeable(samples);
         let ids: Vec<Vec<u32>> = samples.iter().map(|s| s.ids.clone()).collect();
         let (place, keep) = ((self.device, self.model), (self.tape_bytes, spill));
         let mut streams = Streams::embed(place, &ids, keep)?;
-        let mut rest = samples.iter();
-        let of_batch = |spans: &[Range<usize>]| -> Vec<Place> {
-            let pairs = spans.iter().zip(rest.by_ref());
-            pairs.flat_map(|(span, sample)| self.places(sample, span.start)).collect()
-        };
-        let spans: Vec<Vec<Range<usize>>> = streams.batches.iter().map(|b| b.spans.clone()).collect();
-        let places: Vec<Vec<Place>> = spans.iter().map(|s| s.as_slice()).map(of_batch).collect();
+        let places = self.judged.places_of(&streams, &samples);
         let ranges = self.clean_pass(&mut streams, &places, samples.len())?;
         let mut found = Vec::new();
         for (block_idx, range) in ranges.into_iter().enumerate() {
@@ -101,22 +71,6 @@ impl NoiseSurvey<'_> {
             }
         }
         Ok(found)
-    }
-
-    /// The judged tokens of a sample that lies from row `first` on.
-    fn places(&self, sample: &SurveySample, first: usize) -> Vec<Place> {
-        match self.judged {
-            Judged::LastToken => {
-                let last = sample.ids.len().checked_sub(1);
-                last.into_iter().map(|t| Place { row: first + t, weight: 1.0, is_last: true }).collect()
-            }
-            Judged::Scored => {
-                let targets = next_token_targets(&sample.ids, sample.scored.as_deref(), first);
-                let n = targets.len();
-                let place = |(i, row)| Place { row, weight: 1.0 / n as f64, is_last: i + 1 == n };
-                targets.into_iter().map(|t| t.row).enumerate().map(place).collect()
-            }
-        }
     }
 
     /// Runs the model as it is, keeps the streams behind all blocks and returns the mean ranges of their outputs.
@@ -168,7 +122,7 @@ impl NoiseSurvey<'_> {
             for block in &self.model.blocks[block_idx + 1..] {
                 self.model.forward_block(self.device, block, spans, &mut residual);
             }
-            total += self.divergences(&reference, &residual, places);
+            total += Distance::Divergence.sum((self.device, self.model), (&reference, &residual), places);
             first_sample += spans.len();
         }
         if total.is_finite() { Ok(total) } else { Err(QuantError::LossNotFinite { loss: total }) }
@@ -187,22 +141,5 @@ impl NoiseSurvey<'_> {
             let values = &mut residual.data_mut()[span.start * width..span.end * width];
             add_uniform_noise(&mut rng_of(span_idx), step, values);
         }
-    }
-
-    /// The weighted sum of the divergences at these places of two streams behind the last block.
-    fn divergences(&self, reference: &Matrix, disturbed: &Matrix, places: &[Place]) -> f64 {
-        let logits = |residual: &Matrix, places: &[Place]| {
-            let data = places.iter().flat_map(|p| residual.row(p.row)).copied().collect();
-            let rows = Matrix::from_vec(places.len(), residual.cols(), data);
-            self.model.logits(self.device, &self.model.final_norm(self.device, &rows))
-        };
-        let mut total = 0.0;
-        for places in places.chunks(ROWS) {
-            let (clean, noisy) = (logits(reference, places), logits(disturbed, places));
-            let rows: Vec<f64> =
-                (0..places.len()).into_par_iter().map(|r| divergence(clean.row(r), noisy.row(r))).collect();
-            total += places.iter().zip(rows).map(|(p, d)| p.weight * d).sum::<f64>();
-        }
-        total
     }
 }
