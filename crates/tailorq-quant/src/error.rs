@@ -30,6 +30,24 @@ pub enum QuantError {
         /// The scale in f32; infinite when the range itself overflows.
         scale: f32,
     },
+    /// A value is stored at 16 bits and does not fit.
+    #[error("the value at row {row}, column {col} is {value}, beyond half precision ({largest}): quantize this layer")]
+    HalfOverflow {
+        /// Output.
+        row: usize,
+        /// Input.
+        col: usize,
+        /// The value.
+        value: f32,
+        /// The largest that half precision holds.
+        largest: f32,
+    },
+    /// The method needs squared gradients and got none.
+    #[error("{quantizer} needs the squared gradients of the task's loss: give calibration data, or use rtn")]
+    SquareMissing {
+        /// The method.
+        quantizer: &'static str,
+    },
     /// The method needs the Hessian of the layer's inputs and got none.
     #[error("{quantizer} needs calibration data (the Hessian of the layer's inputs): give some, or use rtn")]
     HessianMissing {

@@ -67,9 +67,18 @@ pub struct LayerSettings {
     /// Quantize columns in the order of falling Hessian diagonal, with grids fitted on the original weights.
     #[serde(default)]
     pub act_order: bool,
+    /// The layer stays at 16 bits ([`Half`](crate::quantize::Half)), whatever the method and the rest of these settings:
+    /// how a plan says 16 where other layers have 2, 3, 4 or 8.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub half: bool,
 }
 
 impl LayerSettings {
+    /// A layer that stays at 16 bits.
+    pub fn half() -> Self {
+        LayerSettings { half: true, ..LayerSettings::new(Bits::Eight, Group::Row) }
+    }
+
     /// The defaults for a width and a group: asymmetric, clip search by magnitude, damping 0.01, columns in natural order.
     pub fn new(bits: Bits, group: Group) -> Self {
         LayerSettings {
@@ -77,6 +86,7 @@ impl LayerSettings {
             clip: Clip::default(),
             damping: default_damping(),
             act_order: false,
+            half: false,
         }
     }
 }

@@ -57,7 +57,7 @@ fn rounded(device: &dyn Device, model: &Model, unit: UnitId, format: LayerSettin
         for slot in Slot::ALL.into_iter().filter(|&slot| unit.contains(LayerId { block_idx, slot })) {
             let weights = block.linear(slot).weight.to_matrix();
             let done = rtn.quantize(device, &weights, &LayerStats::default(), &LayerPlan::from(format)).unwrap();
-            block.linear_mut(slot).weight = Weight::from(done.matrix);
+            block.linear_mut(slot).weight = Weight::from(done.weight);
         }
     }
     model

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 use tailorq_kernels::Device;
-use tailorq_quant::quantize::{ALL, Gptq, GridRule, Rtn, proxy_loss};
+use tailorq_quant::quantize::{ALL, Gptq, GridRule, Half, Rtn, proxy_loss};
 use tailorq_quant::{
     Clip, ElementMask, LayerPlan, LayerSettings, LayerStats, Note, QuantError, Quantized, Quantizer, find,
 };
@@ -40,7 +40,7 @@ fn settings(bits: Bits, group: Group) -> LayerSettings {
 }
 
 fn run(q: &dyn Quantizer, w: &Matrix, h: Option<&Matrix>, n_tokens: usize, s: &LayerSettings) -> Quantized {
-    q.quantize(cpu().as_ref(), w, &LayerStats { hessian: h, n_tokens }, &(*s).into()).unwrap()
+    q.quantize(cpu().as_ref(), w, &LayerStats { hessian: h, n_tokens, square: None }, &(*s).into()).unwrap()
 }
 
 fn bytes(m: &PackedMatrix) -> Vec<u8> {
@@ -52,6 +52,9 @@ fn bytes(m: &PackedMatrix) -> Vec<u8> {
 fn codes(m: &PackedMatrix) -> Vec<u8> {
     (0..m.rows()).flat_map(|r| (0..m.cols()).map(move |c| m.code(r, c))).collect()
 }
+
+/// The methods that make codes and grids.
+const PACKING: [&dyn Quantizer; 2] = [&Rtn, &Gptq];
 
 const GROUPS: [Group; 4] = [Group::Inputs(32), Group::Inputs(64), Group::Inputs(128), Group::Row];
 
@@ -146,7 +149,7 @@ fn agrees_with_the_textbook() {
                 s.layout.symmetric = symmetric;
                 s.clip = clip;
                 let expected = textbook::gptq(&w, &h, &s, &|_, _| false).0;
-                let found = codes(&run(&Gptq, &w, Some(&h), 4 * cols, &s).matrix);
+                let found = codes(run(&Gptq, &w, Some(&h), 4 * cols, &s).weight.packed().unwrap());
                 let n_same = expected.iter().zip(&found).filter(|(a, b)| a == b).count();
                 // One rounding that falls the other way changes what follows in its row, so a case alone may differ more.
                 assert!(n_same * 100 >= expected.len() * 99, "{cols} {bits:?} {group}: {n_same} of {}", expected.len());
@@ -175,10 +178,10 @@ fn kept_elements_are_those_of_the_textbook() {
         let s = LayerSettings { clip, ..settings(Bits::Two, Group::Inputs(64)) };
         let (codes_expected, values) = textbook::gptq(&w, &h, &s, &is_kept);
         let plan = LayerPlan { settings: s, kept: Some(mask(40, cols)) };
-        let stats = LayerStats { hessian: Some(&h), n_tokens: 4 * cols };
+        let stats = LayerStats { hessian: Some(&h), n_tokens: 4 * cols, square: None };
         let found = Gptq.quantize(cpu().as_ref(), &w, &stats, &plan).unwrap();
-        assert_eq!(found.matrix.elements().unwrap().len(), plan.kept.as_ref().unwrap().len());
-        let all = codes(&found.matrix);
+        assert_eq!(found.weight.packed().unwrap().elements().unwrap().len(), plan.kept.as_ref().unwrap().len());
+        let all = codes(found.weight.packed().unwrap());
         let (mut same, mut n) = (0, 0);
         for r in 0..40 {
             // Rows in which no rounding fell the other way: there kept values are the compensated ones, to 16 bits.
@@ -189,7 +192,7 @@ fn kept_elements_are_those_of_the_textbook() {
             }
             same += 1;
             for c in (0..cols).filter(|&c| is_kept(r, c)) {
-                let (value, expected) = (f64::from(found.matrix.value(r, c)), values[r * cols + c]);
+                let (value, expected) = (f64::from(found.weight.packed().unwrap().value(r, c)), values[r * cols + c]);
                 assert!((value - expected).abs() < 3e-3, "({r}, {c}): {value}, expected {expected}");
                 n += usize::from((expected - f64::from(w.row(r)[c])).abs() > 0.05);
             }
@@ -197,7 +200,7 @@ fn kept_elements_are_those_of_the_textbook() {
         assert!(same >= 36, "{same} of 40 rows agree");
         assert!(n > 0, "some kept values took in errors of earlier columns");
         // What it says of its loss counts the kept values.
-        let measured = proxy_loss(cpu().as_ref(), &w, &found.matrix, &h, 4 * cols);
+        let measured = proxy_loss(cpu().as_ref(), &w, found.weight.packed().unwrap(), &h, 4 * cols);
         assert!((found.proxy_loss.unwrap() / measured - 1.0).abs() < 5e-3);
     }
 }
@@ -209,18 +212,22 @@ fn keeping_elements_helps_and_their_outliers_do_not_widen_the_grid() {
     for r in 0..30 {
         (0..cols).filter(|&c| is_kept(r, c)).for_each(|c| w.row_mut(r)[c] *= 30.0);
     }
-    let stats = LayerStats { hessian: Some(&h), n_tokens: n };
-    for q in ALL {
+    let stats = LayerStats { hessian: Some(&h), n_tokens: n, square: None };
+    for q in PACKING {
         for (group, act_order) in [(Group::Inputs(64), false), (Group::Row, false), (Group::Inputs(32), true)] {
             let s = LayerSettings { act_order, ..settings(Bits::Three, group) };
             let with = q.quantize(cpu().as_ref(), &w, &stats, &LayerPlan { settings: s, kept: Some(mask(30, cols)) });
-            let (with, without) = (with.unwrap(), run(*q, &w, Some(&h), n, &s));
+            let (with, without) = (with.unwrap(), run(q, &w, Some(&h), n, &s));
             let [a, b] = [&with, &without].map(|q| q.proxy_loss.unwrap());
             assert!(a < 0.1 * b, "{} {group} {act_order}: {a} with, {b} without", q.name());
             let none = ElementMask::from_indices(30, cols, []).unwrap();
             let plan = LayerPlan { settings: s, kept: Some(Arc::new(none)) };
             let empty = q.quantize(cpu().as_ref(), &w, &stats, &plan).unwrap();
-            assert_eq!(bytes(&empty.matrix), bytes(&without.matrix), "an empty mask changes nothing");
+            assert_eq!(
+                bytes(empty.weight.packed().unwrap()),
+                bytes(without.weight.packed().unwrap()),
+                "an empty mask changes nothing"
+            );
         }
         let plan = LayerPlan { settings: settings(Bits::Two, Group::Row), kept: Some(mask(29, cols)) };
         assert!(matches!(q.quantize(cpu().as_ref(), &w, &stats, &plan), Err(QuantError::Settings(_))));
@@ -252,13 +259,14 @@ fn loss_is_what_it_says() {
         let (w, h) = (normal(33, cols, 3), hessian(cols, 3 * cols, 4));
         let s = LayerSettings { act_order, damping, ..settings(Bits::Three, Group::Inputs(64)) };
         let q = run(&Gptq, &w, Some(&h), 3 * cols, &s);
-        let measured = proxy_loss(cpu().as_ref(), &w, &q.matrix, &h, 3 * cols);
+        let measured = proxy_loss(cpu().as_ref(), &w, q.weight.packed().unwrap(), &h, 3 * cols);
         let claimed = q.proxy_loss.unwrap();
         assert!((claimed / measured - 1.0).abs() < 2e-3, "{cols}: {claimed} against {measured}");
         // And that one is the quadratic form.
         let mut direct = 0.0;
         for r in 0..w.rows() {
-            let e: Vec<f64> = (0..cols).map(|c| f64::from(w.row(r)[c] - q.matrix.value(r, c))).collect();
+            let e: Vec<f64> =
+                (0..cols).map(|c| f64::from(w.row(r)[c] - q.weight.packed().unwrap().value(r, c))).collect();
             for i in 0..cols {
                 let row: f64 = (0..cols).map(|j| f64::from(h.row(i.max(j))[i.min(j)]) * e[j]).sum();
                 direct += e[i] * row;
@@ -273,12 +281,12 @@ fn loss_is_what_it_says() {
 fn relative_error_is_what_it_says() {
     let w = normal(65, 100, 8);
     let h = hessian(100, 300, 9);
-    for q in ALL {
-        let done = run(*q, &w, Some(&h), 300, &settings(Bits::Three, Group::Inputs(32)));
+    for q in PACKING {
+        let done = run(q, &w, Some(&h), 300, &settings(Bits::Three, Group::Inputs(32)));
         let (mut error, mut energy) = (0.0, 0.0);
         for r in 0..65 {
             for c in 0..100 {
-                error += f64::from(w.row(r)[c] - done.matrix.value(r, c)).powi(2);
+                error += f64::from(w.row(r)[c] - done.weight.packed().unwrap().value(r, c)).powi(2);
                 energy += f64::from(w.row(r)[c]).powi(2);
             }
         }
@@ -297,7 +305,11 @@ fn is_rounding_when_inputs_are_independent() {
             for act_order in [false, true] {
                 let s = LayerSettings { act_order, clip: Clip::Magnitude, ..settings(Bits::Two, group) };
                 let [a, b] = [&Rtn as &dyn Quantizer, &Gptq].map(|q| run(q, &w, Some(&identity), 1, &s));
-                assert_eq!(bytes(&a.matrix), bytes(&b.matrix), "{cols} {group} {act_order}");
+                assert_eq!(
+                    bytes(a.weight.packed().unwrap()),
+                    bytes(b.weight.packed().unwrap()),
+                    "{cols} {group} {act_order}"
+                );
                 assert!((a.proxy_loss.unwrap() / b.proxy_loss.unwrap() - 1.0).abs() < 1e-4);
             }
         }
@@ -313,9 +325,12 @@ fn awkward_shapes() {
                 for (symmetric, act_order) in [(false, false), (true, true)] {
                     let mut s = LayerSettings { act_order, ..settings(bits, group) };
                     s.layout.symmetric = symmetric;
-                    for q in ALL {
-                        let done = run(*q, &w, Some(&h), 10, &s);
-                        assert_eq!((done.matrix.rows(), done.matrix.cols()), (rows, cols));
+                    for q in PACKING {
+                        let done = run(q, &w, Some(&h), 10, &s);
+                        assert_eq!(
+                            (done.weight.packed().unwrap().rows(), done.weight.packed().unwrap().cols()),
+                            (rows, cols)
+                        );
                         // An error as large as the weights would mean that codes went to wrong places.
                         let bound = if bits == Bits::Two { 0.95 } else { 0.6 };
                         assert!(
@@ -345,7 +360,7 @@ fn act_order_round_trip() {
     let done = run(&Gptq, &w, Some(&h), 900, &s);
     for r in 0..9 {
         for c in 0..cols {
-            let (weight, value) = (w.row(r)[c], done.matrix.value(r, c));
+            let (weight, value) = (w.row(r)[c], done.weight.packed().unwrap().value(r, c));
             assert!((weight - value).abs() < 16.0 * 300.0 / 255.0, "({r}, {c}): {weight} became {value}");
         }
     }
@@ -355,15 +370,20 @@ fn act_order_round_trip() {
 #[test]
 fn threads_do_not_matter() {
     let (w, h) = (normal(300, 320, 41), hessian(320, 800, 42));
-    for q in ALL {
+    for q in PACKING {
         for act_order in [false, true] {
             let s = LayerSettings { act_order, ..settings(Bits::Three, Group::Inputs(128)) };
             let results = [1, 2, 3].map(|n| {
                 let pool = rayon::ThreadPoolBuilder::new().num_threads(n).build().unwrap();
-                pool.install(|| run(*q, &w, Some(&h), 800, &s))
+                pool.install(|| run(q, &w, Some(&h), 800, &s))
             });
             for other in &results[1..] {
-                assert_eq!(bytes(&results[0].matrix), bytes(&other.matrix), "{}", q.name());
+                assert_eq!(
+                    bytes(results[0].weight.packed().unwrap()),
+                    bytes(other.weight.packed().unwrap()),
+                    "{}",
+                    q.name()
+                );
                 assert_eq!(results[0].proxy_loss, other.proxy_loss);
                 assert_eq!(results[0].relative_error, other.relative_error);
             }
@@ -378,16 +398,16 @@ fn bad_weights_are_placed() {
         let mut w = normal(200, 64, 52);
         w.row_mut(150)[7] = bad;
         w.row_mut(199)[1] = bad;
-        for q in ALL {
-            let stats = LayerStats { hessian: Some(&h), n_tokens: 100 };
+        for q in PACKING {
+            let stats = LayerStats { hessian: Some(&h), n_tokens: 100, square: None };
             let error = q.quantize(cpu().as_ref(), &w, &stats, &settings(Bits::Four, Group::Row).into()).unwrap_err();
             assert!(matches!(error, QuantError::NonFiniteWeight { row: 150, col: 7, .. }), "{error}");
         }
     }
     let mut w = normal(3, 64, 53);
     w.row_mut(2)[40] = 1e7;
-    for q in ALL {
-        let stats = LayerStats { hessian: Some(&h), n_tokens: 100 };
+    for q in PACKING {
+        let stats = LayerStats { hessian: Some(&h), n_tokens: 100, square: None };
         let error = q.quantize(cpu().as_ref(), &w, &stats, &settings(Bits::Two, Group::Inputs(32)).into()).unwrap_err();
         assert!(matches!(error, QuantError::ScaleOverflow { row: 2, group: 1, .. }), "{error}");
     }
@@ -398,7 +418,8 @@ fn bad_statistics_are_refused() {
     let w = normal(3, 40, 61);
     let s = settings(Bits::Three, Group::Inputs(32));
     let quantize = |h: Option<&Matrix>, s: &LayerSettings| {
-        Gptq.quantize(cpu().as_ref(), &w, &LayerStats { hessian: h, n_tokens: 9 }, &(*s).into()).unwrap_err()
+        Gptq.quantize(cpu().as_ref(), &w, &LayerStats { hessian: h, n_tokens: 9, square: None }, &(*s).into())
+            .unwrap_err()
     };
     assert!(matches!(quantize(None, &s), QuantError::HessianMissing { quantizer: "gptq" }));
     for bad in [f32::NAN, f32::INFINITY] {
@@ -411,8 +432,8 @@ fn bad_statistics_are_refused() {
     let clean = run(&Gptq, &w, Some(&h), 100, &s);
     (0..40).for_each(|i| h.row_mut(i)[i + 1..].fill(f32::NAN));
     let dirty = run(&Gptq, &w, Some(&h), 100, &s);
-    assert_eq!(bytes(&clean.matrix), bytes(&dirty.matrix));
-    assert!(proxy_loss(cpu().as_ref(), &w, &dirty.matrix, &h, 100).is_finite());
+    assert_eq!(bytes(clean.weight.packed().unwrap()), bytes(dirty.weight.packed().unwrap()));
+    assert!(proxy_loss(cpu().as_ref(), &w, dirty.weight.packed().unwrap(), &h, 100).is_finite());
     for damping in [-0.1, f64::NAN, f64::INFINITY] {
         assert!(matches!(quantize(Some(&h), &LayerSettings { damping, ..s }), QuantError::Settings(_)));
     }
@@ -443,7 +464,7 @@ fn damping_is_raised_and_told() {
     let given_up = run(&Gptq, &w, Some(&h), 1, &s);
     assert_eq!(given_up.notes.len(), 7);
     assert!(matches!(given_up.notes.last(), Some(Note::FellBackToRtn { .. })));
-    assert_eq!(bytes(&given_up.matrix), bytes(&run(&Rtn, &w, None, 0, &s).matrix));
+    assert_eq!(bytes(given_up.weight.packed().unwrap()), bytes(run(&Rtn, &w, None, 0, &s).weight.packed().unwrap()));
 }
 
 /// Inputs that were never active are rounded to nearest; the others do not notice them.
@@ -467,16 +488,17 @@ fn dead_columns_are_rounded() {
         assert_eq!(done.notes, [Note::DeadColumns { count: 4 }]);
         for r in 0..20 {
             for c in dead {
-                let error = (w.row(r)[c] - done.matrix.value(r, c)).abs();
-                let grid_step = done.matrix.scales(r)[c / 32].to_f32();
-                let range = f32::from(15 - done.matrix.zero(r, c / 32)).min(f32::from(done.matrix.zero(r, c / 32)));
+                let error = (w.row(r)[c] - done.weight.packed().unwrap().value(r, c)).abs();
+                let grid_step = done.weight.packed().unwrap().scales(r)[c / 32].to_f32();
+                let range = f32::from(15 - done.weight.packed().unwrap().zero(r, c / 32))
+                    .min(f32::from(done.weight.packed().unwrap().zero(r, c / 32)));
                 assert!(
                     error <= 0.5001 * grid_step || w.row(r)[c].abs() > range * grid_step,
                     "({r}, {c}): {error} at a step of {grid_step}"
                 );
             }
         }
-        let measured = proxy_loss(cpu().as_ref(), &w, &done.matrix, &h, 300);
+        let measured = proxy_loss(cpu().as_ref(), &w, done.weight.packed().unwrap(), &h, 300);
         assert!((done.proxy_loss.unwrap() / measured - 1.0).abs() < 2e-3);
     }
     // Nothing was ever active: every input is dead, and the layer is rounded.
@@ -484,7 +506,27 @@ fn dead_columns_are_rounded() {
     let silent = run(&Gptq, &w, Some(&Matrix::zeros(cols, cols)), 300, &s);
     assert_eq!(silent.proxy_loss, Some(0.0));
     let rounded = run(&Rtn, &w, None, 0, &s);
-    assert_eq!(bytes(&silent.matrix), bytes(&rounded.matrix));
+    assert_eq!(bytes(silent.weight.packed().unwrap()), bytes(rounded.weight.packed().unwrap()));
+}
+
+/// 16 bits are exact where bfloat16 is, and near where it is not; a kept element is no exception.
+#[test]
+fn half_keeps_the_layer() {
+    let (w, h) = (normal(70, 40, 15), hessian(40, 100, 16));
+    let s = settings(Bits::Two, Group::Row);
+    let done = run(&Half, &w, Some(&h), 100, &s);
+    assert_eq!(done.weight.reader().bytes(), 2 * 70 * 40);
+    assert!(done.weight.packed().is_none() && done.counted_bits.is_none());
+    assert!(done.relative_error > 0.0 && done.relative_error < 5e-4, "{}", done.relative_error);
+    assert!(done.proxy_loss.unwrap() < 1e-6 * run(&Rtn, &w, Some(&h), 100, &s).proxy_loss.unwrap());
+    let exact = done.weight.to_matrix().into_vec().iter().map(|v| f32::from_bits(v.to_bits() & 0xffff_0000)).collect();
+    let exact = Matrix::from_vec(70, 40, exact);
+    let again = run(&Half, &exact, None, 0, &s);
+    assert_eq!((again.weight.to_matrix(), again.relative_error), (exact, 0.0));
+    assert_eq!(again.weight.reader().encoding(), "BF16");
+    let plan = LayerPlan { settings: s, kept: Some(mask(70, 40)) };
+    let kept = Half.quantize(cpu().as_ref(), &w, &LayerStats::default(), &plan).unwrap();
+    assert_eq!(kept.weight.to_matrix(), done.weight.to_matrix());
 }
 
 #[test]
@@ -493,7 +535,7 @@ fn names_find_methods() {
         assert_eq!(find(q.name()).map(|f| f.name()), Some(q.name()));
     }
     assert!(find("magic").is_none());
-    assert!(!Rtn.needs().hessian && Gptq.needs().hessian);
+    assert!(!Rtn.needs().hessian && Gptq.needs().hessian && !Half.needs().hessian);
 }
 
 /// A grid chosen for what errors cost loses less of the layer's output, in both column orders.
@@ -518,7 +560,7 @@ fn rounding_clips_by_magnitude() {
     let w = normal(8, 96, 3);
     let codes_of = |clip| {
         let s = LayerSettings { clip, ..settings(Bits::Two, Group::Inputs(32)) };
-        codes(&run(&Rtn, &w, None, 0, &s).matrix)
+        codes(run(&Rtn, &w, None, 0, &s).weight.packed().unwrap())
     };
     assert_eq!(codes_of(Clip::Hessian), codes_of(Clip::Magnitude));
     assert_ne!(codes_of(Clip::Hessian), codes_of(Clip::None));
@@ -531,6 +573,9 @@ fn settings_as_files_write_them() {
     assert_eq!(defaults, LayerSettings::new(Bits::Three, Group::Inputs(128)));
     let other = LayerSettings { act_order: true, damping: 0.05, clip: Clip::None, ..defaults };
     assert_eq!(read(&serde_json::to_string(&other).unwrap()).unwrap(), other);
+    assert!(!serde_json::to_string(&other).unwrap().contains("half"));
+    let half = LayerSettings::half();
+    assert!(half.half && read(&serde_json::to_string(&half).unwrap()).unwrap() == half);
     assert!(read(r#"{"layout":{"bits":3,"group":128,"symmetric":false},"dampng":1}"#).is_err());
     assert!(read(r#"{"layout":{"bits":5,"group":128,"symmetric":false}}"#).is_err());
 }
@@ -562,10 +607,10 @@ fn timing() {
             cpu().inverse_cholesky_upper(&mut damped).unwrap();
         });
         for bits in [Bits::Two, Bits::Three] {
-            for q in ALL {
+            for q in PACKING {
                 for clip in Clip::ALL {
                     let s = LayerSettings { clip, ..settings(bits, Group::Inputs(128)) };
-                    let stats = LayerStats { hessian: q.needs().hessian.then_some(&h), n_tokens };
+                    let stats = LayerStats { hessian: q.needs().hessian.then_some(&h), n_tokens, square: None };
                     report(format!("{rows}x{cols} {bits:?} {} clip {}", q.name(), clip.name()), &mut || {
                         q.quantize(cpu().as_ref(), &w, &stats, &s.into()).unwrap();
                     });

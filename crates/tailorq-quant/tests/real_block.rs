@@ -42,6 +42,7 @@ fn measure(path: &Path) {
                 quantizer,
                 plan_of: &plan_of,
                 token_energies: None,
+                squares: None,
                 true_sequential: true,
                 token_weight: TokenWeight::default(),
             };

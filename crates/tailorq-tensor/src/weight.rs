@@ -62,6 +62,11 @@ impl DenseRows {
     pub fn dtype(&self) -> DType {
         self.dtype
     }
+
+    /// The elements, row by row.
+    pub fn data(&self) -> &SharedBytes {
+        &self.bytes
+    }
 }
 
 impl ReadRows for DenseRows {

@@ -174,10 +174,13 @@ pub fn write_papers(output: &Output, opened: &OpenedModel, report: &Report) -> R
 
 fn config(opened: &OpenedModel, layers: &[LayerReport]) -> Value {
     let mut config = opened.files.config_json.clone();
-    let specs: Vec<PackedSpec> = layers.iter().map(LayerReport::spec).collect();
-    let named = layers.iter().zip(&specs);
-    let layers: serde_json::Map<String, Value> =
-        named.map(|(l, spec)| (l.name.clone(), serde_json::to_value(spec).expect("a spec is plain data"))).collect();
+    // Linears at 16 bits are tensors like those of any checkpoint; what is not named is read as such.
+    let named: Vec<(&str, PackedSpec)> = layers.iter().filter_map(|l| Some((l.name.as_str(), l.spec()?))).collect();
+    let specs: Vec<PackedSpec> = named.iter().map(|(_, spec)| *spec).collect();
+    let layers: serde_json::Map<String, Value> = named
+        .iter()
+        .map(|(name, spec)| ((*name).to_owned(), serde_json::to_value(spec).expect("a spec is plain data")))
+        .collect();
     config["quantization_config"] =
         json!({"quant_method": "tailorq", "format_version": format_version(&specs), "layers": layers});
     config
@@ -204,6 +207,9 @@ fn model_card(opened: &OpenedModel, report: &Report) -> String {
         ),
         _ => "No calibration data.".into(),
     };
+    let counted = size.counted_bits_per_weight.map_or(String::new(), |bits| {
+        format!("| the same in the method's own format, which is simulated here | {bits:.3} |\n")
+    });
     let already = if opened.files.is_quantized {
         "\nThe source was itself a quantized file; its errors are part of this model.\n"
     } else {
@@ -214,7 +220,7 @@ fn model_card(opened: &OpenedModel, report: &Report) -> String {
         "---\nbase_model: {base}\nbase_model_relation: quantized\nlibrary_name: tailorq\npipeline_tag: text-generation\n\
          quantized_by: tailorq {version}\ntags:\n- tailorq\n- {method}\n---\n\n# {base}, {method} at {bits} bits\n\n\
          A {model_type} model whose linears were quantized with tailorq {version}: {method}, {bits} bits, group {group}, \
-         {sym}.\n{calibrated}\n{already}\n| | |\n|---|---|\n| bits per weight, linears (scales, zeros, corrections included) | {lin:.3} |\n\
+         {sym}.\n{calibrated}\n{already}\n| | |\n|---|---|\n| bits per weight, linears (scales, zeros, corrections included) | {lin:.3} |\n{counted}\
          | bits per weight, all | {all:.3} |\n| weight files | {a:.1} MiB |\n| source weight files | {s:.1} MiB |\n\
          | the same weights at 16 bit | {h:.1} MiB |\n\n`recipe.toml` repeats the run, `report.json` lists every layer. \
          Run it with `tailorq run DIR \"prompt\"`.\n",

@@ -11,7 +11,7 @@ use std::ops::ControlFlow;
 use tailorq_kernels::Device;
 use tailorq_model::{Block, Model};
 use tailorq_quant::{Activations, BlockQuantizer, LayerPlan, LayerSettings, QuantError, advance};
-use tailorq_tensor::{LayerId, Slot, Weight};
+use tailorq_tensor::{LayerId, Slot};
 
 /// What every stage of a run has in hand.
 #[derive(Clone, Copy)]
@@ -30,6 +30,7 @@ pub(crate) fn layer_settings(settings: &QuantizeSettings) -> LayerSettings {
         clip: settings.clip,
         damping: settings.damping,
         act_order: settings.act_order,
+        half: false,
     }
 }
 
@@ -48,17 +49,21 @@ pub(crate) fn quantize_blocks(
         None => Ok(LayerPlan::from(layer)),
     };
     let token_energies = |id: LayerId| task.token_energies(model, id);
+    let squares = |id: LayerId| task.squares(model, id);
+    let method = tailorq_quant::find(&settings.method).expect("checked when the recipe was resolved");
     let quantizer = BlockQuantizer {
         device: run.device,
         model,
-        quantizer: tailorq_quant::find(&settings.method).expect("checked when the recipe was resolved"),
+        quantizer: method,
         plan_of: &plan_of,
         true_sequential: settings.true_sequential,
         token_weight: settings.token_weight,
         token_energies: Some(&token_energies),
+        squares: Some(&squares),
     };
     let embed = |s: &Samples| Activations::embed(run.device, model, &s.sequences);
-    let mut activations = run.samples.map(embed).transpose()?;
+    // Who reads no inputs needs none to be calculated.
+    let mut activations = run.samples.filter(|_| method.needs().hessian).map(embed).transpose()?;
     let total = model.blocks.len() * Slot::ALL.len();
     observer.stage(&format!("quantizing with {}", settings.method), total as u64);
     let mut parts = Vec::new();
@@ -97,18 +102,18 @@ fn quantize_block(
         Err(QuantError::Interrupted) => return Err(PipelineError::Cancelled),
         other => other?,
     };
-    let (matrices, reports): (Vec<_>, Vec<_>) =
-        block.layers.into_iter().map(|l| (l.matrix.clone(), LayerReport::of(&l))).unzip();
+    let (weights, reports): (Vec<_>, Vec<_>) =
+        block.layers.into_iter().map(|l| (l.weight.clone(), LayerReport::of(&l))).unzip();
     reports.iter().flat_map(LayerReport::named_notes).for_each(|n| observer.note(&n));
-    run.output.write_part(name, &matrices, reports)
+    run.output.write_part(name, &weights, reports)
 }
 
-/// The block with its linears replaced by the packed ones of a finished part.
+/// The block with its linears replaced by the quantized ones of a finished part.
 pub(crate) fn packed_block(block: &Block, part: &Part) -> Result<Block, PipelineError> {
     let mut block = block.clone();
     for linear in &mut block.linears {
         if let Some(layer) = part.layers.iter().find(|l| l.name == linear.name) {
-            linear.weight = Weight::from(part.matrix(layer)?);
+            linear.weight = part.weight(layer)?;
         }
     }
     Ok(block)

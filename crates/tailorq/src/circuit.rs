@@ -186,5 +186,5 @@ impl LayerEvidence {
 fn rounded(device: &dyn Device, weights: &Matrix, settings: LayerSettings) -> Result<Matrix, QuantError> {
     let rtn = tailorq_quant::find("rtn").expect("rtn is a registered method");
     let quantized = rtn.quantize(device, weights, &LayerStats::default(), &LayerPlan::from(settings))?;
-    Ok(Weight::from(quantized.matrix).to_matrix())
+    Ok(quantized.weight.to_matrix())
 }

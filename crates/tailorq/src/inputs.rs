@@ -61,7 +61,8 @@ impl QuantizeRequest {
 
     fn needs_calibration(&self) -> bool {
         let reads_data = self.circuit.as_ref().is_some_and(|c| c.needs() != Needs::default());
-        tailorq_quant::find(&self.settings.method).is_some_and(|q| q.needs().hessian) || reads_data
+        let needs = tailorq_quant::find(&self.settings.method).map(|q| q.needs());
+        needs.is_some_and(|n| n.hessian || n.square) || reads_data
     }
 
     /// The request that repeats `recipe`; its inputs are checked against the recipe's hashes.

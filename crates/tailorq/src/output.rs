@@ -8,7 +8,8 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tailorq_format::{SafetensorsWriter, TensorSet, TensorSpec, packed_tensors, read_packed, write_atomic};
-use tailorq_tensor::{PackedMatrix, SharedBytes, Weight};
+use tailorq_quant::QuantizedWeight;
+use tailorq_tensor::{ReadRows, SharedBytes, Weight};
 
 /// A tensor to write: what it is and its bytes.
 pub type TensorData = (TensorSpec, SharedBytes);
@@ -63,11 +64,11 @@ pub struct Output {
     _lock: File,
 }
 
-/// A finished part: packed matrices (or 16-bit tables) and their reports.
+/// A finished part: quantized matrices (or 16-bit tables) and their reports.
 pub struct Part {
     /// The part's tensors, memory-mapped.
     pub tensors: TensorSet,
-    /// One a packed matrix.
+    /// One a quantized matrix.
     pub layers: Vec<LayerReport>,
 }
 
@@ -75,14 +76,32 @@ impl Part {
     /// The only table of this part, packed or at 16 bits, as the artifact will give it back.
     pub fn table(&self, name: &str, rows: usize, cols: usize) -> Result<Weight, PipelineError> {
         match self.layers.first() {
-            Some(layer) => Ok(self.matrix(layer)?.into()),
-            None => Ok(Weight::Stored(Arc::new(self.tensors.dense_rows(&format!("{name}.weight"), rows, cols)?))),
+            Some(layer) => self.weight(layer),
+            None => self.dense(name, rows, cols),
         }
     }
 
-    /// A packed matrix of this part.
-    pub fn matrix(&self, layer: &LayerReport) -> Result<PackedMatrix, PipelineError> {
-        Ok(read_packed(&self.tensors, &layer.name, &layer.spec())?)
+    /// A quantized matrix of this part, packed or at 16 bits, as the artifact will give it back.
+    pub fn weight(&self, layer: &LayerReport) -> Result<Weight, PipelineError> {
+        match layer.spec() {
+            Some(spec) => Ok(read_packed(&self.tensors, &layer.name, &spec)?.into()),
+            None => self.dense(&layer.name, layer.rows, layer.cols),
+        }
+    }
+
+    fn dense(&self, name: &str, rows: usize, cols: usize) -> Result<Weight, PipelineError> {
+        Ok(Weight::Stored(Arc::new(self.tensors.dense_rows(&format!("{name}.weight"), rows, cols)?)))
+    }
+}
+
+/// The tensors of a quantized matrix: the parts of a packed one, or `NAME.weight` at 16 bits.
+fn weight_tensors(name: &str, weight: &QuantizedWeight) -> Vec<TensorData> {
+    match weight {
+        QuantizedWeight::Packed(matrix) => packed_tensors(name, matrix),
+        QuantizedWeight::Dense(rows) => {
+            let shape = [ReadRows::rows(rows), ReadRows::cols(rows)];
+            vec![(TensorSpec::new(format!("{name}.weight"), rows.dtype(), &shape), rows.data().clone())]
+        }
     }
 }
 
@@ -229,18 +248,18 @@ impl Output {
             tensors: TensorSet::open(self.tensors_path(name)).ok()?,
             layers: serde_json::from_slice(&layers).ok()?,
         };
-        let whole = part.layers.len() == n_layers && part.layers.iter().all(|l| part.matrix(l).is_ok());
+        let whole = part.layers.len() == n_layers && part.layers.iter().all(|l| part.weight(l).is_ok());
         whole.then_some(part)
     }
 
-    /// Writes a part of packed matrices and opens it again.
+    /// Writes a part of quantized matrices and opens it again.
     pub fn write_part(
         &self,
         name: &str,
-        matrices: &[PackedMatrix],
+        weights: &[QuantizedWeight],
         layers: Vec<LayerReport>,
     ) -> Result<Part, PipelineError> {
-        let tensors = matrices.iter().zip(&layers).flat_map(|(m, l)| packed_tensors(&l.name, m)).collect();
+        let tensors = weights.iter().zip(&layers).flat_map(|(w, l)| weight_tensors(&l.name, w)).collect();
         self.write_tensors(name, tensors, layers)
     }
 
@@ -272,7 +291,7 @@ impl Output {
 mod tests {
     use super::*;
     use half::f16;
-    use tailorq_tensor::{Bits, CorrectionSpec, ElementCorrections, Group, Layout};
+    use tailorq_tensor::{Bits, CorrectionSpec, ElementCorrections, Group, Layout, Matrix, PackedMatrix};
 
     /// A part with corrections is found again by a resumed run, and counted with them.
     #[test]
@@ -291,23 +310,66 @@ mod tests {
             name: "w".into(),
             rows: 2,
             cols: 20,
-            layout,
+            layout: Some(layout),
+            dtype: None,
             corrections: matrix.spec().corrections,
             bytes: matrix.bytes(),
             relative_error: 0.5,
             proxy_loss: None,
             notes: Vec::new(),
+            simulated: false,
+            counted_bits: None,
         };
         // Counts of two rows, columns and values of three elements.
         assert_eq!(report.bytes, base.bytes() + 2 * 2 + 3 * 4);
-        output.write_part("part", std::slice::from_ref(&matrix), vec![report.clone()]).unwrap();
+        output.write_part("part", &[matrix.clone().into()], vec![report.clone()]).unwrap();
         let part = output.part("part", 1).unwrap();
         assert_eq!(part.layers, [report]);
-        let read = part.matrix(&part.layers[0]).unwrap();
-        assert_eq!(Weight::from(read).to_matrix(), Weight::from(matrix).to_matrix());
+        let read = part.weight(&part.layers[0]).unwrap();
+        assert_eq!(read.to_matrix(), Weight::from(matrix).to_matrix());
         // A report that knows nothing of them does not belong to this file.
         let mut plain = part.layers[0].clone();
         plain.corrections = CorrectionSpec::default();
-        assert!(part.matrix(&plain).is_err());
+        assert!(part.weight(&plain).is_err());
+    }
+
+    /// Packed and 16-bit matrices lie in one part, and their reports say which is which after they were read back.
+    #[test]
+    fn parts_mix_packed_and_dense() {
+        let dir = tempfile::tempdir().unwrap();
+        let output = Output {
+            dir: dir.path().to_path_buf(),
+            partial: dir.path().to_path_buf(),
+            _lock: File::create(dir.path().join("lock")).unwrap(),
+        };
+        let layout = Layout { bits: Bits::Two, group: Group::Row, symmetric: true };
+        let packed = PackedMatrix::pack(2, 20, layout, &[1; 40], &[f16::ONE; 2], &[]).unwrap();
+        let values = Matrix::from_vec(3, 2, vec![0.1, -2.0, 3.0, 0.0, 1e-3, 7.0]);
+        let weights: [QuantizedWeight; 2] = [packed.into(), QuantizedWeight::half(&values).unwrap()];
+        let report = |name: &str, weight: &QuantizedWeight| LayerReport {
+            name: name.into(),
+            rows: weight.reader().rows(),
+            cols: weight.reader().cols(),
+            layout: weight.packed().map(PackedMatrix::layout),
+            dtype: weight.packed().is_none().then(|| weight.reader().encoding()),
+            corrections: CorrectionSpec::default(),
+            bytes: weight.reader().bytes(),
+            relative_error: 0.25,
+            proxy_loss: Some(1.5),
+            notes: Vec::new(),
+            simulated: weight.packed().is_none(),
+            counted_bits: weight.packed().is_none().then_some(2.25),
+        };
+        let reports = vec![report("a", &weights[0]), report("b", &weights[1])];
+        assert_eq!(reports[1].bytes, 12);
+        output.write_part("part", &weights, reports.clone()).unwrap();
+        let part = output.part("part", 2).unwrap();
+        assert_eq!(part.layers, reports);
+        for (layer, weight) in part.layers.iter().zip(&weights) {
+            assert_eq!(part.weight(layer).unwrap().to_matrix(), weight.to_matrix());
+        }
+        let mut other = part.layers[1].clone();
+        other.rows = 2;
+        assert!(part.weight(&other).is_err());
     }
 }

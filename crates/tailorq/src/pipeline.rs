@@ -109,7 +109,7 @@ fn table_part(
     match layout {
         Some(layout) => {
             let (matrix, report) = pack_table(device, name, weight, layout)?;
-            output.write_part(part, &[matrix], vec![report])
+            output.write_part(part, &[matrix.into()], vec![report])
         }
         None => {
             let (dtype, bytes) = half_precision_table(name, weight)?;

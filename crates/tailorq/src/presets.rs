@@ -28,6 +28,7 @@ pub struct Method {
 pub const PRESETS: &[Preset] = &[
     Preset { name: "rtn", about: "round to nearest; no calibration", settings: rtn },
     Preset { name: "gptq", about: "GPTQ: error feedback through the Hessian of the inputs", settings: gptq },
+    Preset { name: "half", about: "linears stay at 16 bits; for the tables alone, and as a control", settings: half },
     Preset {
         name: "tacq",
         about: "GPTQ around the weights that carry the task, which stay at 16 bits",
@@ -54,6 +55,10 @@ fn rtn() -> Method {
 
 fn gptq() -> Method {
     Method { quantize: QuantizeSettings::default(), circuit: None }
+}
+
+fn half() -> Method {
+    Method { quantize: QuantizeSettings { method: "half".into(), ..QuantizeSettings::default() }, circuit: None }
 }
 
 fn tacq() -> Method {

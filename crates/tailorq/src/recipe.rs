@@ -7,6 +7,7 @@ use sha2::{Digest, Sha256};
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use tailorq_quant::survey::Needs;
 use tailorq_quant::{Clip, TokenWeight};
 use tailorq_tensor::{Bits, Group, Layout};
 
@@ -138,6 +139,12 @@ impl QuantizeSettings {
     pub fn table_layout(&self, bits: u32) -> Option<Layout> {
         let bits = Bits::try_from(bits).ok()?;
         Some(Layout { bits, group: Group::Inputs(if bits == Bits::Eight { 128 } else { 32 }), symmetric: false })
+    }
+
+    /// What a survey must hold for them.
+    pub fn survey_needs(&self) -> Needs {
+        let square = tailorq_quant::find(&self.method).is_some_and(|q| q.needs().square);
+        Needs { token_energies: self.token_weight.reads_gradients(), square, ..Needs::default() }
     }
 
     /// Refuses settings that no layout or method has.

@@ -10,9 +10,9 @@ use tailorq_eval::CalibrationItems;
 use tailorq_model::OpenedModel;
 use tailorq_model::arch::{EMBEDDING, HEAD};
 use tailorq_quant::QuantizedLayer;
-use tailorq_tensor::{CorrectionSpec, Layout, PackedSpec};
+use tailorq_tensor::{CorrectionSpec, Layout, PackedMatrix, PackedSpec};
 
-/// One packed matrix of the artifact.
+/// One quantized matrix of the artifact.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LayerReport {
     /// Checkpoint name without `.weight`.
@@ -21,14 +21,23 @@ pub struct LayerReport {
     pub rows: usize,
     /// Inputs.
     pub cols: usize,
-    /// Bits, group, symmetry.
-    #[serde(flatten)]
-    pub layout: Layout,
+    /// Bits, group, symmetry of a packed matrix.
+    #[serde(flatten, skip_serializing_if = "Option::is_none")]
+    pub layout: Option<Layout>,
+    /// Element type of a matrix that is stored at 16 bits: `BF16` or `F16`.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub dtype: Option<String>,
     /// What lies beside the base, counted.
     #[serde(flatten, default)]
     pub corrections: CorrectionSpec,
-    /// Bytes of all parts: codes, scales, zeros, corrections.
+    /// Bytes of all parts in the file: codes, scales, zeros, corrections, or two a weight.
     pub bytes: usize,
+    /// The method's own format is not among those that are stored: the file has its values at 16 bits.
+    #[serde(skip_serializing_if = "std::ops::Not::not", default)]
+    pub simulated: bool,
+    /// Of a simulated matrix: bits a weight that the method's own format would take, scales, bitmaps and indices included.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub counted_bits: Option<f64>,
     /// `|W - Q| / |W|`, Frobenius norms.
     pub relative_error: f64,
     /// `tr(E H E^T)` a token, the mean squared error of the layer's output on the calibration set; absent without calibration.
@@ -73,6 +82,9 @@ pub struct SizeReport {
     pub artifact_bytes: u64,
     /// Bits per weight of the quantized linears, scales, zeros and corrections included.
     pub linear_bits_per_weight: f64,
+    /// The same with simulated matrices counted as their own format would take; absent when there are none.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub counted_bits_per_weight: Option<f64>,
     /// Bits per weight of everything: linears, embedding, head, norms, biases.
     pub total_bits_per_weight: f64,
 }
@@ -89,7 +101,7 @@ pub struct Report {
     pub calibration: Option<CalibrationReport>,
     /// Bytes and bits.
     pub size: SizeReport,
-    /// The packed matrices in file order.
+    /// The quantized matrices in file order.
     pub layers: Vec<LayerReport>,
 }
 
@@ -108,23 +120,28 @@ impl Report {
 impl LayerReport {
     /// The report of a quantized layer.
     pub(crate) fn of(layer: &QuantizedLayer) -> Self {
-        let matrix = &layer.matrix;
+        let (reader, packed) = (layer.weight.reader(), layer.weight.packed());
+        let (rows, cols) = (reader.rows(), reader.cols());
         LayerReport {
             name: layer.name.clone(),
-            rows: matrix.rows(),
-            cols: matrix.cols(),
-            layout: matrix.layout(),
-            corrections: matrix.spec().corrections,
-            bytes: matrix.bytes(),
+            rows,
+            cols,
+            layout: packed.map(PackedMatrix::layout),
+            dtype: packed.is_none().then(|| reader.encoding()),
+            corrections: packed.map_or_else(CorrectionSpec::default, |m| m.spec().corrections),
+            bytes: reader.bytes(),
+            simulated: layer.counted_bits.is_some(),
+            counted_bits: layer.counted_bits.map(|bits| rounded(bits as f64 / (rows * cols).max(1) as f64)),
             relative_error: rounded(layer.relative_error),
             proxy_loss: layer.proxy_loss.map(rounded),
             notes: layer.notes.iter().map(ToString::to_string).collect(),
         }
     }
 
-    /// What the configuration records of the matrix.
-    pub fn spec(&self) -> PackedSpec {
-        PackedSpec { layout: self.layout, rows: self.rows, cols: self.cols, corrections: self.corrections }
+    /// What the configuration records of a packed matrix; `None` for one at 16 bits.
+    pub fn spec(&self) -> Option<PackedSpec> {
+        let &LayerReport { layout, rows, cols, corrections, .. } = self;
+        layout.map(|layout| PackedSpec { layout, rows, cols, corrections })
     }
 
     /// The notes, each with the layer's name.
@@ -178,12 +195,16 @@ impl SizeReport {
         let source = inspect(source);
         let in_blocks = |l: &&LayerReport| l.name != EMBEDDING && l.name != HEAD;
         let linear_bytes: usize = layers.iter().filter(in_blocks).map(|l| l.bytes).sum();
+        let counted = |l: &LayerReport| l.counted_bits.map_or(8.0 * l.bytes as f64, |b| b * (l.rows * l.cols) as f64);
+        let counted_bits: f64 = layers.iter().filter(in_blocks).map(counted).sum();
+        let is_simulated = layers.iter().any(|l| l.simulated);
         SizeReport {
             source_bytes: source.file_bytes,
             source_encoding,
             half_precision_bytes: 2 * source.parameters as u64,
             artifact_bytes,
             linear_bits_per_weight: linear_bytes as f64 * 8.0 / source.linears.parameters as f64,
+            counted_bits_per_weight: is_simulated.then(|| rounded(counted_bits / source.linears.parameters as f64)),
             total_bits_per_weight: artifact_bytes as f64 * 8.0 / source.parameters as f64,
         }
     }

@@ -54,13 +54,12 @@ pub struct SurveyRequest {
 impl SurveyRequest {
     /// The survey that a run of `request` would make. Panics when it has no calibration.
     pub fn of(request: &QuantizeRequest) -> Self {
-        let token_energies = request.settings.token_weight.reads_gradients();
         let needs = request.circuit.as_ref().map_or_else(Needs::default, CircuitSettings::needs);
         SurveyRequest {
             model: request.model.clone(),
             calibration: request.calibration.clone().expect("a survey needs data"),
             loss: request.settings.loss,
-            needs: needs.union(&Needs { token_energies, ..Needs::default() }),
+            needs: needs.union(&request.settings.survey_needs()),
         }
     }
 }

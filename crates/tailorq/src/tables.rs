@@ -22,6 +22,7 @@ pub fn pack_table(
         clip: if layout.bits.count() < 8 { Clip::Magnitude } else { Clip::None },
         damping: 0.0,
         act_order: false,
+        half: false,
     };
     let (mut panels, mut notes) = (Vec::new(), Vec::new());
     let (mut squares, mut lost) = (0.0, 0.0);
@@ -33,7 +34,7 @@ pub fn pack_table(
         squares += norm;
         lost += norm * quantized.relative_error * quantized.relative_error;
         notes.extend(quantized.notes.iter().map(ToString::to_string));
-        panels.push(quantized.matrix);
+        panels.push(quantized.weight.packed().cloned().expect("rounding packs"));
         Ok(())
     })?;
     let matrix = PackedMatrix::stack(&panels);
@@ -41,12 +42,15 @@ pub fn pack_table(
         name: name.to_string(),
         rows: matrix.rows(),
         cols: matrix.cols(),
-        layout,
+        layout: Some(layout),
+        dtype: None,
         corrections: matrix.spec().corrections,
         bytes: matrix.bytes(),
         relative_error: rounded(if squares > 0.0 { (lost / squares).sqrt() } else { 0.0 }),
         proxy_loss: None,
         notes,
+        simulated: false,
+        counted_bits: None,
     };
     Ok((matrix, report))
 }

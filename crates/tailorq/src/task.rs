@@ -6,13 +6,13 @@ use crate::circuit::{CircuitSettings, Evidence, Reference, choose_circuit};
 use crate::error::PipelineError;
 use crate::plan::{Exceptions, PlanFile};
 use crate::recipe::Recipe;
-use crate::survey::{SurveyFile, write_survey};
+use crate::survey::{SQUARE, SurveyFile, write_survey};
 use std::collections::BTreeMap;
 use std::path::Path;
 use tailorq_model::Model;
 use tailorq_quant::QuantError;
 use tailorq_quant::survey::Needs;
-use tailorq_tensor::LayerId;
+use tailorq_tensor::{LayerId, Matrix};
 
 /// See the module.
 #[derive(Default)]
@@ -29,11 +29,20 @@ impl Task {
     }
 }
 
+impl Task {
+    /// The squared gradients of a layer, which a survey must hold.
+    pub(crate) fn squares(&self, model: &Model, id: LayerId) -> Result<Matrix, QuantError> {
+        let survey = self.survey.as_ref().ok_or_else(|| QuantError::Settings("there is no survey".into()))?;
+        let linear = model.blocks[id.block_idx].linear(id.slot);
+        let shape = (linear.weight.rows(), linear.weight.cols());
+        survey.statistic(SQUARE, &linear.name, shape).map_err(|e| QuantError::Settings(e.to_string()))
+    }
+}
+
 /// What the survey of a recipe must hold; nothing when it needs none.
 pub(crate) fn survey_needs(recipe: &Recipe) -> Option<Needs> {
     let of_circuit = recipe.circuit.as_ref().map_or_else(Needs::default, CircuitSettings::needs);
-    let token_energies = recipe.quantize.token_weight.reads_gradients();
-    let needs = of_circuit.union(&Needs { token_energies, ..Needs::default() });
+    let needs = of_circuit.union(&recipe.quantize.survey_needs());
     (needs != Needs::default()).then_some(needs)
 }
 

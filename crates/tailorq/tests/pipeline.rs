@@ -212,6 +212,69 @@ fn tables_at_sixteen_bits_are_kept_as_they_are() {
 }
 
 #[test]
+fn linears_at_sixteen_bits_are_counted_as_such() {
+    let bench = Bench::new("qwen2");
+    let mut request = bench.request("out");
+    request.settings.method = "half".into();
+    request.calibration = None;
+    let Outcome::Written(report) = quantize(&request).unwrap() else { panic!("not written") };
+    assert!((report.size.linear_bits_per_weight - 16.0).abs() < 1e-9);
+    assert!(report.size.counted_bits_per_weight.is_none());
+    let opened = tailorq::open(&request.output.display().to_string()).unwrap();
+    assert!((tailorq::inspect(&opened).linears.bits_per_weight - 16.0).abs() < 1e-9);
+    let (_, estimate) = tailorq::dry_run(tailorq::cpu().as_ref(), &request, &Silent).unwrap();
+    assert!((estimate.linear_bits_per_weight - 16.0).abs() < 1e-9);
+    let whole = files(&request.output);
+    request.output = bench.path("stopped");
+    let stopped = tailorq::quantize(tailorq::cpu().as_ref(), &request, &StopAfter(AtomicU64::new(0), 9));
+    assert!(matches!(stopped, Err(PipelineError::Cancelled)), "{stopped:?}");
+    request.mode = OutputMode::Resume;
+    quantize(&request).unwrap();
+    assert_same(&files(&request.output), &whole, "the resumed run");
+}
+
+/// A plan file with settings of its own for some layers, written by hand: a table in the header, no tensors.
+fn write_plan(path: &Path, model: &str, layers: &str) {
+    let header =
+        serde_json::json!({"__metadata__": {"tailorq_plan": "1", "model": model, "layers": layers}}).to_string();
+    let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+    bytes.extend(header.bytes());
+    std::fs::write(path, bytes).unwrap();
+}
+
+#[test]
+fn a_plan_mixes_packed_and_dense_layers() {
+    let bench = Bench::new("llama");
+    let mut request = bench.request("out");
+    let stop = StopAfter(AtomicU64::new(0), 1);
+    assert!(tailorq::quantize(tailorq::cpu().as_ref(), &request, &stop).is_err());
+    let recipe = Recipe::read(&bench.path("out/.tailorq-partial/recipe.toml")).unwrap();
+    let layout = r#"{"bits":8,"group":"row","symmetric":false}"#;
+    let layers = format!(
+        r#"{{"model.layers.0.self_attn.q_proj":{{"layout":{layout},"half":true}},"model.layers.2.mlp.down_proj":{{"layout":{layout},"half":true}},"model.layers.1.mlp.up_proj":{{"layout":{layout}}}}}"#
+    );
+    let partial = bench.path("out/.tailorq-partial");
+    std::fs::remove_file(partial.join("block-00000.safetensors")).ok();
+    write_plan(&partial.join("plan.safetensors"), &recipe.model.sha256, &layers);
+    request.mode = OutputMode::Resume;
+    let Outcome::Written(report) = quantize(&request).unwrap() else { panic!("not written") };
+    let opened = tailorq::open(&request.output.display().to_string()).unwrap();
+    let inspection = tailorq::inspect(&opened);
+    assert!((inspection.linears.bits_per_weight - report.size.linear_bits_per_weight).abs() < 1e-9);
+    for matrix in &inspection.matrices {
+        let expected = match matrix.name.as_str() {
+            "model.layers.0.self_attn.q_proj" | "model.layers.2.mlp.down_proj" => "16",
+            "model.layers.1.mlp.up_proj" | "model.embed_tokens" => "8-bit",
+            _ => "3-bit",
+        };
+        assert!(matrix.encoding.contains(expected), "{}: {}", matrix.name, matrix.encoding);
+        if expected == "16" {
+            assert!((matrix.bits_per_weight - 16.0).abs() < 1e-9);
+        }
+    }
+}
+
+#[test]
 fn bad_places_and_bad_texts_are_refused_before_anything_is_written() {
     let bench = Bench::new("llama");
     let refuse = |change: &dyn Fn(&mut QuantizeRequest), word: &str| {

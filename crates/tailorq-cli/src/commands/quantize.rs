@@ -37,7 +37,7 @@ pub struct QuantizeArgs {
     /// Where the artifact goes
     #[arg(short, long, value_name = "DIR", value_parser = utf8_path)]
     output: PathBuf,
-    /// rtn, gptq, or a preset: tacq (weights that carry the task stay at 16 bits), tacq-paper (as its authors run it)
+    /// What becomes of the linears: a quantizer, or a preset that fixes more
     #[arg(long, value_name = "NAME", default_value = "gptq", value_parser = preset_names())]
     method: String,
     #[command(flatten)]
@@ -315,6 +315,12 @@ fn summary(request: &QuantizeRequest, report: &Report, seconds: f64) -> String {
         size.total_bits_per_weight,
         report.mean_relative_error()
     );
+    if let Some(bits) = size.counted_bits_per_weight {
+        text.push_str(&format!(
+            "simulated: the file has the method's values at 16 bits; its own format would take {bits:.3} bits per weight in \
+             the linears\n"
+        ));
+    }
     if let Some(stored_as) = &size.source_encoding {
         text.push_str(&quantized_source(stored_as));
     }

@@ -2,12 +2,12 @@
 
 use super::activations::Activations;
 use super::tokens::{TokenWeight, add_hessian};
-use crate::quantize::{LayerStats, Note, Quantized, Quantizer};
+use crate::quantize::{Half, LayerStats, Note, Quantized, QuantizedWeight, Quantizer};
 use crate::{LayerPlan, LayerSettings, QuantError};
 use std::ops::{ControlFlow, Range};
 use tailorq_kernels::Device;
 use tailorq_model::{Block, BlockStage, Model};
-use tailorq_tensor::{InputGroup, LayerId, Matrix, PackedMatrix, Slot, Weight};
+use tailorq_tensor::{InputGroup, LayerId, Matrix, Slot, Weight};
 
 /// Inputs of o and down that were computed for the Hessian are kept for the step that follows it, up to so many bytes;
 /// beyond that they are computed again, with the same bits.
@@ -33,10 +33,15 @@ pub struct BlockQuantizer<'a> {
     pub token_weight: TokenWeight,
     /// For a kind that reads gradients: the token energies of a layer, as a survey of the same samples gathered them.
     pub token_energies: Option<&'a TokenEnergies<'a>>,
+    /// For a method that reads them: the squared gradients of a layer, from such a survey.
+    pub squares: Option<&'a Squares<'a>>,
 }
 
 /// See [`LayerGradients::token_energies`](crate::survey::LayerGradients::token_energies).
 pub type TokenEnergies<'a> = dyn Fn(LayerId) -> Result<Vec<f32>, QuantError> + 'a;
+
+/// See [`LayerStats::square`].
+pub type Squares<'a> = dyn Fn(LayerId) -> Result<Matrix, QuantError> + 'a;
 
 /// The quantized layers of one block.
 #[derive(Clone, Debug)]
@@ -54,8 +59,8 @@ pub struct QuantizedLayer {
     pub id: LayerId,
     /// Checkpoint name without `.weight`.
     pub name: String,
-    /// Codes and grids.
-    pub matrix: PackedMatrix,
+    /// What is stored.
+    pub weight: QuantizedWeight,
     /// What was asked for.
     pub settings: LayerSettings,
     /// See [`Quantized::proxy_loss`].
@@ -64,6 +69,8 @@ pub struct QuantizedLayer {
     pub relative_error: f64,
     /// See [`Quantized::notes`].
     pub notes: Vec<Note>,
+    /// See [`Quantized::counted_bits`].
+    pub counted_bits: Option<u64>,
 }
 
 impl QuantizedBlock {
@@ -71,7 +78,7 @@ impl QuantizedBlock {
     pub fn install(&self, original: &Block) -> Block {
         let mut block = original.clone();
         for layer in &self.layers {
-            block.linear_mut(layer.id.slot).weight = Weight::from(layer.matrix.clone());
+            block.linear_mut(layer.id.slot).weight = Weight::from(layer.weight.clone());
         }
         block
     }
@@ -137,7 +144,7 @@ impl BlockQuantizer<'_> {
                     let hessians = work.float_hessians(acts)?;
                     let n_tokens = acts.n_tokens();
                     let of_slot = |slot| hessians.iter().find_map(|h| h.of(slot));
-                    work.quantize_all(&|slot| LayerStats { hessian: of_slot(slot), n_tokens }, watch)?;
+                    work.quantize_all(&|slot| LayerStats { hessian: of_slot(slot), n_tokens, square: None }, watch)?;
                     drop(hessians);
                     advance(self.device, self.model, &work.block, acts);
                 }
@@ -224,28 +231,40 @@ impl Work<'_> {
             let linear = self.block.linear(slot);
             let name = linear.name.clone();
             let plan = (self.run.plan_of)(id)?;
-            let quantized = {
-                let weights = linear.weight.to_matrix();
-                self.run.quantizer.quantize(self.run.device, &weights, &stats(slot), &plan)
-            };
-            let Quantized { matrix, proxy_loss, relative_error, notes } = quantized.map_err(|source| {
-                QuantError::Layer { layer: id, tensor: format!("{name}.weight"), source: Box::new(source) }
+            let quantized = self.quantize_layer(id, &stats(slot), &plan).map_err(|source| QuantError::Layer {
+                layer: id,
+                tensor: format!("{name}.weight"),
+                source: Box::new(source),
             })?;
-            self.block.linear_mut(slot).weight = Weight::from(matrix.clone());
+            let Quantized { weight, proxy_loss, relative_error, notes, counted_bits } = quantized;
+            self.block.linear_mut(slot).weight = Weight::from(weight.clone());
             self.layers.push(QuantizedLayer {
                 id,
                 name,
-                matrix,
+                weight,
                 settings: plan.settings,
                 proxy_loss,
                 relative_error,
                 notes,
+                counted_bits,
             });
             if watch(id).is_break() {
                 return Err(QuantError::Interrupted);
             }
         }
         Ok(())
+    }
+
+    /// By the run's method, unless the plan leaves the layer at 16 bits.
+    fn quantize_layer(&self, id: LayerId, stats: &LayerStats<'_>, plan: &LayerPlan) -> Result<Quantized, QuantError> {
+        let weights = self.block.linear(id.slot).weight.to_matrix();
+        if plan.settings.half {
+            return Half.quantize(self.run.device, &weights, stats, plan);
+        }
+        let is_read = |_: &&Squares<'_>| self.run.quantizer.needs().square;
+        let square = self.run.squares.filter(is_read).map(|of_layer| of_layer(id)).transpose()?;
+        let stats = LayerStats { square: square.as_ref(), ..*stats };
+        self.run.quantizer.quantize(self.run.device, &weights, &stats, plan)
     }
 
     /// Input by input: measure with what is quantized so far, quantize the layers that read it, go on.
@@ -299,7 +318,7 @@ impl Work<'_> {
             }
         }
         let n_tokens = acts.n_tokens();
-        self.quantize_group(group, &|slot| LayerStats { hessian: hessians.of(slot), n_tokens }, watch)?;
+        self.quantize_group(group, &|slot| LayerStats { hessian: hessians.of(slot), n_tokens, square: None }, watch)?;
         Ok(kept)
     }
 

@@ -6,6 +6,6 @@ mod tokens;
 
 pub(crate) use activations::micro_batches;
 pub use activations::{Activations, MICRO_BATCH_TOKENS, MicroBatch};
-pub use block::{BlockQuantizer, KEPT_INPUT_BYTES, QuantizedBlock, QuantizedLayer, TokenEnergies, advance};
+pub use block::{BlockQuantizer, KEPT_INPUT_BYTES, QuantizedBlock, QuantizedLayer, Squares, TokenEnergies, advance};
 pub use tokens::TokenWeight;
 pub(crate) use tokens::{add_hessian, energies, squares};

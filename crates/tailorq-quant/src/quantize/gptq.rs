@@ -39,7 +39,7 @@ impl Quantizer for Gptq {
     }
 
     fn needs(&self) -> Needs {
-        Needs { hessian: true }
+        Needs { hessian: true, ..Needs::default() }
     }
 
     fn quantize(

@@ -3,17 +3,17 @@
 use super::rows::ROWS_PER_TASK;
 use rayon::prelude::*;
 use tailorq_kernels::{Device, Strided, StridedMut};
-use tailorq_tensor::{Matrix, PackedMatrix};
+use tailorq_tensor::{Matrix, ReadRows};
 
 /// Columns of the Hessian in one panel.
 const PANEL: usize = 128;
 
 /// `tr(E H E^T) / n_tokens` with `E = W - Q`: the squared error of the layer's output per calibration token, summed over
-/// outputs. `weights` and `packed` are `[out, in]`; of `hessian` `[in, in]` the lower triangle is read.
+/// outputs. `weights` and `quantized` are `[out, in]`; of `hessian` `[in, in]` the lower triangle is read.
 pub fn proxy_loss(
     device: &dyn Device,
     weights: &Matrix,
-    packed: &PackedMatrix,
+    quantized: &dyn ReadRows,
     hessian: &Matrix,
     n_tokens: usize,
 ) -> f64 {
@@ -21,7 +21,7 @@ pub fn proxy_loss(
     assert_eq!((hessian.rows(), hessian.cols()), (cols, cols), "the Hessian belongs to another input");
     let mut errors = Matrix::zeros(n_rows, cols);
     errors.data_mut().par_chunks_mut(cols.max(1)).enumerate().for_each(|(r, row)| {
-        packed.unpack_row(r, row);
+        quantized.read_rows(r, row);
         for (q, w) in row.iter_mut().zip(weights.row(r)) {
             *q = w - *q;
         }

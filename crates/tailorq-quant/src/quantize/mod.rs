@@ -1,37 +1,49 @@
-//! The methods: dense weights in, packed matrix out. A new method is one file and one line in [`ALL`].
+//! The methods: dense weights in, a packed matrix (or 16-bit values) out. A new method is one file and one line in [`ALL`].
+//!
+//! Methods whose own format is not among the layouts are *simulated*: the values that their format would give back are
+//! stored at 16 bits, rounded to f16, and [`Quantized::counted_bits`] tells what the format would take, all of it.
 
 mod gptq;
 mod grid;
+mod keep_half;
 mod loss;
 mod rows;
 mod rtn;
+mod stored;
 
 pub use gptq::Gptq;
 pub use grid::{ClipSearch, Grid, GridRule, ScaleOverflow};
+pub use keep_half::Half;
 pub use loss::proxy_loss;
 pub use rtn::Rtn;
+pub use stored::QuantizedWeight;
 
 use crate::{LayerPlan, LayerSettings, QuantError};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use tailorq_kernels::Device;
-use tailorq_tensor::{Matrix, PackedMatrix};
+use tailorq_tensor::Matrix;
 
 /// All methods, in the order of help texts.
-pub const ALL: &[&dyn Quantizer] = &[&Rtn, &Gptq];
+pub const ALL: &[&dyn Quantizer] = &[&Rtn, &Gptq, &Half];
 
 /// The method of that name.
 pub fn find(name: &str) -> Option<&'static dyn Quantizer> {
     ALL.iter().copied().find(|q| q.name() == name)
 }
 
-/// Turns a weight matrix into a packed one.
+/// Turns a weight matrix into a quantized one.
 pub trait Quantizer: Sync {
     /// Name in recipes and on the command line.
     fn name(&self) -> &'static str;
 
     /// Which statistics of the inputs [`Quantizer::quantize`] reads.
     fn needs(&self) -> Needs;
+
+    /// Whether the result is stored at 16 bits a weight, whatever the layout of the settings.
+    fn stores_half(&self) -> bool {
+        false
+    }
 
     /// Quantizes `weights` `[out, in]`. Elements that the plan keeps end with their value at 16 bits and have no say in the
     /// grid of the others. Statistics that [`Quantizer::needs`] names are present, or it is an error.
@@ -51,6 +63,8 @@ pub trait Quantizer: Sync {
 pub struct Needs {
     /// The sum of `x x^T` over the calibration tokens.
     pub hessian: bool,
+    /// The sum over calibration samples of the squared gradients of the weights.
+    pub square: bool,
 }
 
 /// What calibration saw of a layer's inputs.
@@ -60,13 +74,15 @@ pub struct LayerStats<'a> {
     pub hessian: Option<&'a Matrix>,
     /// Tokens in that sum.
     pub n_tokens: usize,
+    /// The sum over samples of `(dL/dW)^2`, `[out, in]`: up to a factor the diagonal of the Fisher information.
+    pub square: Option<&'a Matrix>,
 }
 
 /// A quantized layer.
 #[derive(Clone, Debug)]
 pub struct Quantized {
-    /// The codes and grids.
-    pub matrix: PackedMatrix,
+    /// What is stored.
+    pub weight: QuantizedWeight,
     /// `tr(E H E^T) / n_tokens` with `E = W - Q`: the mean squared error of the layer's output, summed over outputs.
     /// `None` without a Hessian.
     pub proxy_loss: Option<f64>,
@@ -74,6 +90,9 @@ pub struct Quantized {
     pub relative_error: f64,
     /// What was done beyond the settings.
     pub notes: Vec<Note>,
+    /// Of a simulated method: the bits that its own format would take for the whole matrix, with every scale, bitmap and
+    /// index. `None` where the format is the one that is stored.
+    pub counted_bits: Option<u64>,
 }
 
 /// Something a reader of the report should know about one layer.

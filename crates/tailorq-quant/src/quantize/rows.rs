@@ -142,7 +142,7 @@ pub(super) fn quantize_rows(
         matrix = matrix.with_elements(ElementCorrections::from_rows(cols, &all.corrections)?)?;
     }
     let relative_error = if all.weight_energy > 0.0 { (all.error_energy / all.weight_energy).sqrt() } else { 0.0 };
-    Ok((Quantized { matrix, proxy_loss: None, relative_error, notes }, all.loss))
+    Ok((Quantized { weight: matrix.into(), proxy_loss: None, relative_error, notes, counted_bits: None }, all.loss))
 }
 
 /// An error that names the first weight of rows `first..first + n` that is NaN or infinite.

@@ -18,7 +18,7 @@ impl Quantizer for Rtn {
     }
 
     fn needs(&self) -> Needs {
-        Needs { hessian: false }
+        Needs::default()
     }
 
     fn quantize(
@@ -32,7 +32,8 @@ impl Quantizer for Rtn {
         check_mask(weights, plan)?;
         let task = |first, n| round_rows(weights, plan, first, n);
         let (mut quantized, _) = quantize_rows(weights, plan, Vec::new(), task)?;
-        quantized.proxy_loss = stats.hessian.map(|h| proxy_loss(device, weights, &quantized.matrix, h, stats.n_tokens));
+        quantized.proxy_loss =
+            stats.hessian.map(|h| proxy_loss(device, weights, quantized.weight.reader(), h, stats.n_tokens));
         Ok(quantized)
     }
 }

@@ -158,6 +158,7 @@ impl DamageSurvey<'_> {
             true_sequential: false,
             token_weight: TokenWeight::Uniform,
             token_energies: None,
+            squares: None,
         };
         let mut inputs = None;
         if self.quantizer.needs().hessian {
@@ -175,7 +176,7 @@ impl DamageSurvey<'_> {
     fn with_unit(&self, unit: UnitId, layers: &[QuantizedLayer]) -> Block {
         let mut block = self.model.blocks[unit.block_idx()].clone();
         for layer in layers.iter().filter(|l| unit.contains(l.id)) {
-            block.linear_mut(layer.id.slot).weight = Weight::from(layer.matrix.clone());
+            block.linear_mut(layer.id.slot).weight = Weight::from(layer.weight.clone());
         }
         block
     }

@@ -96,12 +96,13 @@ impl Fixture {
             true_sequential,
             token_weight: TokenWeight::Uniform,
             token_energies: None,
+            squares: None,
         }
     }
 }
 
 fn codes(block: &QuantizedBlock) -> Vec<Vec<u8>> {
-    block.layers.iter().map(|l| l.matrix.parts().codes.to_vec()).collect()
+    block.layers.iter().map(|l| l.weight.packed().unwrap().parts().codes.to_vec()).collect()
 }
 
 fn residuals(acts: &Activations) -> Vec<&[f32]> {
@@ -164,7 +165,7 @@ fn inputs_see_quantized_predecessors() {
         }
         let down = &done.layers[Slot::Down.index()];
         let weights = original.linear(Slot::Down).weight.to_matrix();
-        let measured = proxy_loss(f.device.as_ref(), &weights, &down.matrix, &hessian, acts.n_tokens());
+        let measured = proxy_loss(f.device.as_ref(), &weights, down.weight.reader(), &hessian, acts.n_tokens());
         let claimed = down.proxy_loss.unwrap();
         assert!((claimed / measured - 1.0).abs() < 2e-3, "{true_sequential}: {claimed} against {measured}");
     }
@@ -242,7 +243,7 @@ fn tokens_count_as_they_are_told() {
         run.quantize_block(0, Some(&mut f.acts()), &mut |_| ControlFlow::Continue(()))
     };
     let of = |true_sequential, weight| quantize(true_sequential, weight).unwrap();
-    let first = |block: &QuantizedBlock| block.layers[0].matrix.parts().codes.to_vec();
+    let first = |block: &QuantizedBlock| block.layers[0].weight.packed().unwrap().parts().codes.to_vec();
     // Nothing is quantized before the first layer, so both ways see the same inputs there.
     let [a, b] = [true, false].map(|t| of(t, TokenWeight::InverseNorm));
     assert_eq!(first(&a), first(&b));
@@ -277,4 +278,69 @@ fn output_gradients_weigh_the_tokens_of_each_linear() {
     }
     let error = quantize(&|_| vec![1.0; 3], true).unwrap_err().to_string();
     assert!(error.contains("energies of 3 tokens"), "{error}");
+}
+
+/// A layer that the plan leaves at 16 bits stands among packed ones, and they see it as it is.
+#[test]
+fn a_plan_may_leave_layers_at_sixteen_bits() {
+    let f = Fixture::new();
+    let plan_of = |id: LayerId| match id.slot {
+        Slot::V | Slot::Down => Ok(LayerSettings::half().into()),
+        _ => plan(id),
+    };
+    let run = BlockQuantizer { plan_of: &plan_of, ..f.run(&Gptq, true) };
+    let mut acts = f.acts();
+    let done = run.quantize_block(0, Some(&mut acts), &mut go_on).unwrap();
+    for layer in &done.layers {
+        let is_half = matches!(layer.id.slot, Slot::V | Slot::Down);
+        assert_eq!(layer.weight.packed().is_none(), is_half, "{}", layer.id);
+        if is_half {
+            let linear = f.model.blocks[0].linear(layer.id.slot);
+            assert_eq!(layer.weight.reader().bytes(), 2 * linear.weight.rows() * linear.weight.cols());
+            assert!(layer.relative_error < 5e-4 && layer.proxy_loss.unwrap() < 1e-3, "{}", layer.id);
+        }
+    }
+    let mut again = f.acts();
+    advance(f.device.as_ref(), &f.model, &done.install(&f.model.blocks[0]), &mut again);
+    assert_eq!(residuals(&acts), residuals(&again));
+}
+
+/// A method that reads squared gradients gets those of each layer; others do not ask for them.
+#[test]
+fn squares_reach_who_reads_them() {
+    struct Reader;
+    impl Quantizer for Reader {
+        fn name(&self) -> &'static str {
+            "reader"
+        }
+        fn needs(&self) -> crate::Needs {
+            crate::Needs { square: true, ..crate::Needs::default() }
+        }
+        fn quantize(
+            &self,
+            device: &dyn Device,
+            weights: &Matrix,
+            stats: &LayerStats<'_>,
+            plan: &LayerPlan,
+        ) -> Result<Quantized, QuantError> {
+            let square = stats.square.ok_or(QuantError::SquareMissing { quantizer: self.name() })?;
+            assert_eq!((square.rows(), square.cols()), (weights.rows(), weights.cols()));
+            Half.quantize(device, square, stats, plan)
+        }
+    }
+    let f = Fixture::new();
+    let squares = |id: LayerId| {
+        let w = &f.model.blocks[id.block_idx].linear(id.slot).weight;
+        let data = vec![id.slot.index() as f32; w.rows() * w.cols()];
+        Ok(Matrix::from_vec(w.rows(), w.cols(), data))
+    };
+    let run = BlockQuantizer { squares: Some(&squares), ..f.run(&Reader, true) };
+    let done = run.quantize_block(1, None, &mut go_on).unwrap();
+    for layer in &done.layers {
+        assert!(layer.weight.to_matrix().data().iter().all(|v| *v == layer.id.slot.index() as f32), "{}", layer.id);
+    }
+    let without = f.run(&Reader, true).quantize_block(1, None, &mut go_on).unwrap_err().to_string();
+    assert!(without.contains("squared gradients"), "{without}");
+    let never = |_: LayerId| -> Result<Matrix, QuantError> { panic!("nobody asked") };
+    BlockQuantizer { squares: Some(&never), ..f.run(&Rtn, true) }.quantize_block(1, None, &mut go_on).unwrap();
 }
