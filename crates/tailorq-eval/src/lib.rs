@@ -18,7 +18,6 @@ mod likelihood;
 mod llamacpp;
 mod mersenne;
 mod online;
-mod parquet;
 mod perplexity;
 mod prompt;
 mod rolling;

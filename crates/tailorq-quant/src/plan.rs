@@ -1,6 +1,7 @@
 //! What each layer shall become.
 
 use crate::QuantError;
+use crate::quantize::AlignedSettings;
 use serde::{Deserialize, Serialize};
 use std::str::FromStr;
 use std::sync::Arc;
@@ -71,6 +72,9 @@ pub struct LayerSettings {
     /// how a plan says 16 where other layers have 2, 3, 4 or 8.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub half: bool,
+    /// Salient tiles, for the method `aligned`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub aligned: Option<AlignedSettings>,
 }
 
 impl LayerSettings {
@@ -87,6 +91,7 @@ impl LayerSettings {
             damping: default_damping(),
             act_order: false,
             half: false,
+            aligned: None,
         }
     }
 }

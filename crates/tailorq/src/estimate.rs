@@ -57,7 +57,9 @@ fn linear_size(model: &Model, settings: &QuantizeSettings) -> (u64, u64) {
     let layout = settings.layout();
     let linears = model.blocks.iter().flat_map(|b| &b.linears).map(|l| (l.weight.rows(), l.weight.cols()));
     let stores_half = tailorq_quant::find(&settings.method).is_some_and(|q| q.stores_half());
-    let of = |r: usize, c: usize| if stores_half { 2 * r * c } else { layout.bytes(r, c) };
+    let of = |r: usize, c: usize| {
+        if stores_half { 2 * r * c } else { layout.bytes(r, c) + settings.aligned.map_or(0, |a| a.bytes(layout, r, c)) }
+    };
     linears.fold((0, 0), |(bytes, weights), (r, c)| (bytes + of(r, c) as u64, weights + (r * c) as u64))
 }
 

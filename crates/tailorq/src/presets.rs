@@ -2,8 +2,9 @@
 
 use crate::circuit::{CircuitSettings, Reference};
 use crate::recipe::{LossKind, QuantizeSettings};
-use tailorq_quant::{CircuitSignal, Clip};
-use tailorq_tensor::Group;
+use tailorq_quant::quantize::Salient;
+use tailorq_quant::{AlignedSettings, CircuitSignal, Clip};
+use tailorq_tensor::{Bits, Group};
 
 /// A name for settings.
 #[derive(Clone, Copy, Debug)]
@@ -34,6 +35,36 @@ pub const PRESETS: &[Preset] = &[
         about: "GPTQ around the weights that carry the task, which stay at 16 bits",
         settings: tacq,
     },
+    Preset {
+        name: "aligned",
+        about: "2-bit GPTQ with 4-bit corrections of the 5 % of the 16-weight tiles that gain most",
+        settings: || aligned("aligned", AlignedSettings::default()),
+    },
+    Preset {
+        name: "aligned-task",
+        about: "aligned, with tiles ranked by squared gradients of the task",
+        settings: || aligned("aligned-task", AlignedSettings::default()),
+    },
+    Preset {
+        name: "aligned-paper-50",
+        about: "the memory-aligned paper as written: means of four in 50 of 128 columns' worth of tiles",
+        settings: || aligned("aligned", AlignedSettings::paper(50, Salient::Mean4)),
+    },
+    Preset {
+        name: "aligned-paper-100",
+        about: "the same with 100 of 128",
+        settings: || aligned("aligned", AlignedSettings::paper(100, Salient::Mean4)),
+    },
+    Preset {
+        name: "aligned-true8-50",
+        about: "the memory-aligned paper read as true 8 bit in 50 of 128 columns' worth of tiles (4.7 bits a weight)",
+        settings: || aligned("aligned", AlignedSettings::paper(50, Salient::EightBit)),
+    },
+    Preset {
+        name: "aligned-true8-100",
+        about: "the same with 100 of 128 (7.0 bits a weight)",
+        settings: || aligned("aligned", AlignedSettings::paper(100, Salient::EightBit)),
+    },
     Preset { name: "tacq-paper", about: "TACQ as its authors run it", settings: tacq_paper },
 ];
 
@@ -59,6 +90,17 @@ fn gptq() -> Method {
 
 fn half() -> Method {
     Method { quantize: QuantizeSettings { method: "half".into(), ..QuantizeSettings::default() }, circuit: None }
+}
+
+/// On a base of 2 bits.
+fn aligned(method: &str, aligned: AlignedSettings) -> Method {
+    let quantize = QuantizeSettings {
+        method: method.into(),
+        bits: Bits::Two,
+        aligned: Some(aligned),
+        ..QuantizeSettings::default()
+    };
+    Method { quantize, circuit: None }
 }
 
 fn tacq() -> Method {

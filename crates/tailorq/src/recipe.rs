@@ -8,7 +8,7 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use tailorq_quant::survey::Needs;
-use tailorq_quant::{Clip, TokenWeight};
+use tailorq_quant::{AlignedSettings, Clip, TokenWeight};
 use tailorq_tensor::{Bits, Group, Layout};
 
 /// Bumped when an old recipe no longer means the same bytes.
@@ -108,6 +108,9 @@ pub struct QuantizeSettings {
     pub embedding_bits: u32,
     /// Code width of an untied head: 4, 8, or 16 for half precision.
     pub head_bits: u32,
+    /// Salient tiles, for the methods `aligned` and `aligned-task` alone.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub aligned: Option<AlignedSettings>,
 }
 
 impl Default for QuantizeSettings {
@@ -125,6 +128,7 @@ impl Default for QuantizeSettings {
             true_sequential: true,
             embedding_bits: 8,
             head_bits: 8,
+            aligned: None,
         }
     }
 }
@@ -156,6 +160,13 @@ impl QuantizeSettings {
         }
         if !(self.damping.is_finite() && (0.0..=100.0).contains(&self.damping)) {
             return fail(format!("damping is {}: use a share of the mean diagonal from 0 to 100", self.damping));
+        }
+        match &self.aligned {
+            Some(_) if !self.method.starts_with("aligned") => {
+                return fail(format!("{} has no salient tiles: use a method that begins with aligned", self.method));
+            }
+            Some(aligned) => aligned.check(self.layout()).map_err(|e| PipelineError::Settings(e.to_string()))?,
+            None => {}
         }
         for (what, bits) in [("embedding", self.embedding_bits), ("head", self.head_bits)] {
             if ![4, 8, 16].contains(&bits) {

@@ -32,7 +32,7 @@ pub struct LayerReport {
     pub corrections: CorrectionSpec,
     /// Bytes of all parts in the file: codes, scales, zeros, corrections, or two a weight.
     pub bytes: usize,
-    /// The method's own format is not among those that are stored: the file has its values at 16 bits.
+    /// The method's own format is not among those that are stored: the file has its values in a larger one.
     #[serde(skip_serializing_if = "std::ops::Not::not", default)]
     pub simulated: bool,
     /// Of a simulated matrix: bits a weight that the method's own format would take, scales, bitmaps and indices included.

@@ -23,6 +23,7 @@ pub fn pack_table(
         damping: 0.0,
         act_order: false,
         half: false,
+        aligned: None,
     };
     let (mut panels, mut notes) = (Vec::new(), Vec::new());
     let (mut squares, mut lost) = (0.0, 0.0);

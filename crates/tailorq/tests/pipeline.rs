@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use tailorq::{
     Bits, CalibrationRequest, CircuitSettings, CircuitSignal, Group, LossKind, Observer, Outcome, OutputMode,
-    PipelineError, QuantizeRequest, QuantizeSettings, Recipe, Reference, Report, Silent, SurveyRequest, TokenWeight,
+    PipelineError, Preset, QuantizeRequest, QuantizeSettings, Recipe, Reference, Report, Silent, SurveyRequest,
+    TokenWeight,
 };
 use tailorq_model::testing::TinyModel;
 
@@ -445,6 +446,41 @@ fn a_circuit_is_kept_resumed_and_repeated_to_the_same_bytes() {
         quantize(&QuantizeRequest::repeat(recipe, again.clone(), OutputMode::Fresh)).unwrap();
         assert_same(&files(&again), &whole, "the recipe");
     }
+}
+
+#[test]
+fn salient_tiles_are_stored_counted_resumed_and_repeated() {
+    let bench = Bench::new("llama");
+    for name in ["aligned", "aligned-task", "aligned-paper-50", "aligned-true8-100"] {
+        let mut request = bench.request(name);
+        request.settings =
+            QuantizeSettings { group: Group::Inputs(32), ..Preset::find(name).unwrap().method().quantize };
+        let device = tailorq::cpu();
+        let Outcome::Written(report) = quantize(&request).unwrap() else { panic!() };
+        let (_, estimate) = tailorq::dry_run(device.as_ref(), &request, &Silent).unwrap();
+        // A share of few tiles is rounded in each block of columns.
+        let bits = (report.size.linear_bits_per_weight, estimate.linear_bits_per_weight);
+        assert!((bits.0 / bits.1 - 1.0).abs() < 0.03, "{name}: {bits:?}");
+        let opened = tailorq::open(&bench.path(name).display().to_string()).unwrap();
+        assert!((tailorq::inspect(&opened).linears.bits_per_weight - bits.0).abs() < 1e-9);
+        assert_eq!(report.size.counted_bits_per_weight.is_some_and(|b| b < bits.0), name.contains("true8"));
+        let mut stopped = request.clone();
+        stopped.output = bench.path(&format!("{name}-stopped"));
+        let run = tailorq::quantize(device.as_ref(), &stopped, &StopAfter(AtomicU64::new(0), 9));
+        assert!(matches!(run, Err(PipelineError::Cancelled)));
+        stopped.mode = OutputMode::Resume;
+        quantize(&stopped).unwrap();
+        let whole = files(&bench.path(name));
+        assert_same(&files(&stopped.output), &whole, name);
+        let recipe = Recipe::read(&bench.path(&format!("{name}/recipe.toml"))).unwrap();
+        let again = bench.path(&format!("{name}-again"));
+        quantize(&QuantizeRequest::repeat(recipe, again.clone(), OutputMode::Fresh)).unwrap();
+        assert_same(&files(&again), &whole, name);
+    }
+    let mut request = bench.request("none");
+    request.settings.aligned = Some(tailorq::AlignedSettings::default());
+    let refused = quantize(&request).unwrap_err().to_string();
+    assert!(refused.contains("gptq has no salient tiles"), "{refused}");
 }
 
 #[test]

@@ -45,9 +45,11 @@ pub struct QuantizeArgs {
     #[command(flatten)]
     data: DataArgs,
     #[command(flatten)]
+    tiles: TileArgs,
+    #[command(flatten)]
     circuit: CircuitArgs,
     /// Repeat the run of this recipe.toml, byte for byte; refuses inputs that are not the recipe's
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["method", "GridArgs", "samples", "sequence_length", "seed", "drop_calculator_marks", "CircuitArgs"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["method", "GridArgs", "samples", "sequence_length", "seed", "drop_calculator_marks", "TileArgs", "CircuitArgs"])]
     recipe: Option<PathBuf>,
     /// Go on with a stopped run (an empty directory starts afresh, a finished run is left alone)
     #[arg(long, conflicts_with = "overwrite")]
@@ -150,6 +152,46 @@ impl DataArgs {
     }
 }
 
+/// Salient tiles, for methods that begin with aligned; what is not given is as the method has it.
+#[derive(Args, Debug)]
+struct TileArgs {
+    /// Share of the tiles (16 inputs of one output) that are salient, as a number or in percent: 0.05 or 5%. The paper's K
+    /// is K / 128; 0 leaves all to the base [aligned: 5%]
+    #[arg(long, value_name = "SHARE", value_parser = parse_share)]
+    tile_share: Option<f64>,
+    /// Bits of a tile's corrections: 4 or 8 [default: 4]
+    #[arg(long, value_name = "4|8", value_parser = parse_tile_bits)]
+    tile_bits: Option<tailorq::TileBits>,
+    /// Tiles that are ranked against each other: those of a block of 128 columns, or all of a matrix [default: block]
+    #[arg(long, value_name = "block|matrix")]
+    tile_scope: Option<tailorq::Scope>,
+    /// What makes a tile salient: its weights' cost of removal (hessian), or what its correction gains (gain)
+    #[arg(long, value_name = "hessian|gain")]
+    tile_saliency: Option<tailorq::Saliency>,
+    /// What a salient tile holds: the base and corrections, four means (mean4), or sixteen values at 8 bits (eight-bit)
+    #[arg(long, value_name = "corrections|mean4|eight-bit")]
+    salient: Option<tailorq::Salient>,
+    /// What is salient as a whole: a tile, or a single weight (the paper's ablation without grouping) [default: tile]
+    #[arg(long, value_name = "tile|weight")]
+    salient_unit: Option<tailorq::Unit>,
+}
+
+impl TileArgs {
+    fn apply(&self, settings: &mut QuantizeSettings) {
+        let mut aligned = settings.aligned.unwrap_or_default();
+        aligned.share = self.tile_share.unwrap_or(aligned.share);
+        aligned.tile_bits = self.tile_bits.unwrap_or(aligned.tile_bits);
+        aligned.scope = self.tile_scope.unwrap_or(aligned.scope);
+        aligned.saliency = self.tile_saliency.unwrap_or(aligned.saliency);
+        aligned.salient = self.salient.unwrap_or(aligned.salient);
+        aligned.unit = self.salient_unit.unwrap_or(aligned.unit);
+        // A method without tiles has no settings of them, unless some were given: then it says that it cannot have them.
+        if settings.aligned.is_some() || aligned != tailorq::AlignedSettings::default() {
+            settings.aligned = Some(aligned);
+        }
+    }
+}
+
 /// The weights that stay at 16 bits; what is not given is as the method has it.
 #[derive(Args, Debug)]
 struct CircuitArgs {
@@ -196,6 +238,10 @@ fn preset_names() -> clap::builder::PossibleValuesParser {
 }
 
 fn parse_bits(s: &str) -> Result<tailorq::Bits, String> {
+    s.parse::<u32>().map_err(|e| e.to_string())?.try_into()
+}
+
+fn parse_tile_bits(s: &str) -> Result<tailorq::TileBits, String> {
     s.parse::<u32>().map_err(|e| e.to_string())?.try_into()
 }
 
@@ -250,6 +296,7 @@ impl QuantizeArgs {
     fn method(&self) -> Method {
         let mut method = Preset::find(&self.method).expect("clap knows the names").method();
         self.grid.apply(&mut method.quantize);
+        self.tiles.apply(&mut method.quantize);
         self.circuit.apply(&mut method);
         method
     }
@@ -317,7 +364,7 @@ fn summary(request: &QuantizeRequest, report: &Report, seconds: f64) -> String {
     );
     if let Some(bits) = size.counted_bits_per_weight {
         text.push_str(&format!(
-            "simulated: the file has the method's values at 16 bits; its own format would take {bits:.3} bits per weight in \
+            "simulated: the file has the method's values in a larger format; its own format would take {bits:.3} bits per weight in \
              the linears\n"
         ));
     }

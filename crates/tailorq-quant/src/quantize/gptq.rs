@@ -21,7 +21,7 @@ use tailorq_kernels::{Device, Strided, StridedMut};
 use tailorq_tensor::{Group, Matrix};
 
 /// Columns of a block; groups of columns divide it.
-const BLOCK: usize = 128;
+pub(super) const BLOCK: usize = 128;
 
 /// Attempts with ten times the damping before the layer is rounded to nearest.
 const DAMPING_RETRIES: usize = 6;
@@ -71,7 +71,7 @@ impl Quantizer for Gptq {
 }
 
 /// Looks at the whole lower triangle: a NaN would otherwise end as codes without any sign of it.
-fn check_hessian(hessian: &Matrix) -> Result<(), QuantError> {
+pub(super) fn check_hessian(hessian: &Matrix) -> Result<(), QuantError> {
     for row in 0..hessian.rows() {
         if let Some(col) = hessian.row(row)[..=row].iter().position(|h| !h.is_finite()) {
             return Err(QuantError::HessianNotFinite { row, col });
@@ -81,23 +81,28 @@ fn check_hessian(hessian: &Matrix) -> Result<(), QuantError> {
 }
 
 /// The damped inverse Hessian's factor, in the order in which columns are quantized.
-struct Factor {
+pub(super) struct Factor {
     /// Upper triangular, `H^-1 = U^T U`.
-    upper: Matrix,
+    pub(super) upper: Matrix,
     /// `1 / U_jj`.
-    inverse_diagonal: Vec<f32>,
+    pub(super) inverse_diagonal: Vec<f32>,
     /// Original column of each step; `None` is the natural order.
     order: Option<Vec<usize>>,
     /// By step: the input was never active.
-    dead: Vec<bool>,
+    pub(super) dead: Vec<bool>,
     /// What was added to the diagonal.
-    added: f64,
+    pub(super) added: f64,
 }
 
 impl Factor {
     /// Factors the Hessian, with more and more damping where it has to be; `None` when none of it helped. What happened
     /// beyond the settings is in `notes`.
-    fn new(device: &dyn Device, hessian: &Matrix, settings: &LayerSettings, notes: &mut Vec<Note>) -> Option<Self> {
+    pub(super) fn new(
+        device: &dyn Device,
+        hessian: &Matrix,
+        settings: &LayerSettings,
+        notes: &mut Vec<Note>,
+    ) -> Option<Self> {
         let cols = hessian.cols();
         let diagonal: Vec<f32> = (0..cols).map(|i| hessian.row(i)[i]).collect();
         let n_dead = diagonal.iter().filter(|d| **d == 0.0).count();
@@ -135,7 +140,7 @@ impl Factor {
 
     /// `1 / U_jj^2` by original column, brought to a mean of 1: rounding column `j` with the error `e` adds `e^2 / U_jj^2`
     /// to the objective (Frantar et al. 2022, equation 2), once later columns have made up for what they can.
-    fn importance(&self) -> Vec<f32> {
+    pub(super) fn importance(&self) -> Vec<f32> {
         let squares = self.inverse_diagonal.iter().map(|d| f64::from(*d).powi(2));
         let mean = squares.clone().sum::<f64>() / self.inverse_diagonal.len().max(1) as f64;
         let mut importance = vec![0.0; self.inverse_diagonal.len()];

@@ -3,6 +3,7 @@
 //! Methods whose own format is not among the layouts are *simulated*: the values that their format would give back are
 //! stored at 16 bits, rounded to f16, and [`Quantized::counted_bits`] tells what the format would take, all of it.
 
+mod aligned;
 mod gptq;
 mod grid;
 mod keep_half;
@@ -11,6 +12,7 @@ mod rows;
 mod rtn;
 mod stored;
 
+pub use aligned::{Aligned, AlignedSettings, Saliency, Salient, Scope, Unit};
 pub use gptq::Gptq;
 pub use grid::{ClipSearch, Grid, GridRule, ScaleOverflow};
 pub use keep_half::Half;
@@ -25,7 +27,7 @@ use tailorq_kernels::Device;
 use tailorq_tensor::Matrix;
 
 /// All methods, in the order of help texts.
-pub const ALL: &[&dyn Quantizer] = &[&Rtn, &Gptq, &Half];
+pub const ALL: &[&dyn Quantizer] = &[&Rtn, &Gptq, &Aligned { by_task: false }, &Aligned { by_task: true }, &Half];
 
 /// The method of that name.
 pub fn find(name: &str) -> Option<&'static dyn Quantizer> {

@@ -5,7 +5,7 @@ use super::{Note, Quantized};
 use crate::{ElementMask, LayerPlan, LayerSettings, QuantError};
 use half::f16;
 use rayon::prelude::*;
-use tailorq_tensor::{ElementCorrections, Matrix, PackedMatrix};
+use tailorq_tensor::{ElementCorrections, Matrix, PackError, PackedMatrix};
 
 /// Rows of one task: fixed, so that the work is cut alike for any number of threads.
 pub(super) const ROWS_PER_TASK: usize = 64;
@@ -52,6 +52,11 @@ impl Rows {
     pub(super) fn set_grid(&mut self, r: usize, group: usize, grid: Grid) {
         self.scales[r * self.n_groups + group] = grid.scale;
         self.zeros[r * self.n_groups + group] = grid.zero;
+    }
+
+    /// Elements with a correction.
+    pub(super) fn n_corrections(&self) -> usize {
+        self.corrections.iter().map(Vec::len).sum()
     }
 
     /// Notes the correction of a kept element; in any order.
@@ -119,14 +124,25 @@ pub(super) fn quantize_rows(
     notes: Vec<Note>,
     task: impl Fn(usize, usize) -> Result<Rows, QuantError> + Sync,
 ) -> Result<(Quantized, f64), QuantError> {
-    let (n_rows, cols, settings) = (weights.rows(), weights.cols(), &plan.settings);
+    let n_rows = weights.rows();
     let results: Vec<Result<Rows, QuantError>> = (0..n_rows.div_ceil(ROWS_PER_TASK))
         .into_par_iter()
         .map(|t| task(t * ROWS_PER_TASK, ROWS_PER_TASK.min(n_rows - t * ROWS_PER_TASK)))
         .collect();
+    assemble(weights, plan, notes, results.into_iter().collect::<Result<_, _>>()?, Ok)
+}
+
+/// Packs the results of all tasks, in order, as [`quantize_rows`] does; `finish` may add to the packed matrix.
+pub(super) fn assemble(
+    weights: &Matrix,
+    plan: &LayerPlan,
+    notes: Vec<Note>,
+    results: Vec<Rows>,
+    finish: impl FnOnce(PackedMatrix) -> Result<PackedMatrix, PackError>,
+) -> Result<(Quantized, f64), QuantError> {
+    let (n_rows, cols, settings) = (weights.rows(), weights.cols(), &plan.settings);
     let mut all = Rows::new(0, cols, settings);
     for rows in results {
-        let rows = rows?;
         all.codes.extend_from_slice(&rows.codes);
         all.scales.extend_from_slice(&rows.scales);
         all.zeros.extend_from_slice(&rows.zeros);
@@ -137,11 +153,12 @@ pub(super) fn quantize_rows(
     }
     let zeros = if settings.layout.symmetric { &[] } else { &all.zeros[..] };
     let mut matrix = PackedMatrix::pack(n_rows, cols, settings.layout, &all.codes, &all.scales, zeros)?;
-    if plan.kept.is_some() {
+    if plan.kept.is_some() || all.corrections.iter().any(|row| !row.is_empty()) {
         all.corrections.iter_mut().for_each(|row| row.sort_unstable_by_key(|(col, _)| *col));
         matrix = matrix.with_elements(ElementCorrections::from_rows(cols, &all.corrections)?)?;
     }
     let relative_error = if all.weight_energy > 0.0 { (all.error_energy / all.weight_energy).sqrt() } else { 0.0 };
+    let matrix = finish(matrix)?;
     Ok((Quantized { weight: matrix.into(), proxy_loss: None, relative_error, notes, counted_bits: None }, all.loss))
 }
 
