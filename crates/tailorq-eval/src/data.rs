@@ -3,38 +3,49 @@
 use crate::error::EvalError;
 use crate::task::TaskOptions;
 use serde_json::{Map, Value};
+use std::fs::File;
 use std::path::{Path, PathBuf};
 
 /// The fields of an item.
 pub(crate) type Row = Map<String, Value>;
 
-/// The items of a file, in their order.
-#[derive(Clone, Debug)]
+/// The items of a file, or of several that make up one split, in their order.
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Items {
-    /// The file.
-    pub(crate) path: PathBuf,
-    /// Each item with its line, from 1.
-    rows: Vec<(usize, Row)>,
+    files: Vec<PathBuf>,
+    rows: Vec<Placed>,
+}
+
+/// An item with its file and its line there, from 1.
+#[derive(Clone, Debug)]
+struct Placed {
+    file: usize,
+    line: usize,
+    row: Row,
 }
 
 impl Items {
-    /// Reads a JSONL file; empty lines are passed over.
+    /// Reads a file: Parquet by its name, else JSONL, of which empty lines are passed over.
     pub(crate) fn read(path: &Path) -> Result<Self, EvalError> {
-        let fail = |problem: String| EvalError::Data { path: path.to_owned(), problem };
-        let bytes = std::fs::read(path).map_err(|e| fail(format!("cannot be read: {e}")))?;
-        let text = String::from_utf8(bytes).map_err(|e| fail(format!("is no UTF-8 text: {e}; save it as UTF-8")))?;
-        let mut rows = Vec::new();
-        for (line_idx, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
-            let line_number = line_idx + 1;
-            let row = serde_json::from_str(line).map_err(|e| {
-                fail(format!("line {line_number} is not a JSON object: {e}; every line has to hold one item whole"))
-            })?;
-            rows.push((line_number, row));
+        Items::read_all(vec![path.to_owned()])
+    }
+
+    /// Reads files one after the other.
+    pub(crate) fn read_all(files: Vec<PathBuf>) -> Result<Self, EvalError> {
+        let mut items = Items { files, rows: Vec::new() };
+        for (file, path) in items.files.iter().enumerate() {
+            let rows = if is_parquet(path) { read_parquet(path)? } else { read_jsonl(path)? };
+            items.rows.extend(rows.into_iter().map(|(line, row)| Placed { file, line, row }));
         }
-        if rows.is_empty() {
-            return Err(fail("holds no items".to_owned()));
+        match (&items.rows[..], &items.files[..]) {
+            ([], [path, ..]) => Err(EvalError::Data { path: path.clone(), problem: "holds no items".to_owned() }),
+            _ => Ok(items),
         }
-        Ok(Items { path: path.to_owned(), rows })
+    }
+
+    /// The first file.
+    pub(crate) fn path(&self) -> &Path {
+        self.files.first().map_or(Path::new(""), PathBuf::as_path)
     }
 
     /// The first items, as many as asked for.
@@ -50,8 +61,8 @@ impl Items {
 
     /// The item `index`, which exists.
     pub(crate) fn get(&self, index: usize) -> Item<'_> {
-        let (line, row) = &self.rows[index];
-        Item { row, path: &self.path, line: *line, index }
+        let Placed { file, line, row } = &self.rows[index];
+        Item { row, path: &self.files[*file], line: *line, index }
     }
 
     /// All items.
@@ -76,7 +87,8 @@ pub(crate) struct Item<'a> {
 impl<'a> Item<'a> {
     /// An error that names file and line.
     pub(crate) fn fail(&self, problem: impl AsRef<str>) -> EvalError {
-        let problem = format!("line {} (item {}) {}", self.line, self.index, problem.as_ref());
+        let place = if is_parquet(self.path) { "row" } else { "line" };
+        let problem = format!("{place} {} (item {}) {}", self.line, self.index, problem.as_ref());
         EvalError::Data { path: self.path.to_owned(), problem }
     }
 
@@ -132,6 +144,34 @@ impl<'a> Item<'a> {
     }
 }
 
+fn is_parquet(path: &Path) -> bool {
+    path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("parquet"))
+}
+
+fn read_parquet(path: &Path) -> Result<Vec<(usize, Row)>, EvalError> {
+    let fail = |problem: String| EvalError::Data { path: path.to_owned(), problem };
+    let file = File::open(path).map_err(|e| fail(format!("cannot be read: {e}")))?;
+    let rows = crate::parquet::read(file).map_err(|e| {
+        fail(format!("cannot be read as Parquet: {e}; fetch it anew, or write its rows as JSON lines (.jsonl)"))
+    })?;
+    Ok(rows.into_iter().enumerate().map(|(idx, row)| (idx + 1, row)).collect())
+}
+
+fn read_jsonl(path: &Path) -> Result<Vec<(usize, Row)>, EvalError> {
+    let fail = |problem: String| EvalError::Data { path: path.to_owned(), problem };
+    let bytes = std::fs::read(path).map_err(|e| fail(format!("cannot be read: {e}")))?;
+    let text = String::from_utf8(bytes).map_err(|e| fail(format!("is no UTF-8 text: {e}; save it as UTF-8")))?;
+    let mut rows = Vec::new();
+    for (line_idx, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
+        let number = line_idx + 1;
+        let row = serde_json::from_str(line).map_err(|e| {
+            fail(format!("line {number} is not a JSON object: {e}; every line has to hold one item whole"))
+        })?;
+        rows.push((number, row));
+    }
+    Ok(rows)
+}
+
 fn texts(value: &Value) -> Option<Vec<&str>> {
     value.as_array()?.iter().map(Value::as_str).collect()
 }
@@ -148,20 +188,90 @@ pub(crate) fn data_file<'a>(task: &'static str, options: &TaskOptions<'a>) -> Re
     options.items.data.ok_or(EvalError::MissingInput { task, input })
 }
 
-/// The items of a folder: of the first of `names` that it has, such as `test` for `test.jsonl`. `what` is what they are
-/// called when there are none.
+/// The items of a folder: of the first of `names` that it has, such as `test` for `test.jsonl`, `test.parquet` or
+/// `test-00000-of-00002.parquet` and its like. `what` is what they are called when there are none.
 pub(crate) fn read_split(folder: &Path, names: &[&str], what: &str) -> Result<Items, EvalError> {
-    let files: Vec<String> = names.iter().map(|name| format!("{name}.jsonl")).collect();
-    match files.iter().map(|file| folder.join(file)).find(|path| path.is_file()) {
-        Some(path) => Items::read(&path),
-        None => {
-            let [first, others @ ..] = &files[..] else { unreachable!("every split has a name") };
-            let others: String = others.iter().map(|file| format!(", nor does {file}")).collect();
-            let problem = format!(
-                "does not exist{others}: {what} are read from there, one JSON object a line with the fields of the data \
-                 set on the hub; --data names the folder above"
-            );
-            Err(EvalError::Data { path: folder.join(first), problem })
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let mut files: Vec<String> = entries.filter_map(|entry| entry.file_name().into_string().ok()).collect();
+    files.sort_unstable();
+    if let Some(found) = names.iter().map(|name| split_files(&files, name)).find(|found| !found.is_empty()) {
+        return Items::read_all(found.into_iter().map(|file| folder.join(file)).collect());
+    }
+    let other = names[1..].iter().map(|name| format!(", nor does {name}.jsonl")).collect::<String>();
+    let problem = format!(
+        "does not exist{other}, nor a .parquet of that name: {what} are read from there, one JSON object a line with the \
+         fields of the data set on the hub; --data names the folder above"
+    );
+    Err(EvalError::Data { path: folder.join(format!("{}.jsonl", names[0])), problem })
+}
+
+/// The files of a split among sorted `files`: one of its name, or all of a numbered series.
+fn split_files<'a>(files: &'a [String], name: &str) -> Vec<&'a str> {
+    for extension in ["jsonl", "parquet"] {
+        let whole = format!("{name}.{extension}");
+        if let Some(file) = files.iter().find(|file| **file == whole) {
+            return vec![file];
+        }
+        let number = |file: &str| -> Option<(usize, usize)> {
+            let (at, of) = file.strip_prefix(name)?.strip_prefix('-')?.strip_suffix(extension)?.split_once("-of-")?;
+            Some((at.parse().ok()?, of.strip_suffix('.')?.parse().ok()?))
+        };
+        let numbered: Vec<(usize, usize, &str)> =
+            files.iter().filter_map(|file| number(file).map(|(at, of)| (at, of, file.as_str()))).collect();
+        // A series that lacks a file is none.
+        if !numbered.is_empty() && numbered.iter().enumerate().all(|(i, (at, of, _))| *at == i && *of == numbered.len())
+        {
+            return numbered.into_iter().map(|(_, _, file)| file).collect();
+        }
+    }
+    Vec::new()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Files that pyarrow wrote, with snappy and zstd, beside the same rows as JSON.
+    fn data(name: &str) -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(name)
+    }
+
+    #[test]
+    fn parquet_rows_are_those_of_jsonl() {
+        let split = read_split(&data(""), &["gone", "arc"], "the items").unwrap();
+        assert_eq!(split.path(), data("arc.jsonl"), "JSON lines come first");
+        let folder = tempfile::tempdir().unwrap();
+        for name in ["arc-00000-of-00002.parquet", "arc-00001-of-00002.parquet"] {
+            let lone = read_split(folder.path(), &["arc"], "the items");
+            assert!(lone.is_err(), "a series that is not whole is none");
+            std::fs::copy(data(name), folder.path().join(name)).unwrap();
+        }
+        let parquet = read_split(folder.path(), &["arc"], "the items").unwrap();
+        assert_eq!(parquet.len(), split.len());
+        for (a, b) in parquet.iter().zip(split.iter()) {
+            assert_eq!((a.row, a.index), (b.row, b.index));
+        }
+        let last = parquet.get(3).text("gone").unwrap_err().to_string();
+        assert!(last.contains("arc-00001-of-00002.parquet row 1 (item 3) has no text 'gone'"), "{last}");
+    }
+
+    #[test]
+    fn damaged_parquet_is_an_error_that_names_the_file() {
+        let whole = std::fs::read(data("arc-00000-of-00002.parquet")).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("bad.parquet");
+        let cuts = (0..whole.len()).step_by(97).map(|len| whole[..len].to_vec());
+        let flips = (0..whole.len()).step_by(61).map(|at| {
+            let mut bytes = whole.clone();
+            bytes[at] ^= 0xff;
+            bytes
+        });
+        for (bytes, must_fail) in cuts.map(|b| (b, true)).chain(flips.map(|b| (b, false))) {
+            std::fs::write(&path, bytes).unwrap();
+            match Items::read(&path) {
+                Ok(_) => assert!(!must_fail, "a part of a file is none"),
+                Err(error) => assert!(error.to_string().contains("bad.parquet"), "{error}"),
+            }
         }
     }
 }

@@ -23,7 +23,7 @@ impl Examples {
         let pool = read_split(folder, &["train", "calib"], "the items from which examples are drawn")?;
         if pool.len() < n {
             let problem = format!("holds {} items, and {n} examples are drawn from them", pool.len());
-            return Err(EvalError::Data { path: pool.path, problem });
+            return Err(EvalError::Data { path: pool.path().to_owned(), problem });
         }
         Ok(Examples { n, pool: Some(pool), random })
     }

@@ -18,6 +18,7 @@ mod likelihood;
 mod llamacpp;
 mod mersenne;
 mod online;
+mod parquet;
 mod perplexity;
 mod prompt;
 mod rolling;
