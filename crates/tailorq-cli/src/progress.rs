@@ -57,7 +57,12 @@ impl Progress {
 
     /// [`Progress::set`] for work that asks whether to go on: no after Ctrl-C.
     pub fn step(&self, done: usize, total: usize) -> ControlFlow<()> {
-        self.set(done, total, "");
+        self.step_with(done, total, "")
+    }
+
+    /// [`Progress::step`] with something to say beside it.
+    pub fn step_with(&self, done: usize, total: usize, detail: &str) -> ControlFlow<()> {
+        self.set(done, total, detail);
         if interrupt::requested() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     }
 

@@ -1,11 +1,13 @@
 //! `tailorq eval`: measure a model.
 
+mod overall;
 mod results;
 
 use crate::console::Console;
 use crate::progress::Progress;
 use anyhow::{Context, ensure};
 use clap::Args;
+use overall::Overall;
 use results::{object, table};
 use serde_json::Value;
 use std::cell::RefCell;
@@ -137,12 +139,15 @@ pub fn execute(args: &EvalArgs, console: &Console) -> anyhow::Result<()> {
         },
     };
     let mut results = Vec::new();
+    let mut overall = Overall::new(tasks.len());
     for task in tasks {
-        let progress = Progress::new(console, task.name(), 1);
+        let progress = Progress::new(console, &overall.label(task.name()), 1);
+        let step = &mut |done, total| progress.step_with(done, total, &overall.detail(done, total));
         let result = task
-            .run(&subject(&opened, device.as_ref()), &options, &mut |done, total| progress.step(done, total))
+            .run(&subject(&opened, device.as_ref()), &options, step)
             .with_context(|| format!("task {} on {}", task.name(), args.model))?;
         results.push((task.name(), result));
+        overall.next();
     }
     if let Some(log) = log {
         log.finish()?;
