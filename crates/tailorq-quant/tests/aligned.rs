@@ -128,7 +128,8 @@ mod textbook {
         /// Quantizes the group at `start`, in which the tiles or weights that `salient` names are salient.
         fn group(&self, row: &mut Row, start: usize, salient: &dyn Fn(usize) -> bool) {
             let end = (start + self.s.layout.group.len(self.cols)).min(self.cols);
-            let base_for_all = self.a.salient == Salient::Corrections && self.a.unit == Unit::Tile;
+            let is_corrected = self.a.salient == Salient::Corrections && self.a.unit == Unit::Tile;
+            let base_for_all = is_corrected && (start..end).all(salient);
             let rest: Vec<f32> =
                 (start..end).filter(|&j| base_for_all || !salient(j)).map(|j| row.w[j] as f32).collect();
             let grid = GridRule::new(self.s.layout, self.s.clip).fit(&rest, None).unwrap();

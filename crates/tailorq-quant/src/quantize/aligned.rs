@@ -5,6 +5,10 @@
 //! are ranked over all rows by the weights as earlier blocks have left them. A salient tile's error in the loop is that of
 //! what it finally holds, so later columns make up for no more than that.
 //!
+//! Measured on 21 linears of a 135M model (`docs/results.md`), the loss of the output over that of plain GPTQ at 2 bits: means
+//! of four 10.4 (K = 50) and 14.8 (K = 100), their mean-square error 1.8 and 2.2 of the weights' own; true 8 bit 0.235 and
+//! 0.042 at 4.7 and 7.1 bits; corrections of 5 % of the tiles with 4 bits 0.633 at 2.48 bits.
+//!
 //! What the paper leaves open is decided so:
 //!
 //! - Means of four: the mean is taken, and rounded, when the first of the four columns comes, from the four weights as they
@@ -12,7 +16,9 @@
 //!   a row and group, from the largest salient weight of the group at its first column (8-bit values with
 //!   a fifth of the range left for what the errors of earlier columns will add).
 //! - The first K salient columns of 128 are the share K / 128 of the tiles of a block.
-//! - The base's grid is fitted without the tiles that do not use it. With corrections every tile uses it.
+//! - The base's grid is fitted without the salient tiles, also where they are corrections of it (unless all of a group are):
+//!   on layers of a 135M model that took the loss at 5 % of tiles from 0.637 to 0.633 of plain GPTQ's, at 19 % from 0.410
+//!   to 0.404.
 //! - True 8 bit is stored as corrections of 8 bits over a base of 0, which wastes the base's words there;
 //!   [`Quantized::counted_bits`] says what it would take without.
 //! - Without grouping, single weights are salient. Those at 8 bits are stored as 16-bit elements; with corrections they keep
@@ -341,8 +347,10 @@ impl<'a> Job<'a> {
         let inputs = block.cols.start + group.start..block.cols.start + group.end;
         let place = at_group(task.first + r, inputs.start / self.group_len);
         let importance = (!self.importance.is_empty()).then(|| &self.importance[inputs]);
+        // Corrections start from the base, which must not be left without a grid.
         let uses_base = self.aligned.salient == Salient::Corrections && self.aligned.unit == Unit::Tile;
-        let is_out = |j: &usize| state.kept[*j] || (salient[*j] && !uses_base);
+        let all_use_it = uses_base && group.clone().all(|j| state.kept[j] || salient[j]);
+        let is_out = |j: &usize| state.kept[*j] || (salient[*j] && !all_use_it);
         let out: Vec<usize> = group.clone().filter(is_out).map(|j| j - group.start).collect();
         let weights = &state.weights[group.clone()];
         let grid = fit_without(&self.rule, (weights, importance), out.into_iter()).map_err(&place)?;
