@@ -43,7 +43,7 @@ fn settings(group: Group, aligned: AlignedSettings) -> LayerSettings {
 }
 
 fn try_run(w: &Matrix, h: &Matrix, s: &LayerSettings) -> Result<Quantized, QuantError> {
-    let stats = LayerStats { hessian: Some(h), n_tokens: 100, square: None };
+    let stats = LayerStats { hessian: Some(h), n_tokens: 100, ..LayerStats::default() };
     BY_HESSIAN.quantize(cpu().as_ref(), w, &stats, &(*s).into())
 }
 
@@ -56,7 +56,7 @@ fn packed(q: &Quantized) -> &PackedMatrix {
 }
 
 fn gptq(w: &Matrix, h: &Matrix, s: &LayerSettings) -> Quantized {
-    let stats = LayerStats { hessian: Some(h), n_tokens: 100, square: None };
+    let stats = LayerStats { hessian: Some(h), n_tokens: 100, ..LayerStats::default() };
     Gptq.quantize(cpu().as_ref(), w, &stats, &(*s).into()).unwrap()
 }
 
@@ -312,7 +312,7 @@ fn any_tile_is_found() {
             let a = AlignedSettings { share, salient, scope, ..AlignedSettings::default() };
             let kept = Some(Arc::new(mask.clone()));
             let plan = LayerPlan { settings: settings(Group::Inputs(32), a), kept };
-            let stats = LayerStats { hessian: Some(&h), n_tokens: 100, square: None };
+            let stats = LayerStats { hessian: Some(&h), n_tokens: 100, ..LayerStats::default() };
             let done = BY_HESSIAN.quantize(cpu().as_ref(), &w, &stats, &plan).unwrap();
             let matrix = packed(&done);
             let n = salient_tiles(matrix).len();
@@ -370,7 +370,7 @@ fn the_task_decides() {
     let mut square = Matrix::zeros(64, 256);
     let at = |r: usize| (7 * r % 16) * TILE + 3;
     (0..64).for_each(|r| square.row_mut(r)[at(r)] = 1.0);
-    let stats = LayerStats { hessian: Some(&h), n_tokens: 100, square: Some(&square) };
+    let stats = LayerStats { hessian: Some(&h), n_tokens: 100, square: Some(&square), ..LayerStats::default() };
     for saliency in Saliency::ALL.iter().copied() {
         let a = AlignedSettings { share: 1.0 / 16.0, saliency, scope: Scope::Matrix, ..AlignedSettings::default() };
         let plan: LayerPlan = settings(Group::Inputs(64), a).into();

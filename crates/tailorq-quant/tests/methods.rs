@@ -1,46 +1,22 @@
 //! RTN and GPTQ: against a textbook version in f64, against each other, and on awkward input.
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
+mod direct;
+
+use direct::{cpu, hessian, normal};
 use std::sync::Arc;
-use tailorq_kernels::Device;
 use tailorq_quant::quantize::{ALL, Gptq, GridRule, Half, Rtn, proxy_loss};
 use tailorq_quant::{
     Clip, ElementMask, LayerPlan, LayerSettings, LayerStats, Note, QuantError, Quantized, Quantizer, find,
 };
-use tailorq_tensor::{Bits, Group, Matrix, PackedMatrix, Rng};
-
-fn cpu() -> Arc<dyn Device> {
-    tailorq_kernels::cpu()
-}
-
-fn normal(rows: usize, cols: usize, seed: u64) -> Matrix {
-    let mut rng = Rng::new(seed);
-    Matrix::from_vec(rows, cols, (0..rows * cols).map(|_| rng.normal()).collect())
-}
-
-/// The lower triangle of `sum x x^T` over correlated tokens with a few strong channels, as language models have them.
-fn hessian(cols: usize, n_tokens: usize, seed: u64) -> Matrix {
-    let mut rng = Rng::new(seed);
-    let mut x = Matrix::zeros(n_tokens, cols);
-    for t in 0..n_tokens {
-        let row = x.row_mut(t);
-        let mut carried = 0.0;
-        for (c, value) in row.iter_mut().enumerate() {
-            carried = 0.8 * carried + rng.normal();
-            *value = carried * if c % 37 == 5 { 6.0 } else { 1.0 };
-        }
-    }
-    let mut h = Matrix::zeros(cols, cols);
-    cpu().gram(x.data(), &mut h);
-    h
-}
+use tailorq_tensor::{Bits, Group, Matrix, PackedMatrix};
 
 fn settings(bits: Bits, group: Group) -> LayerSettings {
     LayerSettings::new(bits, group)
 }
 
 fn run(q: &dyn Quantizer, w: &Matrix, h: Option<&Matrix>, n_tokens: usize, s: &LayerSettings) -> Quantized {
-    q.quantize(cpu().as_ref(), w, &LayerStats { hessian: h, n_tokens, square: None }, &(*s).into()).unwrap()
+    q.quantize(cpu().as_ref(), w, &LayerStats { hessian: h, n_tokens, ..LayerStats::default() }, &(*s).into()).unwrap()
 }
 
 fn bytes(m: &PackedMatrix) -> Vec<u8> {
@@ -60,41 +36,8 @@ const GROUPS: [Group; 4] = [Group::Inputs(32), Group::Inputs(64), Group::Inputs(
 
 /// The textbook: inverse and Cholesky by the definition, then one column of the whole matrix after another, in f64.
 mod textbook {
+    use super::direct::factor;
     use super::*;
-
-    /// `U` with `(H + damping mean(diag) I)^-1 = U^T U`.
-    fn factor(h: &Matrix, damping: f64) -> Vec<Vec<f64>> {
-        let n = h.cols();
-        let mean = (0..n).map(|i| f64::from(h.row(i)[i])).sum::<f64>() / n as f64;
-        let mut a: Vec<Vec<f64>> = (0..n)
-            .map(|i| {
-                let mut row: Vec<f64> = (0..n).map(|j| f64::from(h.row(i.max(j))[i.min(j)])).collect();
-                row[i] += damping * mean;
-                row.extend((0..n).map(|j| if i == j { 1.0 } else { 0.0 }));
-                row
-            })
-            .collect();
-        // Gauss and Jordan; a positive definite matrix needs no pivoting.
-        for i in 0..n {
-            let pivot = a[i][i];
-            a[i].iter_mut().for_each(|v| *v /= pivot);
-            let pivot_row = a[i].clone();
-            for (_, row) in a.iter_mut().enumerate().filter(|(r, _)| *r != i) {
-                let f = row[i];
-                row.iter_mut().zip(&pivot_row).for_each(|(v, p)| *v -= f * p);
-            }
-        }
-        let inverse: Vec<Vec<f64>> = a.iter().map(|row| row[n..].to_vec()).collect();
-        // Upper Cholesky, row by row: inverse = U^T U.
-        let mut u = vec![vec![0.0; n]; n];
-        for i in 0..n {
-            for j in i..n {
-                let sum: f64 = (0..i).map(|k| u[k][i] * u[k][j]).sum();
-                u[i][j] = if i == j { (inverse[i][i] - sum).sqrt() } else { (inverse[i][j] - sum) / u[i][i] };
-            }
-        }
-        u
-    }
 
     /// Codes `[rows, cols]` in natural order, and what becomes of the weights. Kept elements have no say in the grid, stay
     /// as they are when their turn comes, and leave no error.
@@ -178,7 +121,7 @@ fn kept_elements_are_those_of_the_textbook() {
         let s = LayerSettings { clip, ..settings(Bits::Two, Group::Inputs(64)) };
         let (codes_expected, values) = textbook::gptq(&w, &h, &s, &is_kept);
         let plan = LayerPlan { settings: s, kept: Some(mask(40, cols)) };
-        let stats = LayerStats { hessian: Some(&h), n_tokens: 4 * cols, square: None };
+        let stats = LayerStats { hessian: Some(&h), n_tokens: 4 * cols, ..LayerStats::default() };
         let found = Gptq.quantize(cpu().as_ref(), &w, &stats, &plan).unwrap();
         assert_eq!(found.weight.packed().unwrap().elements().unwrap().len(), plan.kept.as_ref().unwrap().len());
         let all = codes(found.weight.packed().unwrap());
@@ -212,7 +155,7 @@ fn keeping_elements_helps_and_their_outliers_do_not_widen_the_grid() {
     for r in 0..30 {
         (0..cols).filter(|&c| is_kept(r, c)).for_each(|c| w.row_mut(r)[c] *= 30.0);
     }
-    let stats = LayerStats { hessian: Some(&h), n_tokens: n, square: None };
+    let stats = LayerStats { hessian: Some(&h), n_tokens: n, ..LayerStats::default() };
     for q in PACKING {
         for (group, act_order) in [(Group::Inputs(64), false), (Group::Row, false), (Group::Inputs(32), true)] {
             let s = LayerSettings { act_order, ..settings(Bits::Three, group) };
@@ -399,7 +342,7 @@ fn bad_weights_are_placed() {
         w.row_mut(150)[7] = bad;
         w.row_mut(199)[1] = bad;
         for q in PACKING {
-            let stats = LayerStats { hessian: Some(&h), n_tokens: 100, square: None };
+            let stats = LayerStats { hessian: Some(&h), n_tokens: 100, ..LayerStats::default() };
             let error = q.quantize(cpu().as_ref(), &w, &stats, &settings(Bits::Four, Group::Row).into()).unwrap_err();
             assert!(matches!(error, QuantError::NonFiniteWeight { row: 150, col: 7, .. }), "{error}");
         }
@@ -407,7 +350,7 @@ fn bad_weights_are_placed() {
     let mut w = normal(3, 64, 53);
     w.row_mut(2)[40] = 1e7;
     for q in PACKING {
-        let stats = LayerStats { hessian: Some(&h), n_tokens: 100, square: None };
+        let stats = LayerStats { hessian: Some(&h), n_tokens: 100, ..LayerStats::default() };
         let error = q.quantize(cpu().as_ref(), &w, &stats, &settings(Bits::Two, Group::Inputs(32)).into()).unwrap_err();
         assert!(matches!(error, QuantError::ScaleOverflow { row: 2, group: 1, .. }), "{error}");
     }
@@ -418,8 +361,13 @@ fn bad_statistics_are_refused() {
     let w = normal(3, 40, 61);
     let s = settings(Bits::Three, Group::Inputs(32));
     let quantize = |h: Option<&Matrix>, s: &LayerSettings| {
-        Gptq.quantize(cpu().as_ref(), &w, &LayerStats { hessian: h, n_tokens: 9, square: None }, &(*s).into())
-            .unwrap_err()
+        Gptq.quantize(
+            cpu().as_ref(),
+            &w,
+            &LayerStats { hessian: h, n_tokens: 9, ..LayerStats::default() },
+            &(*s).into(),
+        )
+        .unwrap_err()
     };
     assert!(matches!(quantize(None, &s), QuantError::HessianMissing { quantizer: "gptq" }));
     for bad in [f32::NAN, f32::INFINITY] {
@@ -610,7 +558,8 @@ fn timing() {
             for q in PACKING {
                 for clip in Clip::ALL {
                     let s = LayerSettings { clip, ..settings(bits, Group::Inputs(128)) };
-                    let stats = LayerStats { hessian: q.needs().hessian.then_some(&h), n_tokens, square: None };
+                    let stats =
+                        LayerStats { hessian: q.needs().hessian.then_some(&h), n_tokens, ..LayerStats::default() };
                     report(format!("{rows}x{cols} {bits:?} {} clip {}", q.name(), clip.name()), &mut || {
                         q.quantize(cpu().as_ref(), &w, &stats, &s.into()).unwrap();
                     });

@@ -208,27 +208,33 @@ fn model_card(opened: &OpenedModel, report: &Report) -> String {
         _ => "No calibration data.".into(),
     };
     let counted = size.counted_bits_per_weight.map_or(String::new(), |bits| {
-        format!("| the same in the method's own format, which is simulated here | {bits:.3} |\n")
+        format!("| the same in the method's own format, which is not the file's | {bits:.3} |\n")
     });
     let already = if opened.files.is_quantized {
         "\nThe source was itself a quantized file; its errors are part of this model.\n"
     } else {
         ""
     };
+    let stores_half = tailorq_quant::find(&q.method).is_some_and(|m| m.stores_half());
+    let (bits, what) = match size.counted_bits_per_weight.filter(|_| stores_half) {
+        Some(bits) => (format!("{bits:.2}"), format!("{bits:.2} bits in its own format, its values stored at 16 bits")),
+        None if stores_half => ("16".into(), "16 bits".into()),
+        None => {
+            let sym = if q.symmetric { "symmetric" } else { "asymmetric" };
+            (q.bits.count().to_string(), format!("{} bits, group {}, {sym}", q.bits.count(), q.group))
+        }
+    };
     let (model_type, mib) = (opened.model.config.architecture, 1024.0 * 1024.0);
     format!(
         "---\nbase_model: {base}\nbase_model_relation: quantized\nlibrary_name: tailorq\npipeline_tag: text-generation\n\
          quantized_by: tailorq {version}\ntags:\n- tailorq\n- {method}\n---\n\n# {base}, {method} at {bits} bits\n\n\
-         A {model_type} model whose linears were quantized with tailorq {version}: {method}, {bits} bits, group {group}, \
-         {sym}.\n{calibrated}\n{already}\n| | |\n|---|---|\n| bits per weight, linears (scales, zeros, corrections included) | {lin:.3} |\n{counted}\
+         A {model_type} model whose linears were quantized with tailorq {version}: {method}, {what}.\n\
+         {calibrated}\n{already}\n| | |\n|---|---|\n| bits per weight, linears (scales, zeros, corrections included) | {lin:.3} |\n{counted}\
          | bits per weight, all | {all:.3} |\n| weight files | {a:.1} MiB |\n| source weight files | {s:.1} MiB |\n\
          | the same weights at 16 bit | {h:.1} MiB |\n\n`recipe.toml` repeats the run, `report.json` lists every layer. \
          Run it with `tailorq run DIR \"prompt\"`.\n",
         version = report.tailorq,
         method = q.method,
-        bits = q.bits.count(),
-        group = q.group,
-        sym = if q.symmetric { "symmetric" } else { "asymmetric" },
         lin = size.linear_bits_per_weight,
         all = size.total_bits_per_weight,
         a = size.artifact_bytes as f64 / mib,

@@ -41,6 +41,12 @@ impl QuantizeRequest {
         self.settings.check()?;
         self.circuit.as_ref().map_or(Ok(()), CircuitSettings::check)?;
         let fail = |problem: String| Err(PipelineError::Settings(problem));
+        if self.circuit.is_some() && tailorq_quant::find(&self.settings.method).is_some_and(|q| q.stores_half()) {
+            let method = &self.settings.method;
+            return fail(format!(
+                "{method} stores all weights at 16 bits: a circuit of kept weights belongs to gptq or rtn"
+            ));
+        }
         match &self.calibration {
             None if self.needs_calibration() => fail(format!(
                 "method {} needs calibration text: give --calibration FILE (text, or JSONL with prompt and completion)",

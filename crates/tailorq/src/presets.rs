@@ -65,6 +65,36 @@ pub const PRESETS: &[Preset] = &[
         about: "the same with 100 of 128 (7.0 bits a weight)",
         settings: || aligned("aligned", AlignedSettings::paper(100, Salient::EightBit)),
     },
+    Preset {
+        name: "slim-llm",
+        about: "SliM-LLM: column blocks of mixed widths around 2 or 3 bits (simulated at 16 bits)",
+        settings: || baseline("slim-llm", |_| ()),
+    },
+    Preset {
+        name: "spqr",
+        about: "SpQR: groups of 16 with 3-bit scales, outliers at 16 bits (simulated)",
+        settings: || baseline("spqr", |s| (s.damping, s.act_order) = (1.0, true)),
+    },
+    Preset {
+        name: "squeezellm",
+        about: "SqueezeLLM: a table of levels a row by the Fisher information, sparse outliers (simulated)",
+        settings: || baseline("squeezellm", |s| (s.group, s.loss) = (Group::Row, LossKind::Full)),
+    },
+    Preset {
+        name: "awq",
+        about: "AWQ: inputs scaled by their activations, clipped groups (simulated)",
+        settings: || baseline("awq", |_| ()),
+    },
+    Preset {
+        name: "billm",
+        about: "BiLLM: one bit a weight, salient columns twice; 3 bits a weight in all (simulated)",
+        settings: || baseline("billm", |_| ()),
+    },
+    Preset {
+        name: "pb-llm",
+        about: "PB-LLM: a tenth of the weights at 8 bits, the rest at one; 2.7 bits in all (simulated)",
+        settings: || baseline("pb-llm", |s| s.group = Group::Row),
+    },
     Preset { name: "tacq-paper", about: "TACQ as its authors run it", settings: tacq_paper },
 ];
 
@@ -100,6 +130,15 @@ fn aligned(method: &str, aligned: AlignedSettings) -> Method {
         aligned: Some(aligned),
         ..QuantizeSettings::default()
     };
+    Method { quantize, circuit: None }
+}
+
+/// A published method as its authors' code runs it: statistics of a block are gathered before any of its linears is
+/// quantized.
+fn baseline(method: &str, change: fn(&mut QuantizeSettings)) -> Method {
+    let mut quantize =
+        QuantizeSettings { method: method.into(), true_sequential: false, ..QuantizeSettings::default() };
+    change(&mut quantize);
     Method { quantize, circuit: None }
 }
 

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use tailorq::{
-    Bits, CalibrationRequest, CircuitSettings, CircuitSignal, Group, LossKind, Observer, Outcome, OutputMode,
+    Bits, CalibrationRequest, CircuitSettings, CircuitSignal, Group, LossKind, Observer, Outcome, OutputMode, PRESETS,
     PipelineError, Preset, QuantizeRequest, QuantizeSettings, Recipe, Reference, Report, Silent, SurveyRequest,
     TokenWeight,
 };
@@ -232,6 +232,71 @@ fn linears_at_sixteen_bits_are_counted_as_such() {
     request.mode = OutputMode::Resume;
     quantize(&request).unwrap();
     assert_same(&files(&request.output), &whole, "the resumed run");
+}
+
+/// Every method as its preset has it: an artifact that opens and answers, counted twice where it is simulated, and a recipe
+/// that repeats its bytes.
+#[test]
+fn every_preset_makes_an_artifact_that_its_recipe_repeats() {
+    let bench = Bench::new("qwen2");
+    for preset in PRESETS {
+        let mut request = bench.request(preset.name);
+        let method = preset.method();
+        (request.settings, request.circuit) = (method.quantize, method.circuit);
+        let Outcome::Written(report) = quantize(&request).unwrap() else { panic!("not written") };
+        let opened = tailorq::open(&request.output.display().to_string()).unwrap();
+        let inspection = tailorq::inspect(&opened);
+        assert!(
+            (inspection.linears.bits_per_weight - report.size.linear_bits_per_weight).abs() < 1e-9,
+            "{}",
+            preset.name
+        );
+        let batch = tailorq_model::Batch::new([&[1u32, 5, 9][..]]);
+        let device = tailorq::cpu();
+        let logits = opened.model.logits(device.as_ref(), &opened.model.hidden(device.as_ref(), &batch, None));
+        assert!(logits.data().iter().all(|l| l.is_finite()), "{}", preset.name);
+        // True 8 bit stands in a packed form that is wider than its own.
+        let is_half = preset.about.contains("simulated");
+        let is_simulated = is_half || preset.name.contains("true8");
+        assert_eq!(report.size.counted_bits_per_weight.is_some(), is_simulated, "{}", preset.name);
+        for layer in report.layers.iter().filter(|l| l.name.contains("layers")) {
+            assert_eq!((layer.simulated, layer.counted_bits.is_some()), (is_simulated, is_simulated), "{}", layer.name);
+        }
+        if let Some(counted) = report.size.counted_bits_per_weight.filter(|_| is_half) {
+            assert!(report.size.linear_bits_per_weight > 15.999 && counted < 12.0, "{}: {counted}", preset.name);
+            let card = std::fs::read_to_string(request.output.join("README.md")).unwrap();
+            assert!(card.contains(&format!("{counted:.2} bits in its own format")), "{card}");
+        }
+        let recipe = Recipe::read(&request.output.join("recipe.toml")).unwrap();
+        let again = bench.path(&format!("{}-again", preset.name));
+        quantize(&QuantizeRequest::repeat(recipe, again.clone(), OutputMode::Fresh)).unwrap();
+        assert_same(&files(&again), &files(&request.output), preset.name);
+    }
+}
+
+/// A simulated run that was stopped: its parts, with what was counted, are read back as they were.
+#[test]
+fn a_simulated_run_resumes_to_the_same_bytes() {
+    let bench = Bench::new("llama");
+    for name in ["squeezellm", "billm"] {
+        let mut request = bench.request(&format!("{name}-whole"));
+        request.settings = Preset::find(name).unwrap().method().quantize;
+        quantize(&request).unwrap();
+        let whole = files(&request.output);
+        for stop in [6, 14, 22] {
+            request.output = bench.path(&format!("{name}-{stop}"));
+            request.mode = OutputMode::Fresh;
+            let stopped = tailorq::quantize(tailorq::cpu().as_ref(), &request, &StopAfter(AtomicU64::new(0), stop));
+            assert!(stopped.is_err(), "{name}, stop {stop}");
+            request.mode = OutputMode::Resume;
+            quantize(&request).unwrap();
+            assert_same(&files(&request.output), &whole, &format!("{name}, stop {stop}"));
+        }
+    }
+    let mut request = bench.request("circuit");
+    request.settings.method = "spqr".into();
+    request.circuit = Some(CircuitSettings::default());
+    assert!(quantize(&request).unwrap_err().to_string().contains("circuit"));
 }
 
 /// A plan file with settings of its own for some layers, written by hand: a table in the header, no tensors.

@@ -144,7 +144,10 @@ impl BlockQuantizer<'_> {
                     let hessians = work.float_hessians(acts)?;
                     let n_tokens = acts.n_tokens();
                     let of_slot = |slot| hessians.iter().find_map(|h| h.of(slot));
-                    work.quantize_all(&|slot| LayerStats { hessian: of_slot(slot), n_tokens, square: None }, watch)?;
+                    work.quantize_all(
+                        &|slot| LayerStats { hessian: of_slot(slot), n_tokens, ..LayerStats::default() },
+                        watch,
+                    )?;
                     drop(hessians);
                     advance(self.device, self.model, &work.block, acts);
                 }
@@ -263,7 +266,7 @@ impl Work<'_> {
         }
         let is_read = |_: &&Squares<'_>| self.run.quantizer.needs().square;
         let square = self.run.squares.filter(is_read).map(|of_layer| of_layer(id)).transpose()?;
-        let stats = LayerStats { square: square.as_ref(), ..*stats };
+        let stats = LayerStats { square: square.as_ref(), slot: Some(id.slot), ..*stats };
         self.run.quantizer.quantize(self.run.device, &weights, &stats, plan)
     }
 
@@ -318,7 +321,11 @@ impl Work<'_> {
             }
         }
         let n_tokens = acts.n_tokens();
-        self.quantize_group(group, &|slot| LayerStats { hessian: hessians.of(slot), n_tokens, square: None }, watch)?;
+        self.quantize_group(
+            group,
+            &|slot| LayerStats { hessian: hessians.of(slot), n_tokens, ..LayerStats::default() },
+            watch,
+        )?;
         Ok(kept)
     }
 

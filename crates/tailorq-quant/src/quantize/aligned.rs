@@ -29,7 +29,7 @@ mod settings;
 
 pub use settings::{AlignedSettings, Saliency, Salient, Scope, Unit};
 
-use super::gptq::{BLOCK, Factor, check_hessian};
+use super::feedback::{BLOCK, Factor, check_hessian};
 use super::grid::{Grid, GridRule, Line, ScaleOverflow};
 use super::rows::{ROWS_PER_TASK, Rows, assemble, at_group, check_finite, check_mask, fit_without, kept_within};
 use super::{LayerStats, Needs, Quantized, Quantizer, Rtn, check_settings};

@@ -50,13 +50,16 @@ impl Line {
     }
 }
 
-/// A search over shrunken ranges: `p = 1 - i / steps` while `p > 1 - max_shrink`, minimising `sum importance |e|^norm`.
+/// A search over shrunken ranges, `p = 1 - i / steps` while `p > 1 - max_shrink`, and then over grown ones, `p = 1 + i / steps`
+/// up to `1 + max_growth`, minimising `sum importance |e|^norm`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct ClipSearch {
     /// Steps in which the full range would shrink to nothing.
     pub steps: u32,
     /// The share of the range that may be cut away, below 1.
     pub max_shrink: f32,
+    /// The share of the range that may be added.
+    pub max_growth: f32,
     /// Exponent of the error.
     pub norm: f32,
 }
@@ -64,7 +67,7 @@ pub struct ClipSearch {
 impl Default for ClipSearch {
     /// The search of GPTQ's reference code (Frantar et al. 2022, `quant.py`, option `mse`).
     fn default() -> Self {
-        ClipSearch { steps: 100, max_shrink: 0.8, norm: 2.4 }
+        ClipSearch { steps: 100, max_shrink: 0.8, max_growth: 0.0, norm: 2.4 }
     }
 }
 
@@ -192,9 +195,12 @@ fn search_loop<const FUSED: bool>(
 ) -> Grid {
     let candidates = (clip.max_shrink * clip.steps as f32) as u32;
     let (mut best, mut best_penalty) = (full, f32::INFINITY);
-    for i in 0..candidates.max(1) {
-        let shrink = 1.0 - i as f32 / clip.steps as f32;
-        // A shrunken grid fits f16 when the full one does.
+    let candidates = candidates.max(1);
+    let grown = (clip.max_growth * clip.steps as f32) as u32;
+    for i in 0..candidates + grown {
+        let step = if i < candidates { -(i as f32) } else { (i - candidates + 1) as f32 };
+        let shrink = 1.0 + step / clip.steps as f32;
+        // A shrunken grid fits f16 when the full one does; a grown one may not.
         let Ok(Some(grid)) = rule.grid(range, shrink) else { continue };
         let line = Line::new(grid, rule.bits);
         // Errors are summed in units of the scale, so the bound is brought to these units.

@@ -4,30 +4,56 @@
 //! stored at 16 bits, rounded to f16, and [`Quantized::counted_bits`] tells what the format would take, all of it.
 
 mod aligned;
+mod awq;
+mod billm;
+mod feedback;
 mod gptq;
 mod grid;
 mod keep_half;
 mod loss;
+mod pb_llm;
 mod rows;
 mod rtn;
+mod simulated;
+mod slim_llm;
+mod spqr;
+mod squeezellm;
 mod stored;
 
 pub use aligned::{Aligned, AlignedSettings, Saliency, Salient, Scope, Unit};
+pub use awq::Awq;
+pub use billm::BiLlm;
 pub use gptq::Gptq;
 pub use grid::{ClipSearch, Grid, GridRule, ScaleOverflow};
 pub use keep_half::Half;
 pub use loss::proxy_loss;
+pub use pb_llm::PbLlm;
 pub use rtn::Rtn;
+pub use slim_llm::SlimLlm;
+pub use spqr::SpQr;
+pub use squeezellm::SqueezeLlm;
 pub use stored::QuantizedWeight;
 
 use crate::{LayerPlan, LayerSettings, QuantError};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use tailorq_kernels::Device;
-use tailorq_tensor::Matrix;
+use tailorq_tensor::{Matrix, Slot};
 
 /// All methods, in the order of help texts.
-pub const ALL: &[&dyn Quantizer] = &[&Rtn, &Gptq, &Aligned { by_task: false }, &Aligned { by_task: true }, &Half];
+pub const ALL: &[&dyn Quantizer] = &[
+    &Rtn,
+    &Gptq,
+    &Aligned { by_task: false },
+    &Aligned { by_task: true },
+    &Half,
+    &SlimLlm,
+    &SpQr,
+    &SqueezeLlm,
+    &Awq,
+    &BiLlm,
+    &PbLlm,
+];
 
 /// The method of that name.
 pub fn find(name: &str) -> Option<&'static dyn Quantizer> {
@@ -78,6 +104,8 @@ pub struct LayerStats<'a> {
     pub n_tokens: usize,
     /// The sum over samples of `(dL/dW)^2`, `[out, in]`: up to a factor the diagonal of the Fisher information.
     pub square: Option<&'a Matrix>,
+    /// Which linear of its block it is, where that is known.
+    pub slot: Option<Slot>,
 }
 
 /// A quantized layer.

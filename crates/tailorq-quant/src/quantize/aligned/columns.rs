@@ -1,6 +1,6 @@
 //! The column loop of one row's part of a block, tile by tile.
 
-use super::super::gptq::BLOCK;
+use super::super::feedback::BLOCK;
 use super::super::grid::{Line, ScaleOverflow};
 use super::super::rows::corrected;
 use super::settings::Salient;
