@@ -53,6 +53,8 @@ struct GlobalOptions {
 enum Command {
     Quantize(commands::quantize::QuantizeArgs),
     Survey(commands::survey::SurveyArgs),
+    Score(commands::score::ScoreCommand),
+    Plan(commands::plan::PlanArgs),
     Run(commands::run::RunArgs),
     Chat(commands::chat::ChatArgs),
     Eval(commands::eval::EvalArgs),
@@ -65,6 +67,8 @@ fn execute(command: Command, console: &Console) -> anyhow::Result<()> {
     match command {
         Command::Quantize(args) => commands::quantize::execute(&args, console),
         Command::Survey(args) => commands::survey::execute(&args, console),
+        Command::Score(args) => commands::score::execute(&args, console),
+        Command::Plan(args) => commands::plan::execute(&args, console),
         Command::Run(args) => commands::run::execute(&args, console),
         Command::Chat(args) => commands::chat::execute(&args, console),
         Command::Eval(args) => commands::eval::execute(&args, console),

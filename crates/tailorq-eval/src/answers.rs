@@ -66,7 +66,7 @@ pub(crate) fn normalized_number(text: &str) -> String {
 
 /// SQuAD's normalisation: lower case, no punctuation, no articles, single spaces (Rajpurkar et al. 2016, the official
 /// evaluation script).
-pub(crate) fn squad_normalized(text: &str) -> String {
+pub fn squad_normalized(text: &str) -> String {
     let text = text.to_lowercase();
     let text: String = text.chars().filter(|c| !c.is_ascii_punctuation()).collect();
     let text = ARTICLE.replace_all(&text, " ");
@@ -75,7 +75,7 @@ pub(crate) fn squad_normalized(text: &str) -> String {
 
 /// SQuAD's F1 of the words of two texts: the harmonic mean of precision and recall over the bag of words they share. Two
 /// empty texts agree, and an empty one with no other (the rule of version 2).
-pub(crate) fn token_f1(prediction: &str, gold: &str) -> f64 {
+pub fn token_f1(prediction: &str, gold: &str) -> f64 {
     let (prediction, gold) = (squad_normalized(prediction), squad_normalized(gold));
     let (prediction, gold): (Vec<&str>, Vec<&str>) =
         (prediction.split_whitespace().collect(), gold.split_whitespace().collect());

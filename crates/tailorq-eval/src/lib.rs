@@ -28,6 +28,7 @@ pub mod task;
 mod wikitext;
 mod windows;
 
+pub use answers::{squad_normalized, token_f1};
 pub use cache::Cache;
 pub use calibration::{CalibrationItems, fingerprint, text_fingerprint};
 pub use error::EvalError;

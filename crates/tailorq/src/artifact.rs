@@ -193,7 +193,7 @@ fn write_json(path: &Path, value: &Value) -> Result<(), PipelineError> {
 }
 
 fn model_card(opened: &OpenedModel, report: &Report) -> String {
-    let Recipe { model, quantize: q, calibration, .. } = &report.recipe;
+    let Recipe { model, quantize: q, calibration, allocation, plan, .. } = &report.recipe;
     let base = Path::new(&model.source).file_name().map_or(model.source.clone(), |n| n.to_string_lossy().into_owned());
     let size = &report.size;
     let calibrated = match (&report.calibration, calibration) {
@@ -221,7 +221,11 @@ fn model_card(opened: &OpenedModel, report: &Report) -> String {
         None if stores_half => ("16".into(), "16 bits".into()),
         None => {
             let sym = if q.symmetric { "symmetric" } else { "asymmetric" };
-            (q.bits.count().to_string(), format!("{} bits, group {}, {sym}", q.bits.count(), q.group))
+            let bits = match (allocation, plan) {
+                (None, None) => q.bits.count().to_string(),
+                _ => format!("{:.2}", size.linear_bits_per_weight),
+            };
+            (bits.clone(), format!("{bits} bits, group {}, {sym}", q.group))
         }
     };
     let (model_type, mib) = (opened.model.config.architecture, 1024.0 * 1024.0);

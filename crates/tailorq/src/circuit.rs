@@ -12,7 +12,7 @@ use tailorq_quant::{CircuitSignal, ElementRow, LayerPlan, LayerSettings, LayerSt
 use tailorq_tensor::{LayerId, Matrix, Rng, Slot, Weight};
 
 /// The largest share of weights that may be kept: beyond it more bits for all are cheaper (a kept weight costs 32 bits).
-const MOST_KEPT: f64 = 0.1;
+pub(crate) const MOST_KEPT: f64 = 0.1;
 
 /// Where the quantized values come from that a signal compares weights with.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

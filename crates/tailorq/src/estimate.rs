@@ -1,7 +1,9 @@
 //! What a run will cost, before it starts: size from layouts, memory and time from a count of the work.
 
+use crate::allocation::AllocationSignal;
 use crate::artifact::n_vector_elements;
 use crate::recipe::{QuantizeSettings, Recipe};
+use crate::scores::units_of;
 use crate::survey::TAPE_BYTES;
 use crate::task::survey_needs;
 use serde::Serialize;
@@ -40,8 +42,13 @@ pub fn estimate(device: &dyn Device, model: &Model, recipe: &Recipe, tokens: usi
         // A kept weight costs its value and its column.
         linear_bytes += (circuit.keep * linear_weights as f64) as u64 * 4;
     }
+    if let Some(budget) = recipe.allocation.as_ref().and_then(|a| a.rule.bits_per_weight) {
+        // A plan comes close to its budget, but for less than one unit.
+        linear_bytes = (budget * linear_weights as f64 / 8.0) as u64;
+    }
     // Forward, recomputation and two products backward, where there is a survey.
     let survey = if survey_needs(recipe).is_some() { 8.0 * tokens as f64 * linear_weights as f64 } else { 0.0 };
+    let survey = survey + 2.0 * scored_tokens(model, recipe, tokens) * linear_weights as f64;
     let seconds =
         (total_flops(model, tokens) + survey) / measured_flops(device) + search_seconds(linear_weights, settings);
     Estimate {
@@ -51,6 +58,21 @@ pub fn estimate(device: &dyn Device, model: &Model, recipe: &Recipe, tokens: usi
         seconds,
         tokens,
     }
+}
+
+/// Tokens that pass through the whole model while units are scored, answers that are generated not counted: measured units
+/// begin at their block, which is half a pass each on average.
+fn scored_tokens(model: &Model, recipe: &Recipe, tokens: usize) -> f64 {
+    let Some(score) = recipe.allocation.as_ref().map(|a| &a.score).filter(|s| s.reads_data()) else { return 0.0 };
+    let samples = recipe.calibration.as_ref().map_or(1, |c| c.samples).max(1);
+    let looked_at = tokens as f64 * (score.prompts as f64 / samples as f64).min(1.0);
+    let half_of = |n: usize| n as f64 * (model.blocks.len() + 1) as f64 / 2.0 / model.blocks.len().max(1) as f64;
+    let passes = match score.signal {
+        AllocationSignal::TaqIs => 0.0,
+        AllocationSignal::TaqKl => half_of(model.blocks.len()),
+        _ => half_of(units_of(model, score.unit).len()) * score.widths.len() as f64,
+    };
+    looked_at * (1.0 + passes)
 }
 
 fn linear_size(model: &Model, settings: &QuantizeSettings) -> (u64, u64) {

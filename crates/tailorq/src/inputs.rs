@@ -1,13 +1,15 @@
 //! From what the user asked to what is certain: hashed inputs, a recipe, token sequences that fit into memory.
 
+use crate::allocation::{ALLOCATED_METHODS, AllocationSettings};
 use crate::circuit::CircuitSettings;
 use crate::error::PipelineError;
 use crate::estimate::{available_memory, peak_memory};
 use crate::observer::Observer;
 use crate::output::OutputMode;
-use crate::recipe::{CalibrationInput, ModelInput, QuantizeSettings, RECIPE_SCHEMA, Recipe, hash_files};
+use crate::recipe::{CalibrationInput, ModelInput, PlanInput, QuantizeSettings, RECIPE_SCHEMA, Recipe, hash_files};
 use crate::samples::{self, Samples};
-use std::path::PathBuf;
+use crate::uniform;
+use std::path::{Path, PathBuf};
 use tailorq_model::OpenedModel;
 use tailorq_quant::survey::Needs;
 
@@ -24,6 +26,15 @@ pub struct QuantizeRequest {
     pub circuit: Option<CircuitSettings>,
     /// A survey of the same model and calibration, made before.
     pub survey: Option<PathBuf>,
+    /// How bits are spread over the linears; all alike without one.
+    pub allocation: Option<AllocationSettings>,
+    /// Scores of the same model, calibration and settings, made before, for the allocation.
+    pub scores: Option<PathBuf>,
+    /// A plan made before, in place of an allocation.
+    pub plan: Option<PathBuf>,
+    /// Without an allocation or a plan: bits of the linears, counted from bytes of the file. Settles width and group, or
+    /// width and the share of kept weights where there is a circuit.
+    pub bits_per_weight: Option<f64>,
     /// Hashes that the inputs must have (model, calibration), when a recipe is repeated.
     pub expected: Option<Recipe>,
     /// Where the artifact goes.
@@ -40,12 +51,32 @@ impl QuantizeRequest {
     pub(crate) fn check(&self) -> Result<(), PipelineError> {
         self.settings.check()?;
         self.circuit.as_ref().map_or(Ok(()), CircuitSettings::check)?;
+        self.allocation.as_ref().map_or(Ok(()), AllocationSettings::check)?;
         let fail = |problem: String| Err(PipelineError::Settings(problem));
         if self.circuit.is_some() && tailorq_quant::find(&self.settings.method).is_some_and(|q| q.stores_half()) {
             let method = &self.settings.method;
             return fail(format!(
                 "{method} stores all weights at 16 bits: a circuit of kept weights belongs to gptq or rtn"
             ));
+        }
+        if self.plan.is_some() && (self.allocation.is_some() || self.bits_per_weight.is_some()) {
+            return fail(
+                "a plan already says what every linear becomes: give it to --method gptq or rtn, without a budget"
+                    .into(),
+            );
+        }
+        let has_widths = self.plan.is_some() || self.allocation.is_some() || self.bits_per_weight.is_some();
+        if has_widths && !ALLOCATED_METHODS.contains(&self.settings.method.as_str()) {
+            return fail(format!(
+                "method {} has a width of its own for all linears: allocations, plans and budgets are for {}",
+                self.settings.method,
+                ALLOCATED_METHODS.join(" and ")
+            ));
+        }
+        if self.scores.is_some() && self.allocation.is_none() {
+            return fail(
+                "scores are read by an allocation: use --method taqo or another that allocates, or --allocate".into(),
+            );
         }
         match &self.calibration {
             None if self.needs_calibration() => fail(format!(
@@ -67,14 +98,32 @@ impl QuantizeRequest {
 
     fn needs_calibration(&self) -> bool {
         let reads_data = self.circuit.as_ref().is_some_and(|c| c.needs() != Needs::default());
+        let scores_data = self.allocation.as_ref().is_some_and(|a| a.score.reads_data());
         let needs = tailorq_quant::find(&self.settings.method).map(|q| q.needs());
-        needs.is_some_and(|n| n.hessian || n.square) || reads_data
+        needs.is_some_and(|n| n.hessian || n.square) || reads_data || scores_data
+    }
+
+    /// A request with the default settings and no data, to be filled in.
+    pub fn new(model: impl Into<String>, output: impl Into<PathBuf>) -> Self {
+        QuantizeRequest {
+            model: model.into(),
+            settings: QuantizeSettings::default(),
+            calibration: None,
+            circuit: None,
+            survey: None,
+            allocation: None,
+            scores: None,
+            plan: None,
+            bits_per_weight: None,
+            expected: None,
+            output: output.into(),
+            mode: OutputMode::Fresh,
+        }
     }
 
     /// The request that repeats `recipe`; its inputs are checked against the recipe's hashes.
     pub fn repeat(recipe: Recipe, output: PathBuf, mode: OutputMode) -> Self {
         QuantizeRequest {
-            model: recipe.model.source.clone(),
             settings: recipe.quantize.clone(),
             calibration: recipe.calibration.as_ref().map(|c| CalibrationRequest {
                 file: c.file.clone(),
@@ -84,11 +133,16 @@ impl QuantizeRequest {
                 drop_calculator_marks: c.drop_calculator_marks,
             }),
             circuit: recipe.circuit,
-            survey: None,
-            expected: Some(recipe),
-            output,
+            allocation: recipe.allocation.clone(),
+            plan: recipe.plan.as_ref().map(|p| p.file.clone()),
             mode,
+            ..QuantizeRequest::new(&recipe.model.source, output)
         }
+        .expecting(recipe)
+    }
+
+    fn expecting(self, recipe: Recipe) -> Self {
+        QuantizeRequest { expected: Some(recipe), ..self }
     }
 }
 
@@ -135,18 +189,34 @@ pub(crate) fn resolve(
         _ => None,
     };
     let samples = calibration.as_ref().map(|input| samples::load(opened, input)).transpose()?;
+    let (mut quantize, mut circuit) = (request.settings.clone(), request.circuit);
+    match (&request.allocation, request.bits_per_weight) {
+        (None, Some(budget)) => {
+            observer.note(&uniform::settle(&opened.model, budget, &mut quantize, circuit.as_mut())?);
+        }
+        // The narrowest width is what a layer has that no plan names; there is none.
+        (Some(allocation), _) => quantize.bits = allocation.score.narrowest(),
+        _ => {}
+    }
     let recipe = Recipe {
         schema: RECIPE_SCHEMA,
         tailorq: env!("CARGO_PKG_VERSION").into(),
         model: ModelInput { source: request.model.clone(), sha256 },
-        quantize: request.settings.clone(),
+        quantize,
         calibration,
-        circuit: request.circuit,
+        circuit,
+        allocation: request.allocation.clone(),
+        plan: request.plan.as_deref().map(plan_input).transpose()?,
     };
     if let Some(expected) = &request.expected {
         recipe.check_inputs(expected)?;
     }
     Ok((recipe, samples))
+}
+
+fn plan_input(file: &Path) -> Result<PlanInput, PipelineError> {
+    let sha256 = hash_files(&[file], |_| ()).map_err(|e| crate::error::output_error(file, &e))?;
+    Ok(PlanInput { file: file.to_path_buf(), sha256 })
 }
 
 /// Every file of the checkpoint that decides what a run computes: weights, and in a directory the configuration, the

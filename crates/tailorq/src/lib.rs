@@ -2,6 +2,8 @@
 //!
 //! Start at [`pipeline`]: it is the main path, top to bottom.
 
+mod allocation;
+mod answers;
 mod artifact;
 mod blocks;
 mod circuit;
@@ -10,21 +12,30 @@ mod error;
 mod estimate;
 mod inputs;
 mod inspect;
+mod names;
 mod observer;
 mod output;
 pub mod pipeline;
 mod plan;
+mod planning;
 mod presets;
 mod probe;
 mod recipe;
 mod report;
 mod samples;
+mod score;
+mod scores;
+mod scoring;
 mod spill;
 mod survey;
 mod tables;
 mod task;
 mod threads;
+mod uniform;
 
+pub use allocation::{
+    AllocationSettings, AllocationSignal, MeasureKind, Rule, RuleSettings, ScoreSettings, Span, UnitKind,
+};
 pub use circuit::{CircuitSettings, Reference};
 pub use error::PipelineError;
 pub use estimate::Estimate;
@@ -33,10 +44,13 @@ pub use inspect::{Inspection, Share, StoredMatrix, inspect};
 pub use observer::{Observer, Silent};
 pub use output::OutputMode;
 pub use pipeline::{Outcome, dry_run, quantize};
+pub use planning::{PlanSummary, plan};
 pub use presets::{Method, PRESETS, Preset};
 pub use probe::{GradientOutput, GradientProbe, ProbeError, check_tokens, probe, probe_gradients};
-pub use recipe::{CalibrationInput, LossKind, ModelInput, QuantizeSettings, Recipe, hash_files};
+pub use recipe::{CalibrationInput, LossKind, ModelInput, PlanInput, QuantizeSettings, Recipe, hash_files};
 pub use report::{CalibrationReport, LayerReport, Report, SizeReport, calibration_items};
+pub use score::{ScoreRequest, score};
+pub use scores::{ScoredCandidate, ScoredUnit, Scores};
 pub use spill::SpillFile;
 pub use survey::{SurveyRequest, survey};
 pub use tailorq_kernels::{Device, cpu, reference};

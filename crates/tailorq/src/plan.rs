@@ -40,6 +40,40 @@ impl Exceptions {
     }
 }
 
+impl PlanFile {
+    /// Settings of single layers, for another plan to start from.
+    pub(crate) fn layers(&self) -> &BTreeMap<String, LayerSettings> {
+        &self.layers
+    }
+
+    /// Refuses a plan for linears that this model has not: it would be followed in part.
+    pub(crate) fn check_names(&self, model: &Model) -> Result<(), PipelineError> {
+        let names: Vec<&str> = model.blocks.iter().flat_map(|b| &b.linears).map(|l| l.name.as_str()).collect();
+        match self.layers.keys().find(|name| !names.contains(&name.as_str())) {
+            None => Ok(()),
+            Some(name) => Err(PipelineError::Output {
+                path: self.path.clone(),
+                problem: format!("names {name}, which this model has not: make the plan again"),
+            }),
+        }
+    }
+
+    /// The elements of each layer that stay at 16 bits.
+    pub(crate) fn kept(&self, model: &Model) -> Result<BTreeMap<String, Vec<u32>>, PipelineError> {
+        let mut kept = BTreeMap::new();
+        for linear in model.blocks.iter().flat_map(|b| &b.linears) {
+            if let Some(tensor) = self.file.get(&format!("kept.{}", linear.name)) {
+                let indices = tensor.bytes.cast::<u32>().ok_or_else(|| PipelineError::Output {
+                    path: self.path.clone(),
+                    problem: format!("kept.{} is not a list of U32: make the plan again", linear.name),
+                })?;
+                kept.insert(linear.name.clone(), indices.to_vec());
+            }
+        }
+        Ok(kept)
+    }
+}
+
 /// A plan that was written, its masks left in the memory map.
 pub(crate) struct PlanFile {
     file: SafetensorsFile,

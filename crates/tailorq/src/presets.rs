@@ -1,5 +1,6 @@
 //! Named settings: a published method is a point in the space of settings, and so is what works best here.
 
+use crate::allocation::{AllocationSettings, AllocationSignal, MeasureKind, Rule, RuleSettings, ScoreSettings, Span};
 use crate::circuit::{CircuitSettings, Reference};
 use crate::recipe::{LossKind, QuantizeSettings};
 use tailorq_quant::quantize::Salient;
@@ -17,12 +18,14 @@ pub struct Preset {
 }
 
 /// What a method fixes.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Method {
     /// How weights become codes.
     pub quantize: QuantizeSettings,
     /// The weights that stay at 16 bits, if any.
     pub circuit: Option<CircuitSettings>,
+    /// How bits are spread over the linears; all alike without one.
+    pub allocation: Option<AllocationSettings>,
 }
 
 /// All methods, quantizers by themselves first.
@@ -96,6 +99,30 @@ pub const PRESETS: &[Preset] = &[
         settings: || baseline("pb-llm", |s| s.group = Group::Row),
     },
     Preset { name: "tacq-paper", about: "TACQ as its authors run it", settings: tacq_paper },
+    Preset {
+        name: "taqo",
+        about: "GPTQ with a width for each block under a budget, by the measured divergence of the model's own answers",
+        settings: taqo,
+    },
+    Preset {
+        name: "taq",
+        about: "the same by information and stability of activations over the task's prompts",
+        settings: taq,
+    },
+    Preset { name: "taq-kl", about: "the same by what noise on each block does to the predictions", settings: taq_kl },
+    Preset { name: "depth", about: "control for these: the ends of the model get the bits", settings: depth },
+    Preset { name: "random", about: "control for these: drawn blocks get the bits", settings: random },
+    Preset {
+        name: "taq-paper",
+        about: "TAQ as its authors run it (zero points are rounded, theirs are not): a quarter of the blocks 8 bits, others 4",
+        settings: taq_paper,
+    },
+    Preset { name: "taq-kl-paper", about: "TAQ-KL as its authors run it, likewise", settings: taq_kl_paper },
+    Preset {
+        name: "taqo-paper",
+        about: "TAQO by answers against labels, likewise; the ends and the top 8 blocks at 16 bits, others 4",
+        settings: taqo_paper,
+    },
 ];
 
 impl Preset {
@@ -111,15 +138,15 @@ impl Preset {
 }
 
 fn rtn() -> Method {
-    Method { quantize: QuantizeSettings { method: "rtn".into(), ..QuantizeSettings::default() }, circuit: None }
+    Method { quantize: QuantizeSettings { method: "rtn".into(), ..QuantizeSettings::default() }, ..Method::default() }
 }
 
 fn gptq() -> Method {
-    Method { quantize: QuantizeSettings::default(), circuit: None }
+    Method::default()
 }
 
 fn half() -> Method {
-    Method { quantize: QuantizeSettings { method: "half".into(), ..QuantizeSettings::default() }, circuit: None }
+    Method { quantize: QuantizeSettings { method: "half".into(), ..QuantizeSettings::default() }, ..Method::default() }
 }
 
 /// On a base of 2 bits.
@@ -130,7 +157,7 @@ fn aligned(method: &str, aligned: AlignedSettings) -> Method {
         aligned: Some(aligned),
         ..QuantizeSettings::default()
     };
-    Method { quantize, circuit: None }
+    Method { quantize, ..Method::default() }
 }
 
 /// A published method as its authors' code runs it: statistics of a block are gathered before any of its linears is
@@ -139,11 +166,11 @@ fn baseline(method: &str, change: fn(&mut QuantizeSettings)) -> Method {
     let mut quantize =
         QuantizeSettings { method: method.into(), true_sequential: false, ..QuantizeSettings::default() };
     change(&mut quantize);
-    Method { quantize, circuit: None }
+    Method { quantize, ..Method::default() }
 }
 
 fn tacq() -> Method {
-    Method { quantize: QuantizeSettings::default(), circuit: Some(CircuitSettings::default()) }
+    Method { circuit: Some(CircuitSettings::default()), ..Method::default() }
 }
 
 /// One grid a row, clip search, the loss of prompt and answer, and a full run of GPTQ as the reference
@@ -162,7 +189,67 @@ fn tacq_paper() -> Method {
             reference: Reference::Gptq,
             seed: 0,
         }),
+        ..Method::default()
     }
+}
+
+/// Bits per weight of the methods with a budget, where none is given.
+const BUDGET: f64 = 3.0;
+
+/// GPTQ with widths under a budget.
+fn budgeted(signal: AllocationSignal) -> Method {
+    Method { allocation: Some(AllocationSettings::of(signal, Some(BUDGET))), ..Method::default() }
+}
+
+fn taqo() -> Method {
+    budgeted(AllocationSignal::Taqo)
+}
+
+fn taq() -> Method {
+    budgeted(AllocationSignal::TaqIs)
+}
+
+fn taq_kl() -> Method {
+    budgeted(AllocationSignal::TaqKl)
+}
+
+fn depth() -> Method {
+    budgeted(AllocationSignal::Depth)
+}
+
+fn random() -> Method {
+    budgeted(AllocationSignal::Random)
+}
+
+/// Rounding to nearest, extremes as they are, groups of 128, two widths (LeVi et al. 2025, arXiv 2511.06516, and their script).
+/// Their zero points are not rounded, which no packed layout can store: here they are codes.
+fn paper(rule: RuleSettings, score: ScoreSettings) -> Method {
+    let quantize = QuantizeSettings { method: "rtn".into(), clip: Clip::None, ..QuantizeSettings::default() };
+    let score = ScoreSettings { without_sinks: false, ..score };
+    Method { quantize, allocation: Some(AllocationSettings { rule, score }), ..Method::default() }
+}
+
+fn taq_paper() -> Method {
+    let signal = AllocationSignal::TaqIs;
+    paper(
+        RuleSettings::share(0.25),
+        ScoreSettings { signal, prompts: 256, widths: vec![4, 8], ..ScoreSettings::default() },
+    )
+}
+
+fn taq_kl_paper() -> Method {
+    let (signal, span) = (AllocationSignal::TaqKl, Span::Last);
+    paper(
+        RuleSettings::share(0.25),
+        ScoreSettings { signal, span, prompts: 256, widths: vec![4, 8], ..ScoreSettings::default() },
+    )
+}
+
+fn taqo_paper() -> Method {
+    let rule = RuleSettings { name: Rule::EndsAndTop, ends: Some(2), top: Some(8), bits_per_weight: None, share: None };
+    let (signal, span, measure) = (AllocationSignal::Taqo, Span::Completion, MeasureKind::Answers);
+    let widths = vec![4, 16];
+    paper(rule, ScoreSettings { signal, span, measure, widths, prompts: 32, ..ScoreSettings::default() })
 }
 
 #[cfg(test)]
@@ -175,6 +262,7 @@ mod tests {
             let method = preset.method();
             method.quantize.check().unwrap();
             method.circuit.as_ref().map_or(Ok(()), CircuitSettings::check).unwrap();
+            method.allocation.as_ref().map_or(Ok(()), AllocationSettings::check).unwrap();
             assert_eq!(Preset::find(preset.name).unwrap().about, preset.about);
         }
         assert!(Preset::find("magic").is_none());

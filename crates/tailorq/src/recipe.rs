@@ -1,5 +1,6 @@
 //! The recipe: everything that decides the bytes of an artifact, and nothing that does not.
 
+use crate::allocation::AllocationSettings;
 use crate::circuit::CircuitSettings;
 use crate::error::PipelineError;
 use serde::{Deserialize, Serialize};
@@ -32,6 +33,22 @@ pub struct Recipe {
     /// The weights that stay at 16 bits; absent when there are none.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub circuit: Option<CircuitSettings>,
+    /// How bits are spread over the linears; absent when all are alike, or a plan says it.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub allocation: Option<AllocationSettings>,
+    /// A plan that was made before.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub plan: Option<PlanInput>,
+}
+
+/// The plan of a recipe.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PlanInput {
+    /// As the user wrote it.
+    pub file: PathBuf,
+    /// SHA-256 of its bytes, hexadecimal.
+    pub sha256: String,
 }
 
 /// The checkpoint of a recipe.
@@ -210,6 +227,7 @@ impl Recipe {
         }
         recipe.quantize.check()?;
         recipe.circuit.as_ref().map_or(Ok(()), CircuitSettings::check)?;
+        recipe.allocation.as_ref().map_or(Ok(()), AllocationSettings::check)?;
         Ok(recipe)
     }
 
@@ -226,6 +244,10 @@ impl Recipe {
         };
         if self.model.sha256 != expected.model.sha256 {
             return fail(Path::new(&self.model.source), "checkpoint");
+        }
+        match (&self.plan, &expected.plan) {
+            (Some(here), Some(there)) if here.sha256 != there.sha256 => return fail(&here.file, "plan"),
+            _ => {}
         }
         match (&self.calibration, &expected.calibration) {
             (Some(here), Some(there)) if here.sha256 != there.sha256 => fail(&here.file, "calibration file"),
@@ -291,6 +313,7 @@ fn hex(bytes: &[u8]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::allocation::{Rule, RuleSettings, ScoreSettings};
 
     fn recipe() -> Recipe {
         Recipe {
@@ -307,6 +330,11 @@ mod tests {
                 drop_calculator_marks: true,
             }),
             circuit: Some(CircuitSettings::default()),
+            allocation: Some(AllocationSettings {
+                rule: RuleSettings::budget(Rule::Knapsack, 2.5),
+                score: ScoreSettings::default(),
+            }),
+            plan: Some(PlanInput { file: "plan.safetensors".into(), sha256: "22".into() }),
         }
     }
 

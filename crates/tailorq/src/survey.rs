@@ -7,7 +7,6 @@ use crate::circuit::CircuitSettings;
 use crate::error::PipelineError;
 use crate::inputs::{CalibrationRequest, QuantizeRequest, announce, resolve};
 use crate::observer::Observer;
-use crate::output::OutputMode;
 use crate::recipe::{LossKind, QuantizeSettings, Recipe};
 use crate::samples::Samples;
 use crate::spill::SpillFile;
@@ -74,16 +73,8 @@ pub fn survey(
 ) -> Result<Option<f64>, PipelineError> {
     let opened = tailorq_model::open(&request.model)?;
     let settings = QuantizeSettings { loss: request.loss, ..QuantizeSettings::default() };
-    let inputs = QuantizeRequest {
-        model: request.model.clone(),
-        settings,
-        calibration: Some(request.calibration.clone()),
-        circuit: None,
-        survey: None,
-        expected: None,
-        output: path.to_path_buf(),
-        mode: OutputMode::Fresh,
-    };
+    let calibration = Some(request.calibration.clone());
+    let inputs = QuantizeRequest { settings, calibration, ..QuantizeRequest::new(&request.model, path) };
     inputs.check()?;
     let (recipe, samples) = resolve(&opened, &inputs, observer)?;
     let samples = samples.expect("GPTQ's defaults read calibration");

@@ -1,15 +1,20 @@
-//! What a run knows of its task before it quantizes: a survey, and from it a plan. Both are files among the parts, so
-//! that a resumed run has them already.
+//! What a run knows of its task before it quantizes: scores, a survey, and from them a plan. All are files among the parts,
+//! so that a resumed run has them already.
 
 use crate::blocks::{Run, layer_settings, packed_block, quantize_blocks};
 use crate::circuit::{CircuitSettings, Evidence, Reference, choose_circuit};
 use crate::error::PipelineError;
+use crate::inputs::QuantizeRequest;
 use crate::plan::{Exceptions, PlanFile};
+use crate::planning::{allocate_widths, counts};
 use crate::recipe::Recipe;
+use crate::scores::Scores;
+use crate::scoring::Scoring;
 use crate::survey::{SQUARE, SurveyFile, write_survey};
+use crate::uniform::circuit_bytes;
 use std::collections::BTreeMap;
 use std::path::Path;
-use tailorq_model::Model;
+use tailorq_model::{Model, OpenedModel};
 use tailorq_quant::QuantError;
 use tailorq_quant::survey::Needs;
 use tailorq_tensor::{LayerId, Matrix};
@@ -46,29 +51,73 @@ pub(crate) fn survey_needs(recipe: &Recipe) -> Option<Needs> {
     (needs != Needs::default()).then_some(needs)
 }
 
-/// Surveys the task and makes the plan, as far as the recipe asks for them and earlier runs have not. `existing` is a
-/// survey of the same inputs. `original` is the model as opened, `model` that with the artifact's embedding.
+/// Scores and surveys the task and makes the plan, as far as the recipe asks for them and earlier runs have not. `opened` is
+/// the model as opened, `model` that with the artifact's embedding.
 pub(crate) fn gather_task(
     run: &Run<'_>,
-    original: &Model,
+    opened: &OpenedModel,
     model: &Model,
-    existing: Option<&Path>,
+    request: &QuantizeRequest,
 ) -> Result<Task, PipelineError> {
     let survey = match survey_needs(run.recipe) {
-        Some(needs) => Some(open_survey(run, original, &needs, existing)?),
+        Some(needs) => Some(open_survey(run, &opened.model, &needs, request.survey.as_deref())?),
         None => None,
     };
     let mut task = Task { survey, plan: None };
-    let path = run.output.extra("plan.safetensors");
-    if let (Some(circuit), false) = (&run.recipe.circuit, path.exists()) {
-        let kept = circuit_of(run, (original, model), &task, circuit)?;
-        let exceptions = Exceptions { kept, ..Exceptions::default() };
-        exceptions.write(&path, &run.recipe.model.sha256)?;
+    let (path, sha256) = (run.output.extra("plan.safetensors"), &run.recipe.model.sha256);
+    let Recipe { circuit, allocation, plan, .. } = run.recipe;
+    if !path.exists() && (circuit.is_some() || allocation.is_some() || plan.is_some()) {
+        let mut exceptions = widths_of(run, opened, request)?;
+        if let Some(circuit) = circuit {
+            // A circuit is chosen around these widths, which a file of their own keeps for the next run.
+            let widths = run.output.extra("widths.safetensors");
+            exceptions.write(&widths, sha256)?;
+            task.plan = Some(PlanFile::open(&widths, sha256)?);
+            exceptions.kept = circuit_of(run, (&opened.model, model), &task, circuit)?;
+        }
+        exceptions.write(&path, sha256)?;
     }
     if path.exists() {
-        task.plan = Some(PlanFile::open(&path, &run.recipe.model.sha256)?);
+        task.plan = Some(PlanFile::open(&path, sha256)?);
     }
     Ok(task)
+}
+
+/// The settings of single layers, by the plan that was given or by an allocation; none where all are alike.
+fn widths_of(run: &Run<'_>, opened: &OpenedModel, request: &QuantizeRequest) -> Result<Exceptions, PipelineError> {
+    if let Some(given) = &run.recipe.plan {
+        let plan = PlanFile::open(&given.file, &run.recipe.model.sha256)?;
+        plan.check_names(&opened.model)?;
+        return Ok(Exceptions { layers: plan.layers().clone(), kept: plan.kept(&opened.model)? });
+    }
+    let Some(allocation) = &run.recipe.allocation else { return Ok(Exceptions::default()) };
+    let base = layer_settings(&run.recipe.quantize);
+    let path = match &request.scores {
+        Some(given) => given.clone(),
+        None => run.output.extra("scores.json"),
+    };
+    if !path.exists() && request.scores.is_none() {
+        let spill = path.parent().unwrap_or(Path::new("."));
+        let scoring = Scoring {
+            device: run.device,
+            opened,
+            recipe: run.recipe,
+            samples: run.samples,
+            settings: &allocation.score,
+            base,
+            spill,
+            observer: run.observer,
+        };
+        scoring.run()?.write(&path)?;
+    }
+    // Read back even when just written: the same numbers as a run that resumes here.
+    let scores = Scores::read(&path)?;
+    scores.check_origin(run.recipe, (&allocation.score, base), &path)?;
+    let reserved = run.recipe.circuit.as_ref().map_or(0, |c| circuit_bytes(&opened.model, c));
+    let planned = allocate_widths(&scores, &allocation.rule, reserved)?;
+    let summary = &planned.summary;
+    run.observer.note(&format!("the plan: {:.3} bits per weight, {}", summary.bits_per_weight, counts(summary)));
+    Ok(Exceptions { layers: planned.layers, ..Exceptions::default() })
 }
 
 /// The elements that the recipe keeps at 16 bits.
@@ -87,9 +136,10 @@ fn circuit_of(
         None => Ok(original.blocks[idx].clone()),
     };
     let settings = layer_settings(&run.recipe.quantize);
+    let planned = |name: &str| task.plan.as_ref().and_then(|plan| plan.layers().get(name).copied());
     let evidence = Evidence {
         model: original,
-        settings_of: &|_| settings,
+        settings_of: &|name| planned(name).unwrap_or(settings),
         reference: reference.is_some().then_some(&of_block),
         survey: task.survey.as_ref(),
     };

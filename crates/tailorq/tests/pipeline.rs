@@ -37,7 +37,6 @@ impl Bench {
 
     fn request(&self, output: &str) -> QuantizeRequest {
         QuantizeRequest {
-            model: self.path("model").display().to_string(),
             settings: QuantizeSettings { group: Group::Inputs(32), ..QuantizeSettings::default() },
             calibration: Some(CalibrationRequest {
                 file: self.path("calibration.jsonl"),
@@ -46,11 +45,7 @@ impl Bench {
                 seed: 3,
                 drop_calculator_marks: false,
             }),
-            circuit: None,
-            survey: None,
-            expected: None,
-            output: self.path(output),
-            mode: OutputMode::Fresh,
+            ..QuantizeRequest::new(self.path("model").display().to_string(), self.path(output))
         }
     }
 }

@@ -4,10 +4,12 @@ pub mod chat;
 pub mod demo;
 pub mod eval;
 pub mod inspect;
+pub mod plan;
 pub mod probe;
 pub mod quantize;
 pub mod run;
 pub mod sampling;
+pub mod score;
 pub mod survey;
 
 use crate::console::Console;

@@ -1,5 +1,6 @@
 //! `tailorq quantize`: checkpoint and calibration text in, artifact out.
 
+use super::score::ScoreArgs;
 use super::{MIB, quantized_source, utf8_path};
 use crate::console::Console;
 use crate::observer::ConsoleObserver;
@@ -9,8 +10,8 @@ use serde_json::json;
 use std::path::PathBuf;
 use std::time::Instant;
 use tailorq::{
-    CalibrationRequest, Estimate, Method, Outcome, OutputMode, PRESETS, Preset, QuantizeRequest, QuantizeSettings,
-    Recipe, Report,
+    AllocationSettings, AllocationSignal, CalibrationRequest, Estimate, Method, Outcome, OutputMode, PRESETS,
+    PipelineError, Preset, QuantizeRequest, QuantizeSettings, Recipe, Report, Rule, RuleSettings, ScoreSettings,
 };
 
 /// Quantize a model to 2, 3, 4 or 8 bits a weight
@@ -23,6 +24,7 @@ use tailorq::{
   tailorq quantize Qwen/Qwen2.5-0.5B-Instruct --bits 3 --calibration task.jsonl --output qwen-3bit
   tailorq quantize model.gguf --method rtn --bits 4 --group 64 --output model-4bit
   tailorq quantize model.gguf --method tacq --bits 2 --keep 0.35% --task-data task.jsonl --output model-2bit
+  tailorq quantize model.gguf --method taqo --bits-per-weight 2.5 --task-data task.jsonl --output model-2.5bit
   tailorq quantize model/ --bits 2 --calibration task.jsonl --output out --dry-run
   tailorq quantize --recipe qwen-3bit/recipe.toml --output again
 
@@ -48,8 +50,10 @@ pub struct QuantizeArgs {
     tiles: TileArgs,
     #[command(flatten)]
     circuit: CircuitArgs,
+    #[command(flatten)]
+    allocation: AllocationArgs,
     /// Repeat the run of this recipe.toml, byte for byte; refuses inputs that are not the recipe's
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["method", "GridArgs", "samples", "sequence_length", "seed", "drop_calculator_marks", "TileArgs", "CircuitArgs"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["method", "GridArgs", "samples", "sequence_length", "seed", "drop_calculator_marks", "TileArgs", "CircuitArgs", "AllocationArgs", "ScoreArgs"])]
     recipe: Option<PathBuf>,
     /// Go on with a stopped run (an empty directory starts afresh, a finished run is left alone)
     #[arg(long, conflicts_with = "overwrite")]
@@ -64,10 +68,10 @@ pub struct QuantizeArgs {
 
 /// How weights become codes; what is not given is as the method has it.
 #[derive(Args, Debug)]
-struct GridArgs {
+pub(super) struct GridArgs {
     /// Bits a code: 2, 3, 4 or 8 [default: 3]
     #[arg(short, long, value_parser = parse_bits)]
-    bits: Option<tailorq::Bits>,
+    pub(super) bits: Option<tailorq::Bits>,
     /// Inputs that share a scale: 32, 64, 128 or row [default: 128; tacq-paper: row]
     #[arg(short, long, visible_alias = "group-size")]
     group: Option<tailorq::Group>,
@@ -102,7 +106,7 @@ struct GridArgs {
 
 impl GridArgs {
     /// Puts what was given over the method's settings.
-    fn apply(&self, settings: &mut QuantizeSettings) {
+    pub(super) fn apply(&self, settings: &mut QuantizeSettings) {
         fn set<T: Clone>(place: &mut T, given: Option<&T>) {
             if let Some(given) = given {
                 place.clone_from(given);
@@ -233,6 +237,74 @@ impl CircuitArgs {
     }
 }
 
+/// How bits are spread over the linears; what is not given is as the method has it.
+#[derive(Args, Debug)]
+struct AllocationArgs {
+    /// Bits a weight of the linears may take in the file, scales, zeros and kept weights included. Methods with widths for
+    /// each block spread them; rtn and gptq get the widest codes and smallest groups that fit, tacq the widest codes
+    /// and as many kept weights as fit beside them [taq, taqo, ...: 3]
+    #[arg(long, value_name = "X", conflicts_with = "bits")]
+    bits_per_weight: Option<f64>,
+    /// Spread bits by this signal: taq-is, taq-kl, taqo, damage, depth or random
+    #[arg(long, value_name = "SIGNAL")]
+    allocate: Option<AllocationSignal>,
+    /// From scores to widths: knapsack, hull, hull-nested, ranked; without a budget top-share, ends-and-top
+    #[arg(long, value_name = "RULE")]
+    rule: Option<Rule>,
+    /// For --rule top-share: share of the units that get the widest format [default: 25%]
+    #[arg(long, value_name = "SHARE", value_parser = parse_share)]
+    share: Option<f64>,
+    #[command(flatten)]
+    score: ScoreArgs,
+    /// Scores of the same model, data and settings (see `tailorq score`), instead of making some
+    #[arg(long, value_name = "FILE")]
+    scores: Option<PathBuf>,
+    /// Widths of all linears, by `tailorq plan` from scores of this checkpoint
+    #[arg(long, value_name = "FILE", value_parser = utf8_path, conflicts_with_all = ["bits_per_weight", "allocate", "rule", "share", "scores", "ScoreArgs"])]
+    plan: Option<PathBuf>,
+}
+
+impl AllocationArgs {
+    /// Puts what was given over the method's settings; returns the budget of a method without an allocation.
+    fn apply(&self, bits: Option<tailorq::Bits>, method: &mut Method) -> anyhow::Result<Option<f64>> {
+        let usage = |problem: &str| Err(PipelineError::Settings(problem.into()).into());
+        let budget = self.bits_per_weight;
+        let old = method.allocation.take();
+        let allocation = match (self.allocate, old) {
+            (Some(signal), Some(old)) => {
+                Some(AllocationSettings { score: ScoreSettings { signal, ..old.score }, rule: old.rule })
+            }
+            (Some(signal), None) => Some(AllocationSettings::of(signal, budget)),
+            (None, old) => old,
+        };
+        let Some(mut allocation) = allocation else {
+            if self.rule.is_some() || self.share.is_some() || self.score.is_given() {
+                return usage(
+                    "nothing is allocated: use --method taqo or another that allocates, or --allocate SIGNAL",
+                );
+            }
+            return Ok(budget);
+        };
+        if bits.is_some() {
+            return usage("an allocation chooses among widths: give --widths and --bits-per-weight instead of --bits");
+        }
+        let rule = &mut allocation.rule;
+        match self.rule {
+            Some(name) => {
+                let kept = rule.bits_per_weight.filter(|_| name.is_budgeted());
+                *rule = RuleSettings::of(name, budget.or(kept), self.share);
+            }
+            None => {
+                rule.bits_per_weight = budget.or(rule.bits_per_weight);
+                rule.share = self.share.or(rule.share);
+            }
+        }
+        self.score.apply(&mut allocation.score);
+        method.allocation = Some(allocation);
+        Ok(None)
+    }
+}
+
 fn preset_names() -> clap::builder::PossibleValuesParser {
     PRESETS.iter().map(|p| clap::builder::PossibleValue::new(p.name).help(p.about)).collect::<Vec<_>>().into()
 }
@@ -254,7 +326,7 @@ fn parse_reference(s: &str) -> Result<tailorq::Reference, String> {
 }
 
 /// `0.0035` or `0.35%`.
-fn parse_share(s: &str) -> Result<f64, String> {
+pub(super) fn parse_share(s: &str) -> Result<f64, String> {
     let (number, unit) = s.strip_suffix('%').map_or((s, 1.0), |n| (n, 100.0));
     number.trim().parse::<f64>().map(|n| n / unit).map_err(|e| format!("{e}: use a share such as 0.0035 or 0.35%"))
 }
@@ -266,18 +338,18 @@ impl QuantizeArgs {
             (_, true) => OutputMode::Overwrite,
             _ => OutputMode::Fresh,
         };
-        let method = self.method();
+        let (method, bits_per_weight) = self.method()?;
         let mut request = match &self.recipe {
             Some(path) => QuantizeRequest::repeat(Recipe::read(path)?, self.output.clone(), mode),
             None => QuantizeRequest {
-                model: self.model.clone().context("a model is needed")?,
                 calibration: self.data.request(),
                 settings: method.quantize,
                 circuit: method.circuit,
-                survey: None,
-                expected: None,
-                output: self.output.clone(),
+                allocation: method.allocation,
+                plan: self.allocation.plan.clone(),
+                bits_per_weight,
                 mode,
+                ..QuantizeRequest::new(self.model.clone().context("a model is needed")?, &self.output)
             },
         };
         if self.recipe.is_some() {
@@ -289,16 +361,21 @@ impl QuantizeArgs {
             }
         }
         request.survey.clone_from(&self.circuit.survey);
+        request.scores.clone_from(&self.allocation.scores);
         Ok(request)
     }
 
-    /// The method's settings with what was given put over them.
-    fn method(&self) -> Method {
+    /// The method's settings with what was given put over them, and the budget of a method that does not allocate.
+    fn method(&self) -> anyhow::Result<(Method, Option<f64>)> {
         let mut method = Preset::find(&self.method).expect("clap knows the names").method();
         self.grid.apply(&mut method.quantize);
         self.tiles.apply(&mut method.quantize);
         self.circuit.apply(&mut method);
-        method
+        let budget = self.allocation.apply(self.grid.bits, &mut method)?;
+        if self.allocation.plan.is_some() && self.grid.bits.is_some() {
+            return Err(PipelineError::Settings("a plan says the bits of every linear: leave --bits out".into()).into());
+        }
+        Ok((method, budget))
     }
 }
 

@@ -13,8 +13,8 @@ use serde_json::json;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use tailorq::{
-    CalibrationRequest, ChatMessage, Device, OpenedModel, Outcome, OutputMode, PipelineError, QuantizeRequest,
-    QuantizeSettings, Recipe, demo, inspect,
+    CalibrationRequest, ChatMessage, Device, OpenedModel, Outcome, OutputMode, PipelineError, QuantizeRequest, Recipe,
+    demo, inspect,
 };
 use tailorq_eval::{Divergence, Perplexity, Subject, WindowOptions, divergence, same_tokens};
 use tailorq_runtime::{GenerationOptions, Session, generate};
@@ -78,8 +78,6 @@ pub fn execute(args: &DemoArgs, console: &Console) -> anyhow::Result<()> {
 
 fn request(model: &str, calibration: &Path, output: &Path) -> QuantizeRequest {
     QuantizeRequest {
-        model: model.to_string(),
-        settings: QuantizeSettings::default(),
         calibration: Some(CalibrationRequest {
             file: calibration.to_path_buf(),
             samples: demo::CALIBRATION.lines().count(),
@@ -87,11 +85,8 @@ fn request(model: &str, calibration: &Path, output: &Path) -> QuantizeRequest {
             seed: 0,
             drop_calculator_marks: false,
         }),
-        circuit: None,
-        survey: None,
-        expected: None,
-        output: output.to_path_buf(),
         mode: OutputMode::Resume,
+        ..QuantizeRequest::new(model, output)
     }
 }
 
