@@ -1,5 +1,5 @@
 //! Published methods that are simulated: against direct calculations, against rounding to nearest, and on awkward input.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::print_stdout)]
 
 mod direct;
 
@@ -68,6 +68,10 @@ fn they_lose_less_than_rounding_at_their_width() {
             let loss = run(q, &w, &h, &s).proxy_loss.unwrap();
             assert!(loss < factor * rounded, "{} {bits:?}: {loss}, rounding {rounded}", q.name());
         }
+        // As its authors run it.
+        let s = LayerSettings { damping: 1.0, act_order: true, ..s };
+        let loss = run(&SpQr, &w, &h, &s).proxy_loss.unwrap();
+        assert!(loss < 0.75 * rounded, "spqr {bits:?}, act-order: {loss}, rounding {rounded}");
         // Tables are placed by the Fisher information, and by that they are judged.
         let fisher = squares(130, 384, 99);
         let weighted = |q: &Quantized| {
@@ -264,6 +268,22 @@ fn they_agree_with_direct_calculations() {
     assert_agree(&Awq, &run(&Awq, &w, &h, &s), &direct::awq(&w, &h, &s, N_TOKENS), 0.98);
     let s = settings(Bits::Two);
     assert_agree(&SlimLlm, &run(&SlimLlm, &w, &h, &s), &direct::slim_llm(&w, &h, &s), 0.95);
+}
+
+/// Times, on demand: `cargo test -p tailorq-quant --test baselines -- --ignored --nocapture timing`.
+#[test]
+#[ignore = "a measurement"]
+fn timing() {
+    for (rows, cols) in [(896, 896), (4864, 896), (896, 4864)] {
+        let (w, h) = (normal(rows, cols, 91), hessian(cols, N_TOKENS, 92));
+        for q in SIMULATED.into_iter().chain([&Gptq as &dyn Quantizer]) {
+            let start = std::time::Instant::now();
+            let done = run(q, &w, &h, &settings(Bits::Two));
+            let (seconds, loss) = (start.elapsed().as_secs_f64(), done.proxy_loss.unwrap());
+            println!("{rows}x{cols} {}: {seconds:.2} s, loss {loss:.1}, error {:.3}", q.name(), done.relative_error);
+            done.counted_bits.inspect(|_| println!("    {:.3} bits a weight counted", counted(&done)));
+        }
+    }
 }
 
 #[test]

@@ -101,7 +101,7 @@ impl FromStr for LossKind {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct QuantizeSettings {
-    /// Name in the quantizers' registry: `rtn`, `gptq`.
+    /// Name in the quantizers' registry, such as `rtn` or `gptq`.
     pub method: String,
     /// Code width of the linears.
     pub bits: Bits,

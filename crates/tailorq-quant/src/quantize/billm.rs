@@ -129,15 +129,26 @@ fn binarized(weights: &[f64], order: usize) -> Vec<f32> {
     values.iter().map(|v| *v as f32).collect()
 }
 
-/// What `order` rounds leave of the sum of squares; overwrites the weights with what is left of each.
-fn left_over(weights: &mut [f64], order: usize) -> f64 {
+/// `sum f(x)`, in eight partial sums that need not wait for each other.
+#[inline(always)]
+fn sum_of(values: &[f64], f: impl Fn(f64) -> f64) -> f64 {
+    let mut sums = [0.0f64; 8];
+    let (chunks, rest) = values.as_chunks::<8>();
+    for chunk in chunks {
+        sums.iter_mut().zip(chunk).for_each(|(s, x)| *s += f(*x));
+    }
+    rest.iter().fold(sums.iter().sum(), |total, x| total + f(*x))
+}
+
+/// What two rounds leave of the sum of squares; overwrites the weights with what is left of each.
+fn left_of_two_rounds(weights: &mut [f64]) -> f64 {
     let n = weights.len().max(1) as f64;
-    for _ in 0..order {
-        let mean = weights.iter().sum::<f64>() / n;
-        let size = weights.iter().map(|x| (x - mean).abs()).sum::<f64>() / n;
+    for _ in 0..2 {
+        let mean = sum_of(weights, |x| x) / n;
+        let size = sum_of(weights, |x| (x - mean).abs()) / n;
         weights.iter_mut().for_each(|x| *x -= if *x < mean { mean - size } else { mean + size });
     }
-    weights.iter().map(|x| x * x).sum()
+    sum_of(weights, |x| x * x)
 }
 
 const CONCENTRATED: usize = 0;
@@ -220,7 +231,7 @@ fn column_errors(scores: &[f32], width: usize, falling: &[usize], out: &mut [f64
         for (i, sum) in out.iter_mut().enumerate() {
             buffer.iter_mut().zip(falling).for_each(|(b, &j)| *b = f64::from(row[j]));
             let (salient, rest) = buffer.split_at_mut((i + 1).min(width));
-            *sum += left_over(salient, 2) + left_over(rest, 2);
+            *sum += left_of_two_rounds(salient) + left_of_two_rounds(rest);
         }
     }
 }
@@ -243,16 +254,50 @@ fn splits(scores: &[Vec<f32>], salient: &[bool]) -> Vec<f32> {
 
 /// The error of one round on either side of every split, added to `out`.
 fn split_errors(scores: &[f32], salient: &[bool], splits: &[f32], out: &mut [f64]) {
-    let (mut low, mut high) = (Vec::new(), Vec::new());
+    let mut sorted = Sorted::default();
     for row in scores.chunks_exact(salient.len()) {
+        sorted.fill(row.iter().zip(salient).filter(|(_, salient)| !**salient).map(|(score, _)| *score));
         for (sum, split) in out.iter_mut().zip(splits) {
-            low.clear();
-            high.clear();
-            for (score, _) in row.iter().zip(salient).filter(|(_, salient)| !**salient) {
-                if score < split { &mut low } else { &mut high }.push(f64::from(*score));
-            }
-            *sum += left_over(&mut low, 1) + left_over(&mut high, 1);
+            let at = sorted.values.partition_point(|score| score < split);
+            *sum += sorted.left_of_one_round(0..at) + sorted.left_of_one_round(at..sorted.values.len());
         }
+    }
+}
+
+/// Ascending numbers with the sums of all beginnings, of values and of squares.
+#[derive(Default)]
+struct Sorted {
+    values: Vec<f32>,
+    sums: Vec<(f64, f64)>,
+}
+
+impl Sorted {
+    fn fill(&mut self, values: impl Iterator<Item = f32>) {
+        self.values.clear();
+        self.values.extend(values);
+        self.values.sort_unstable_by(f32::total_cmp);
+        self.sums.clear();
+        let mut total = (0.0f64, 0.0f64);
+        self.sums.push(total);
+        self.sums.extend(self.values.iter().map(|&x| {
+            total = (total.0 + f64::from(x), total.1 + f64::from(x) * f64::from(x));
+            total
+        }));
+    }
+
+    /// What one round leaves of a run: `sum (|x - m| - a)^2 = sum (x - m)^2 - n a^2` with the mean `m` and the mean
+    /// distance `a` from it.
+    fn left_of_one_round(&self, run: Range<usize>) -> f64 {
+        if run.is_empty() {
+            return 0.0;
+        }
+        let n = run.len() as f64;
+        let ((s0, q0), (s1, q1)) = (self.sums[run.start], self.sums[run.end]);
+        let mean = (s1 - s0) / n;
+        let below = self.values[run.clone()].partition_point(|&x| f64::from(x) < mean);
+        // Distances below the mean and above it add up to the same.
+        let distance = 2.0 * (below as f64 * mean - (self.sums[run.start + below].0 - s0)) / n;
+        (q1 - q0 - n * mean * mean - n * distance * distance).max(0.0)
     }
 }
 
@@ -272,8 +317,13 @@ mod tests {
         // Two points are exact after one round, four of two sizes after two.
         assert_eq!(binarized(&[-2.0, 6.0], 1), [-2.0, 6.0]);
         assert_eq!(binarized(&[-5.0, -3.0, 3.0, 5.0], 2), [-5.0, -3.0, 3.0, 5.0]);
-        assert!(left_over(&mut [-5.0, -3.0, 3.0, 5.0], 2) < 1e-12);
-        assert!((left_over(&mut [-5.0, -3.0, 3.0, 5.0], 1) - 4.0).abs() < 1e-12);
+        assert!(left_of_two_rounds(&mut [-5.0, -3.0, 3.0, 5.0]) < 1e-12);
+        let mut sorted = Sorted::default();
+        sorted.fill([5.0, -3.0, 3.0, -5.0, 90.0].into_iter());
+        assert!((sorted.left_of_one_round(0..4) - 4.0).abs() < 1e-12);
+        assert!((sorted.left_of_one_round(3..5)).abs() < 1e-12 && sorted.left_of_one_round(2..2) == 0.0);
+        let long: Vec<f64> = (0..21).map(f64::from).collect();
+        assert_eq!(sum_of(&long, |x| 2.0 * x), 420.0);
     }
 
     #[test]

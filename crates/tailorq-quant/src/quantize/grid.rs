@@ -198,8 +198,8 @@ fn search_loop<const FUSED: bool>(
     let candidates = candidates.max(1);
     let grown = (clip.max_growth * clip.steps as f32) as u32;
     for i in 0..candidates + grown {
-        let step = if i < candidates { -(i as f32) } else { (i - candidates + 1) as f32 };
-        let shrink = 1.0 + step / clip.steps as f32;
+        let step = if i < candidates { -i.cast_signed() } else { (i - candidates + 1).cast_signed() };
+        let shrink = 1.0 + step as f32 / clip.steps as f32;
         // A shrunken grid fits f16 when the full one does; a grown one may not.
         let Ok(Some(grid)) = rule.grid(range, shrink) else { continue };
         let line = Line::new(grid, rule.bits);

@@ -193,6 +193,9 @@ fn residual(row: &[f64], members: &[usize], order: usize) -> Vec<(usize, f64)> {
     done
 }
 
+/// Members of each part of a row, and how many rounds it gets.
+type Parts = [(Vec<usize>, usize); 3];
+
 pub fn billm(w: &Matrix, h: &Matrix, s: &LayerSettings) -> Vec<f64> {
     let cols = w.cols();
     let u = factor(h, s.damping);
@@ -201,7 +204,7 @@ pub fn billm(w: &Matrix, h: &Matrix, s: &LayerSettings) -> Vec<f64> {
         let block: Vec<usize> = (start..(start + 128).min(cols)).collect();
         let scores: Rows =
             rows.iter().map(|row| row.iter().enumerate().map(|(c, w)| (w / u[c][c]).powi(2)).collect()).collect();
-        let error = |parts: &dyn Fn(&[f64]) -> [(Vec<usize>, usize); 3]| -> f64 {
+        let error = |parts: &dyn Fn(&[f64]) -> Parts| -> f64 {
             let of_row = |row: &Vec<f64>| -> f64 {
                 let all = parts(row).into_iter().flat_map(|(members, order)| residual(row, &members, order));
                 all.map(|(c, v)| (row[c] - v).powi(2)).sum()
