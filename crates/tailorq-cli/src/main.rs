@@ -60,6 +60,7 @@ enum Command {
     Eval(commands::eval::EvalArgs),
     Inspect(commands::inspect::InspectArgs),
     Probe(commands::probe::ProbeArgs),
+    Plot(commands::plot::PlotArgs),
     Demo(commands::demo::DemoArgs),
 }
 
@@ -73,6 +74,7 @@ fn execute(command: Command, console: &Console) -> anyhow::Result<()> {
         Command::Chat(args) => commands::chat::execute(&args, console),
         Command::Eval(args) => commands::eval::execute(&args, console),
         Command::Inspect(args) => commands::inspect::execute(&args, console),
+        Command::Plot(args) => commands::plot::execute(&args, console),
         Command::Probe(args) => commands::probe::execute(&args, console),
         Command::Demo(args) => commands::demo::execute(&args, console),
     }

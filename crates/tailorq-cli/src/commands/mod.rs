@@ -5,6 +5,7 @@ pub mod demo;
 pub mod eval;
 pub mod inspect;
 pub mod plan;
+pub mod plot;
 pub mod probe;
 pub mod quantize;
 pub mod run;
