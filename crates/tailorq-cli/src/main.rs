@@ -51,7 +51,7 @@ struct GlobalOptions {
 
 #[derive(Subcommand)]
 enum Command {
-    Quantize(commands::quantize::QuantizeArgs),
+    Quantize(Box<commands::quantize::QuantizeArgs>),
     Survey(commands::survey::SurveyArgs),
     Score(commands::score::ScoreCommand),
     Plan(commands::plan::PlanArgs),
