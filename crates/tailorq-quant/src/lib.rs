@@ -17,8 +17,8 @@ mod simd;
 pub mod survey;
 
 pub use calibrate::{
-    Activations, BlockQuantizer, KEPT_INPUT_BYTES, MICRO_BATCH_TOKENS, MicroBatch, QuantizedBlock, QuantizedLayer,
-    Squares, TokenEnergies, TokenWeight, advance,
+    Activations, BlockQuantizer, DriftCorrection, KEPT_INPUT_BYTES, MICRO_BATCH_TOKENS, MicroBatch, QuantizedBlock,
+    QuantizedLayer, Squares, TokenEnergies, TokenWeight, advance,
 };
 pub use circuit::{CircuitSignal, ElementRow, TopElements};
 pub use error::QuantError;

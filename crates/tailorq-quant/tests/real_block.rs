@@ -5,7 +5,7 @@
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
-use tailorq_quant::{Activations, BlockQuantizer, LayerSettings, TokenWeight, find};
+use tailorq_quant::{Activations, BlockQuantizer, DriftCorrection, LayerSettings, TokenWeight, find};
 use tailorq_tensor::{Bits, Group, Rng};
 
 /// The largest GGUF file of the directory in the environment.
@@ -43,6 +43,7 @@ fn measure(path: &Path) {
                 plan_of: &plan_of,
                 token_energies: None,
                 squares: None,
+                drift: DriftCorrection::default(),
                 true_sequential: true,
                 token_weight: TokenWeight::default(),
             };

@@ -36,10 +36,10 @@ pub(crate) fn layer_settings(settings: &QuantizeSettings) -> LayerSettings {
 }
 
 /// All blocks in order, as parts `PREFIX-00000` and so on; those of an earlier run are replayed, so that later ones see
-/// the same quantized predecessors. `model` has the embedding of the artifact.
+/// the same quantized predecessors. `original` is the model as opened, `model` that with the artifact's embedding.
 pub(crate) fn quantize_blocks(
     run: &Run<'_>,
-    model: &Model,
+    (original, model): (&Model, &Model),
     task: &Task,
     prefix: &str,
 ) -> Result<Vec<Part>, PipelineError> {
@@ -60,11 +60,21 @@ pub(crate) fn quantize_blocks(
         true_sequential: settings.true_sequential,
         token_weight: settings.token_weight,
         token_energies: Some(&token_energies),
+<<<<<<< HEAD
         squares: Some(&squares),
     };
     let embed = |s: &Samples| Activations::embed(run.device, model, &s.sequences);
     // Who reads no inputs needs none to be calculated.
     let mut activations = run.samples.filter(|_| method.needs().hessian).map(embed).transpose()?;
+=======
+        drift: settings.drift(),
+    };
+    let embed = |s: &Samples| match settings.drift().is_on() {
+        true => Activations::embed_beside(run.device, model, original, &s.sequences),
+        false => Activations::embed(run.device, model, &s.sequences),
+    };
+    let mut activations = run.samples.map(embed).transpose()?;
+>>>>>>> ac29965 (Let weights make up for what quantized predecessors did to their inputs and to the stream)
     let total = model.blocks.len() * Slot::ALL.len();
     observer.stage(&format!("quantizing with {}", settings.method), total as u64);
     let mut parts = Vec::new();
@@ -73,7 +83,8 @@ pub(crate) fn quantize_blocks(
         if let Some(part) = run.output.part(&name, Slot::ALL.len()) {
             if let Some(activations) = &mut activations {
                 observer.progress((block_idx * Slot::ALL.len()) as u64, &format!("replaying block {block_idx}"));
-                advance(run.device, model, &packed_block(&model.blocks[block_idx], &part)?, activations);
+                let block = packed_block(&model.blocks[block_idx], &part)?;
+                advance(run.device, model, (block_idx, &block), activations);
             }
             parts.push(part);
         } else {

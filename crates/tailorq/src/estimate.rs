@@ -108,9 +108,10 @@ pub(crate) fn peak_memory(model: &Model, recipe: &Recipe, tokens: usize, longest
     let shapes = || Slot::ALL.iter().map(|s| c.linear_shape(*s));
     let widest = shapes().map(|(_, cols)| cols).max().unwrap_or(0);
     let largest = shapes().map(|(rows, cols)| rows * cols).max().unwrap_or(0);
-    let streams = 4 * tokens * c.hidden + (4 * tokens * widest).min(KEPT_INPUT_BYTES);
+    let beside = 1 + usize::from(settings.drift().is_on());
+    let streams = beside * 4 * tokens * c.hidden + (4 * tokens * widest).min(KEPT_INPUT_BYTES);
     // The Hessian, its damped copy that becomes the factor, and the factorization's own copy.
-    let hessian = if tokens == 0 { 0 } else { 12 * widest * widest };
+    let hessian = if tokens == 0 { 0 } else { (12 + 8 * (beside - 1)) * widest * widest };
     // Weights as f32, their working copy, codes.
     let weights = 9 * largest;
     let activations = 4 * batch * (2 * c.hidden + 3 * c.intermediate);

@@ -8,8 +8,12 @@ use sha2::{Digest, Sha256};
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+<<<<<<< HEAD
 use tailorq_quant::survey::Needs;
 use tailorq_quant::{AlignedSettings, Clip, TokenWeight};
+=======
+use tailorq_quant::{Clip, DriftCorrection, TokenWeight};
+>>>>>>> ac29965 (Let weights make up for what quantized predecessors did to their inputs and to the stream)
 use tailorq_tensor::{Bits, Group, Layout};
 
 /// Bumped when an old recipe no longer means the same bytes.
@@ -119,6 +123,12 @@ pub struct QuantizeSettings {
     pub token_weight: TokenWeight,
     /// Which tokens the loss of a gradient counts, where one is read.
     pub loss: LossKind,
+    /// How much weights make up for what quantized predecessors did to their inputs, 0 to 1.
+    #[serde(default)]
+    pub drift_inputs: f64,
+    /// The same for the residual stream, in linears that write to it.
+    #[serde(default)]
+    pub drift_residual: f64,
     /// Later linears of a block see the quantized earlier ones.
     pub true_sequential: bool,
     /// Code width of the embedding: 4, 8, or 16 for half precision.
@@ -142,6 +152,8 @@ impl Default for QuantizeSettings {
             act_order: false,
             token_weight: TokenWeight::default(),
             loss: LossKind::default(),
+            drift_inputs: 0.0,
+            drift_residual: 0.0,
             true_sequential: true,
             embedding_bits: 8,
             head_bits: 8,
@@ -154,6 +166,11 @@ impl QuantizeSettings {
     /// Layout of the linears.
     pub fn layout(&self) -> Layout {
         Layout { bits: self.bits, group: self.group, symmetric: self.symmetric }
+    }
+
+    /// Both drift corrections.
+    pub fn drift(&self) -> DriftCorrection {
+        DriftCorrection { inputs: self.drift_inputs, residual: self.drift_residual }
     }
 
     /// Layout of embedding or head at `bits` (4 or 8), or `None` for half precision.
@@ -178,12 +195,22 @@ impl QuantizeSettings {
         if !(self.damping.is_finite() && (0.0..=100.0).contains(&self.damping)) {
             return fail(format!("damping is {}: use a share of the mean diagonal from 0 to 100", self.damping));
         }
+<<<<<<< HEAD
         match &self.aligned {
             Some(_) if !self.method.starts_with("aligned") => {
                 return fail(format!("{} has no salient tiles: use a method that begins with aligned", self.method));
             }
             Some(aligned) => aligned.check(self.layout()).map_err(|e| PipelineError::Settings(e.to_string()))?,
             None => {}
+=======
+        for (what, share) in [("inputs", self.drift_inputs), ("residual", self.drift_residual)] {
+            if !(0.0..=1.0).contains(&share) {
+                return fail(format!("the drift correction of the {what} is {share}: use 0 to 1"));
+            }
+        }
+        if self.drift().is_on() && !self.true_sequential {
+            return fail("drift is corrected input by input: leave true_sequential on".into());
+>>>>>>> ac29965 (Let weights make up for what quantized predecessors did to their inputs and to the stream)
         }
         for (what, bits) in [("embedding", self.embedding_bits), ("head", self.head_bits)] {
             if ![4, 8, 16].contains(&bits) {

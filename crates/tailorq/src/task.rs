@@ -128,7 +128,9 @@ fn circuit_of(
     circuit: &CircuitSettings,
 ) -> Result<BTreeMap<String, Vec<u32>>, PipelineError> {
     let reference = match circuit.reference {
-        Reference::Gptq if circuit.signal.reads_reference() => Some(quantize_blocks(run, model, task, "reference")?),
+        Reference::Gptq if circuit.signal.reads_reference() => {
+            Some(quantize_blocks(run, (original, model), task, "reference")?)
+        }
         _ => None,
     };
     let of_block = |idx: usize| match &reference {

@@ -96,6 +96,10 @@ pub(super) struct GridArgs {
     /// Quantize columns in the order of falling activation energy (groups stay where they are; nothing extra is stored)
     #[arg(long, visible_alias = "desc-act")]
     act_order: bool,
+    /// How much weights make up for what quantized predecessors did to their inputs, and to the residual stream they
+    /// write to: two shares from 0 to 1 [default: 0,0]
+    #[arg(long, value_name = "INPUTS,RESIDUAL", value_parser = parse_drift)]
+    drift: Option<(f64, f64)>,
     /// Bits of the embedding: 4, 8 or 16 [default: 8]
     #[arg(long, value_name = "N")]
     embedding_bits: Option<u32>,
@@ -119,6 +123,9 @@ impl GridArgs {
         set(&mut settings.token_weight, self.token_weight.as_ref());
         set(&mut settings.embedding_bits, self.embedding_bits.as_ref());
         set(&mut settings.head_bits, self.head_bits.as_ref());
+        if let Some((inputs, residual)) = self.drift {
+            (settings.drift_inputs, settings.drift_residual) = (inputs, residual);
+        }
         settings.symmetric |= self.sym;
         settings.act_order |= self.act_order;
     }
@@ -323,6 +330,13 @@ fn parse_reference(s: &str) -> Result<tailorq::Reference, String> {
         "gptq" => Ok(tailorq::Reference::Gptq),
         _ => Err("use rtn or gptq".into()),
     }
+}
+
+/// `1,0.5`.
+fn parse_drift(s: &str) -> Result<(f64, f64), String> {
+    let number = |s: &str| s.trim().parse::<f64>().map_err(|e| format!("{e}: use two shares such as 1,0.5"));
+    let (inputs, residual) = s.split_once(',').ok_or("use two shares such as 1,0.5")?;
+    Ok((number(inputs)?, number(residual)?))
 }
 
 /// `0.0035` or `0.35%`.

@@ -14,6 +14,8 @@ pub const MICRO_BATCH_TOKENS: usize = 2048;
 pub struct MicroBatch {
     /// `[tokens, hidden]`.
     pub residual: Matrix,
+    /// That of the original model, for those who ask how far the quantized one has drifted from it.
+    pub original: Option<Matrix>,
     /// Rows of each sequence.
     pub spans: Vec<Range<usize>>,
 }
@@ -31,9 +33,24 @@ impl Activations {
     pub fn embed(device: &dyn Device, model: &Model, samples: &[Vec<u32>]) -> Result<Self, QuantError> {
         let batches: Vec<MicroBatch> = micro_batches(samples)
             .into_iter()
-            .map(|batch| MicroBatch { residual: model.embed(device, &batch.ids), spans: batch.spans })
+            .map(|batch| MicroBatch { residual: model.embed(device, &batch.ids), original: None, spans: batch.spans })
             .collect();
         if batches.is_empty() { Err(QuantError::NoCalibration) } else { Ok(Activations { batches }) }
+    }
+
+    /// [`Activations::embed`] with the stream of `original`, the model before quantization, beside it.
+    pub fn embed_beside(
+        device: &dyn Device,
+        model: &Model,
+        original: &Model,
+        samples: &[Vec<u32>],
+    ) -> Result<Self, QuantError> {
+        let mut activations = Activations::embed(device, model, samples)?;
+        let beside = Activations::embed(device, original, samples)?;
+        for (batch, other) in activations.batches.iter_mut().zip(beside.batches) {
+            batch.original = Some(other.residual);
+        }
+        Ok(activations)
     }
 
     /// Tokens of all sequences.
@@ -43,7 +60,8 @@ impl Activations {
 
     /// Bytes of the residual streams.
     pub fn bytes(&self) -> usize {
-        self.batches.iter().map(|b| size_of_val(b.residual.data())).sum()
+        let beside = |b: &MicroBatch| b.original.as_ref().map_or(0, |o| size_of_val(o.data()));
+        self.batches.iter().map(|b| size_of_val(b.residual.data()) + beside(b)).sum()
     }
 }
 

@@ -1,6 +1,7 @@
 //! One block at a time: statistics of each input, quantized weights in its place, on to the next input.
 
-use super::activations::Activations;
+use super::activations::{Activations, MicroBatch};
+use super::drift::{Drift, DriftCorrection, DriftSums};
 use super::tokens::{TokenWeight, add_hessian};
 use crate::quantize::{Half, LayerStats, Note, Quantized, QuantizedWeight, Quantizer};
 use crate::{LayerPlan, LayerSettings, QuantError};
@@ -35,6 +36,9 @@ pub struct BlockQuantizer<'a> {
     pub token_energies: Option<&'a TokenEnergies<'a>>,
     /// For a method that reads them: the squared gradients of a layer, from such a survey.
     pub squares: Option<&'a Squares<'a>>,
+    /// How much weights make up for what quantized predecessors did; reads the original stream of the activations, and
+    /// only measures input by input.
+    pub drift: DriftCorrection,
 }
 
 /// See [`LayerGradients::token_energies`](crate::survey::LayerGradients::token_energies).
@@ -84,15 +88,22 @@ impl QuantizedBlock {
     }
 }
 
-/// Takes the activations through a finished block (with its packed weights installed). The same code moves them on while
-/// the block is being quantized, so a resumed run sees the same bits as one that was never interrupted.
-pub fn advance(device: &dyn Device, model: &Model, block: &Block, acts: &mut Activations) {
-    let stage = BlockStage { model, block, device };
-    for batch in &mut acts.batches {
-        let mixed = mixed(&stage, &batch.residual, &batch.spans);
-        stage.add_attention(&mixed, &mut batch.residual);
-        let hidden = hidden(&stage, &batch.residual);
-        stage.add_mlp(&hidden, &mut batch.residual);
+/// Takes the activations through block `block_idx` as finished (with its packed weights installed), and the original stream,
+/// if there is one, through the model's own block. The same code moves them on while the block is being quantized, so a
+/// resumed run sees the same bits as one that was never interrupted.
+pub fn advance(device: &dyn Device, model: &Model, (block_idx, block): (usize, &Block), acts: &mut Activations) {
+    let through = |block: &Block, residual: &mut Matrix, spans: &[Range<usize>]| {
+        let stage = BlockStage { model, block, device };
+        let mixed = mixed(&stage, residual, spans);
+        stage.add_attention(&mixed, residual);
+        let hidden = hidden(&stage, residual);
+        stage.add_mlp(&hidden, residual);
+    };
+    for MicroBatch { residual, original, spans } in &mut acts.batches {
+        through(block, residual, spans);
+        if let Some(original) = original {
+            through(&model.blocks[block_idx], original, spans);
+        }
     }
 }
 
@@ -130,6 +141,11 @@ impl BlockQuantizer<'_> {
             let name = self.token_weight.name();
             return Err(QuantError::Settings(format!("token weight {name} reads gradients, which this pass has not")));
         }
+        let reads_original = self.drift.is_on() && self.quantizer.needs().hessian && self.true_sequential;
+        if reads_original && acts.as_ref().is_some_and(|a| a.batches.iter().any(|b| b.original.is_none())) {
+            let problem = "drift is measured against the original stream, which the activations have not";
+            return Err(QuantError::Settings(problem.into()));
+        }
         let block = self.model.blocks[block_idx].clone();
         let mut work = Work { run: self, kept_bytes, block_idx, block, layers: Vec::new() };
         match acts {
@@ -149,7 +165,7 @@ impl BlockQuantizer<'_> {
                         watch,
                     )?;
                     drop(hessians);
-                    advance(self.device, self.model, &work.block, acts);
+                    advance(self.device, self.model, (block_idx, &work.block), acts);
                 }
             }
         }
@@ -173,9 +189,28 @@ struct Work<'a> {
 
 type Watch<'a> = dyn FnMut(LayerId) -> ControlFlow<()> + 'a;
 
+/// An input of a block's linears, made of a residual stream.
+type Input<'a> = dyn Fn(&BlockStage<'_>, &Matrix, &[Range<usize>]) -> Matrix + 'a;
+
+/// Adds what linears make of an input to a residual stream.
+type Add<'a> = dyn Fn(&BlockStage<'_>, &Matrix, &mut Matrix) + 'a;
+
+/// Inputs of one micro-batch that a later step needs again, unless there was no room for them.
+#[derive(Default)]
+struct Kept {
+    x: Option<Matrix>,
+    original: Option<Matrix>,
+}
+
 impl Work<'_> {
     fn stage(&self) -> BlockStage<'_> {
         BlockStage { model: self.run.model, block: &self.block, device: self.run.device }
+    }
+
+    /// The block before anything was quantized.
+    fn original_stage(&self) -> BlockStage<'_> {
+        let model = self.run.model;
+        BlockStage { model, block: &model.blocks[self.block_idx], device: self.run.device }
     }
 
     fn is_quantizable(&self, slot: Slot) -> bool {
@@ -191,7 +226,12 @@ impl Work<'_> {
     fn empty_hessians(&self, group: InputGroup, n_tokens: usize) -> Result<InputHessians, QuantError> {
         let width = self.run.model.input_width(group);
         let slots: Vec<Slot> = group.slots().iter().copied().filter(|&s| self.is_quantizable(s)).collect();
-        let one = |slots: Vec<Slot>, energies| OneHessian { slots, energies, hessian: Matrix::zeros(width, width) };
+        let one = |slots: Vec<Slot>, energies| OneHessian {
+            slots,
+            energies,
+            hessian: Matrix::zeros(width, width),
+            drift: None,
+        };
         let list = match self.run.token_energies.filter(|_| self.run.token_weight.reads_gradients()) {
             None => vec![one(slots, None)],
             Some(energies_of) => {
@@ -216,7 +256,7 @@ impl Work<'_> {
         stats: &dyn Fn(Slot) -> LayerStats<'h>,
         watch: &mut Watch<'_>,
     ) -> Result<(), QuantError> {
-        InputGroup::ALL.into_iter().try_for_each(|group| self.quantize_group(group, stats, watch))
+        InputGroup::ALL.into_iter().try_for_each(|group| self.quantize_group(group, stats, None, watch))
     }
 
     /// Quantizes the layers that read one input, from their original weights, and installs the results.
@@ -224,6 +264,7 @@ impl Work<'_> {
         &mut self,
         group: InputGroup,
         stats: &dyn Fn(Slot) -> LayerStats<'h>,
+        hessians: Option<&InputHessians>,
         watch: &mut Watch<'_>,
     ) -> Result<(), QuantError> {
         for &slot in group.slots() {
@@ -234,10 +275,8 @@ impl Work<'_> {
             let linear = self.block.linear(slot);
             let name = linear.name.clone();
             let plan = (self.run.plan_of)(id)?;
-            let quantized = self.quantize_layer(id, &stats(slot), &plan).map_err(|source| QuantError::Layer {
-                layer: id,
-                tensor: format!("{name}.weight"),
-                source: Box::new(source),
+            let quantized = self.quantize_layer(id, &stats(slot), hessians, &plan).map_err(|source| {
+                QuantError::Layer { layer: id, tensor: format!("{name}.weight"), source: Box::new(source) }
             })?;
             let Quantized { weight, proxy_loss, relative_error, notes, counted_bits } = quantized;
             self.block.linear_mut(slot).weight = Weight::from(weight.clone());
@@ -259,40 +298,50 @@ impl Work<'_> {
     }
 
     /// By the run's method, unless the plan leaves the layer at 16 bits.
-    fn quantize_layer(&self, id: LayerId, stats: &LayerStats<'_>, plan: &LayerPlan) -> Result<Quantized, QuantError> {
-        let weights = self.block.linear(id.slot).weight.to_matrix();
+    fn quantize_layer(
+        &self,
+        id: LayerId,
+        stats: &LayerStats<'_>,
+        hessians: Option<&InputHessians>,
+        plan: &LayerPlan,
+    ) -> Result<Quantized, QuantError> {
+        let mut weights = self.block.linear(id.slot).weight.to_matrix();
         if plan.settings.half {
             return Half.quantize(self.run.device, &weights, stats, plan);
         }
         let is_read = |_: &&Squares<'_>| self.run.quantizer.needs().square;
         let square = self.run.squares.filter(is_read).map(|of_layer| of_layer(id)).transpose()?;
         let stats = LayerStats { square: square.as_ref(), slot: Some(id.slot), ..*stats };
-        self.run.quantizer.quantize(self.run.device, &weights, &stats, plan)
+        let correction = (self.run.drift, plan.settings.damping);
+        let note = hessians.and_then(|h| h.correct(self.run.device, id.slot, correction, &mut weights));
+        let mut quantized = self.run.quantizer.quantize(self.run.device, &weights, &stats, plan)?;
+        quantized.notes.extend(note);
+        Ok(quantized)
     }
 
     /// Input by input: measure with what is quantized so far, quantize the layers that read it, go on.
     fn true_sequential(&mut self, acts: &mut Activations, watch: &mut Watch<'_>) -> Result<(), QuantError> {
-        self.measure(InputGroup::Attention, acts, watch, &|stage, acts, i| {
-            stage.attention_input(&acts.batches[i].residual)
-        })?;
-        let mixed = |stage: &BlockStage<'_>, acts: &Activations, i: usize| {
-            mixed(stage, &acts.batches[i].residual, &acts.batches[i].spans)
-        };
-        let mut kept = self.measure(InputGroup::AttentionOutput, acts, watch, &mixed)?;
-        let stage = self.stage();
-        for (i, kept) in kept.iter_mut().enumerate() {
-            let mixed = kept.take().unwrap_or_else(|| mixed(&stage, acts, i));
-            stage.add_attention(&mixed, &mut acts.batches[i].residual);
-        }
-        self.measure(InputGroup::Mlp, acts, watch, &|stage, acts, i| stage.mlp_input(&acts.batches[i].residual))?;
-        let hidden = |stage: &BlockStage<'_>, acts: &Activations, i: usize| hidden(stage, &acts.batches[i].residual);
-        let mut kept = self.measure(InputGroup::MlpOutput, acts, watch, &hidden)?;
-        let stage = self.stage();
-        for (i, kept) in kept.iter_mut().enumerate() {
-            let hidden = kept.take().unwrap_or_else(|| hidden(&stage, acts, i));
-            stage.add_mlp(&hidden, &mut acts.batches[i].residual);
-        }
+        self.measure(InputGroup::Attention, acts, watch, &|stage, residual, _| stage.attention_input(residual))?;
+        let kept = self.measure(InputGroup::AttentionOutput, acts, watch, &mixed)?;
+        self.step(acts, kept, &mixed, &|stage, mixed, residual| stage.add_attention(mixed, residual));
+        self.measure(InputGroup::Mlp, acts, watch, &|stage, residual, _| stage.mlp_input(residual))?;
+        let hidden = |stage: &BlockStage<'_>, residual: &Matrix, _: &[Range<usize>]| hidden(stage, residual);
+        let kept = self.measure(InputGroup::MlpOutput, acts, watch, &hidden)?;
+        self.step(acts, kept, &hidden, &|stage, hidden, residual| stage.add_mlp(hidden, residual));
         Ok(())
+    }
+
+    /// Adds what the layers that read some input make of it to both residual streams.
+    fn step(&self, acts: &mut Activations, kept: Vec<Kept>, input: &Input<'_>, add: &Add<'_>) {
+        let (stage, original_stage) = (self.stage(), self.original_stage());
+        for (MicroBatch { residual, original, spans }, kept) in acts.batches.iter_mut().zip(kept) {
+            let x = kept.x.unwrap_or_else(|| input(&stage, residual, spans));
+            add(&stage, &x, residual);
+            if let Some(original) = original {
+                let x = kept.original.unwrap_or_else(|| input(&original_stage, original, spans));
+                add(&original_stage, &x, original);
+            }
+        }
     }
 
     /// Sums the Hessian of one input over all batches and quantizes the layers that read it. Returns the inputs that
@@ -302,30 +351,39 @@ impl Work<'_> {
         group: InputGroup,
         acts: &Activations,
         watch: &mut Watch<'_>,
-        input: &dyn Fn(&BlockStage<'_>, &Activations, usize) -> Matrix,
-    ) -> Result<Vec<Option<Matrix>>, QuantError> {
-        let mut kept: Vec<Option<Matrix>> = acts.batches.iter().map(|_| None).collect();
+        input: &Input<'_>,
+    ) -> Result<Vec<Kept>, QuantError> {
+        let mut kept: Vec<Kept> = acts.batches.iter().map(|_| Kept::default()).collect();
         if !self.is_wanted(group) {
             return Ok(kept);
         }
-        let is_reused = matches!(group, InputGroup::AttentionOutput | InputGroup::MlpOutput);
-        let mut room = if is_reused { self.kept_bytes } else { 0 };
-        let mut hessians = self.empty_hessians(group, acts.n_tokens())?;
-        for (i, place) in kept.iter_mut().enumerate() {
-            let x = input(&self.stage(), acts, i);
-            hessians.add(self.run.device, &x, &acts.batches[i].spans);
+        let writes_stream = matches!(group, InputGroup::AttentionOutput | InputGroup::MlpOutput);
+        let mut room = if writes_stream { self.kept_bytes } else { 0 };
+        let mut keep = |x: Matrix| {
             let bytes = size_of_val(x.data());
-            if bytes <= room {
+            (bytes <= room).then(|| {
                 room -= bytes;
-                *place = Some(x);
+                x
+            })
+        };
+        let mut hessians = self.empty_hessians(group, acts.n_tokens())?;
+        if self.run.drift.is_on() {
+            hessians.follow_drift(writes_stream.then_some(self.run.model.config.hidden));
+        }
+        for (MicroBatch { residual, original, spans }, place) in acts.batches.iter().zip(&mut kept) {
+            let x = input(&self.stage(), residual, spans);
+            if let Some(original) = original.as_ref().filter(|_| self.run.drift.is_on()) {
+                let y = input(&self.original_stage(), original, spans);
+                let streams = writes_stream.then_some((residual, original));
+                hessians.add_drift(self.run.device, &Drift { quantized: &x, original: &y, streams }, spans);
+                place.original = keep(y);
             }
+            hessians.add(self.run.device, &x, spans);
+            place.x = keep(x);
         }
         let n_tokens = acts.n_tokens();
-        self.quantize_group(
-            group,
-            &|slot| LayerStats { hessian: hessians.of(slot), n_tokens, ..LayerStats::default() },
-            watch,
-        )?;
+        let stats = |slot| LayerStats { hessian: hessians.of(slot), n_tokens, ..LayerStats::default() };
+        self.quantize_group(group, &stats, Some(&hessians), watch)?;
         Ok(kept)
     }
 
@@ -368,6 +426,7 @@ struct OneHessian {
     /// One a token of the whole calibration.
     energies: Option<Vec<f32>>,
     hessian: Matrix,
+    drift: Option<DriftSums>,
 }
 
 impl InputHessians {
@@ -378,6 +437,40 @@ impl InputHessians {
             add_hessian(device, (x, energies), (self.kind, false, spans), &mut one.hessian);
         }
         self.n_tokens += x.rows();
+    }
+
+    /// Sums the drift of the inputs too, and that of a stream of width `hidden`.
+    fn follow_drift(&mut self, hidden: Option<usize>) {
+        self.list.iter_mut().for_each(|one| one.drift = Some(DriftSums::new(one.hessian.cols(), hidden)));
+    }
+
+    /// Takes in the drift of the tokens that the next [`InputHessians::add`] takes in.
+    fn add_drift(&mut self, device: &dyn Device, drift: &Drift<'_>, spans: &[Range<usize>]) {
+        for one in &mut self.list {
+            let n = drift.quantized.rows();
+            let energies = one.energies.as_ref().map(|e| &e[self.n_tokens..self.n_tokens + n]);
+            if let Some(sums) = &mut one.drift {
+                sums.add(device, drift, (self.kind, energies, spans));
+            }
+        }
+    }
+
+    /// Moves the weights of one layer to where they make up for the drift; says so when that cannot be done.
+    fn correct(
+        &self,
+        device: &dyn Device,
+        slot: Slot,
+        correction: (DriftCorrection, f64),
+        weights: &mut Matrix,
+    ) -> Option<Note> {
+        let one = self.list.iter().find(|one| one.slots.contains(&slot))?;
+        match one.drift.as_ref()?.targets(device, weights, &one.hessian, correction) {
+            Some(targets) => {
+                *weights = targets;
+                None
+            }
+            None => Some(Note::DriftIgnored),
+        }
     }
 
     fn of(&self, slot: Slot) -> Option<&Matrix> {

@@ -2,10 +2,12 @@
 
 mod activations;
 mod block;
+mod drift;
 mod tokens;
 
 pub(crate) use activations::micro_batches;
 pub use activations::{Activations, MICRO_BATCH_TOKENS, MicroBatch};
 pub use block::{BlockQuantizer, KEPT_INPUT_BYTES, QuantizedBlock, QuantizedLayer, Squares, TokenEnergies, advance};
+pub use drift::DriftCorrection;
 pub use tokens::TokenWeight;
 pub(crate) use tokens::{add_hessian, energies, squares};

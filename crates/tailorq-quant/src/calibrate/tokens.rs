@@ -93,6 +93,20 @@ pub(crate) fn add_hessian(
     device.gram(scaled.data(), hessian);
 }
 
+/// The weight of each token of `x`, 0 for rows of no span.
+pub(super) fn token_weights(
+    kind: TokenWeight,
+    x: &Matrix,
+    energies: Option<&[f32]>,
+    spans: &[Range<usize>],
+) -> Vec<f32> {
+    let mut weights = vec![0.0; x.rows()];
+    for t in spans.iter().flat_map(Range::clone) {
+        weights[t] = kind.weight(x.row(t), energies.map_or(0.0, |e| e[t])) as f32;
+    }
+    weights
+}
+
 /// `|v|^2`, in f64.
 pub(crate) fn squares(v: &[f32]) -> f64 {
     v.iter().map(|&x| f64::from(x) * f64::from(x)).sum()

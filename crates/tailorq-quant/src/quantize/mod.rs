@@ -141,6 +141,8 @@ pub enum Note {
         /// The last damping tried.
         damping: f64,
     },
+    /// The Hessian could not be factored for it: what quantized predecessors did is not made up for.
+    DriftIgnored,
     /// Inputs that were zero on all calibration tokens; their weights are rounded to nearest.
     DeadColumns {
         /// How many.
@@ -157,6 +159,7 @@ impl fmt::Display for Note {
             Note::FellBackToRtn { damping } => {
                 write!(f, "Hessian not positive definite even at damping {damping}: rounded to nearest instead")
             }
+            Note::DriftIgnored => write!(f, "Hessian not positive definite: the drift of the inputs is left as it is"),
             Note::DeadColumns { count } => write!(f, "{count} inputs were never active on the calibration data"),
         }
     }

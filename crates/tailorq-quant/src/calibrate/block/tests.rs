@@ -97,6 +97,7 @@ impl Fixture {
             token_weight: TokenWeight::Uniform,
             token_energies: None,
             squares: None,
+            drift: DriftCorrection::default(),
         }
     }
 }
@@ -123,7 +124,7 @@ fn replay_gives_the_same_bits() {
             assert_eq!(slots, Slot::ALL);
             let installed = done.install(&f.model.blocks[block_idx]);
             assert!(installed.linears.iter().all(|l| matches!(l.weight, Weight::Packed(_))));
-            advance(f.device.as_ref(), &f.model, &installed, &mut replayed);
+            advance(f.device.as_ref(), &f.model, (block_idx, &installed), &mut replayed);
             assert_eq!(residuals(&acts), residuals(&replayed), "{} {true_sequential}", quantizer.name());
         }
     }
@@ -301,7 +302,7 @@ fn a_plan_may_leave_layers_at_sixteen_bits() {
         }
     }
     let mut again = f.acts();
-    advance(f.device.as_ref(), &f.model, &done.install(&f.model.blocks[0]), &mut again);
+    advance(f.device.as_ref(), &f.model, (0, &done.install(&f.model.blocks[0])), &mut again);
     assert_eq!(residuals(&acts), residuals(&again));
 }
 
@@ -343,4 +344,41 @@ fn squares_reach_who_reads_them() {
     assert!(without.contains("squared gradients"), "{without}");
     let never = |_: LayerId| -> Result<Matrix, QuantError> { panic!("nobody asked") };
     BlockQuantizer { squares: Some(&never), ..f.run(&Rtn, true) }.quantize_block(1, None, &mut go_on).unwrap();
+}
+
+/// Later blocks come closer to what the original model gives when their weights make up for the drift; replay and kept
+/// inputs change nothing, and the original stream ends where the original block takes it.
+#[test]
+fn drift_is_made_up_for() {
+    let f = Fixture::new();
+    let device = f.device.as_ref();
+    let acts = || Activations::embed_beside(device, &f.model, &f.model, &samples()).unwrap();
+    let distance = |acts: &Activations| -> f64 {
+        let pairs = acts.batches.iter().flat_map(|b| b.residual.data().iter().zip(b.original.as_ref().unwrap().data()));
+        pairs.map(|(a, b)| f64::from(a - b).powi(2)).sum()
+    };
+    let run = |drift: DriftCorrection, kept_bytes| {
+        let plan = |_: LayerId| Ok(LayerSettings::new(Bits::Two, Group::Inputs(32)).into());
+        let run = BlockQuantizer { drift, plan_of: &plan, ..f.run(&Gptq, true) };
+        let (mut acts, mut replayed) = (acts(), acts());
+        for block_idx in 0..2 {
+            let done = run.quantize_keeping(kept_bytes, block_idx, Some(&mut acts), &mut go_on).unwrap();
+            advance(device, &f.model, (block_idx, &done.install(&f.model.blocks[block_idx])), &mut replayed);
+        }
+        assert_eq!(residuals(&acts), residuals(&replayed));
+        acts
+    };
+    let off = run(DriftCorrection::default(), usize::MAX);
+    let inputs = run(DriftCorrection { inputs: 1.0, residual: 0.0 }, usize::MAX);
+    let both = run(DriftCorrection { inputs: 1.0, residual: 1.0 }, usize::MAX);
+    let [a, b, c] = [&off, &inputs, &both].map(distance);
+    assert!(b < 0.7 * a && c < b, "off {a}, inputs {b}, with the stream {c}");
+    assert_eq!(residuals(&both), residuals(&run(DriftCorrection { inputs: 1.0, residual: 1.0 }, 0)));
+    let mut plain = acts();
+    f.model.blocks.iter().enumerate().for_each(|(i, block)| advance(device, &f.model, (i, block), &mut plain));
+    for (a, b) in both.batches.iter().zip(&plain.batches) {
+        assert_eq!(a.original.as_ref().unwrap().data(), b.residual.data());
+    }
+    let on = BlockQuantizer { drift: DriftCorrection { inputs: 1.0, residual: 0.0 }, ..f.run(&Gptq, true) };
+    assert!(matches!(on.quantize_block(0, Some(&mut f.acts()), &mut go_on), Err(QuantError::Settings(_))));
 }
