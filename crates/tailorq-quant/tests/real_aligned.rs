@@ -127,6 +127,8 @@ fn salient_tiles_of_real_layers() {
         plan_of: &plan_of,
         token_energies: None,
         squares: None,
+        drift: tailorq_quant::DriftCorrection::default(),
+        shrink: 0.0,
         true_sequential: false,
         token_weight: TokenWeight::default(),
     };
@@ -139,7 +141,7 @@ fn salient_tiles_of_real_layers() {
                 run.quantize_block(block_idx, Some(&mut acts.clone()), &mut |_| ControlFlow::Continue(())).unwrap();
             names.extend(done.layers.iter().map(|l| l.id.to_string()));
         }
-        advance(device.as_ref(), model, block, &mut acts);
+        advance(device.as_ref(), model, (block_idx, block), &mut acts);
     }
     report(&compare, &names);
 }

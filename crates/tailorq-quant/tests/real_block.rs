@@ -44,6 +44,7 @@ fn measure(path: &Path) {
                 token_energies: None,
                 squares: None,
                 drift: DriftCorrection::default(),
+                shrink: 0.0,
                 true_sequential: true,
                 token_weight: TokenWeight::default(),
             };

@@ -60,21 +60,16 @@ pub(crate) fn quantize_blocks(
         true_sequential: settings.true_sequential,
         token_weight: settings.token_weight,
         token_energies: Some(&token_energies),
-<<<<<<< HEAD
         squares: Some(&squares),
-    };
-    let embed = |s: &Samples| Activations::embed(run.device, model, &s.sequences);
-    // Who reads no inputs needs none to be calculated.
-    let mut activations = run.samples.filter(|_| method.needs().hessian).map(embed).transpose()?;
-=======
         drift: settings.drift(),
+        shrink: settings.shrink,
     };
     let embed = |s: &Samples| match settings.drift().is_on() {
         true => Activations::embed_beside(run.device, model, original, &s.sequences),
         false => Activations::embed(run.device, model, &s.sequences),
     };
-    let mut activations = run.samples.map(embed).transpose()?;
->>>>>>> ac29965 (Let weights make up for what quantized predecessors did to their inputs and to the stream)
+    // Who reads no inputs needs none to be calculated.
+    let mut activations = run.samples.filter(|_| method.needs().hessian).map(embed).transpose()?;
     let total = model.blocks.len() * Slot::ALL.len();
     observer.stage(&format!("quantizing with {}", settings.method), total as u64);
     let mut parts = Vec::new();

@@ -6,7 +6,9 @@ use crate::error::PipelineError;
 use crate::estimate::{available_memory, peak_memory};
 use crate::observer::Observer;
 use crate::output::OutputMode;
-use crate::recipe::{CalibrationInput, ModelInput, PlanInput, QuantizeSettings, RECIPE_SCHEMA, Recipe, hash_files};
+use crate::recipe::{
+    CalibrationInput, GeneralInput, ModelInput, PlanInput, QuantizeSettings, RECIPE_SCHEMA, Recipe, hash_files,
+};
 use crate::samples::{self, Samples};
 use crate::uniform;
 use std::path::{Path, PathBuf};
@@ -86,6 +88,9 @@ impl QuantizeRequest {
             Some(c) if !(1..=MOST_SAMPLES).contains(&c.samples) => {
                 fail(format!("--samples is {}: use 1 to {MOST_SAMPLES}", c.samples))
             }
+            Some(c) if c.general.as_ref().is_some_and(|(_, mix)| !(0.0..=1.0).contains(mix)) => {
+                fail("--mix is not a share from 0 to 1".into())
+            }
             Some(c) if c.sequence_length.is_some_and(|n| n < 2) => {
                 fail("--sequence-length is below 2: a sequence needs two tokens".into())
             }
@@ -131,6 +136,7 @@ impl QuantizeRequest {
                 sequence_length: Some(c.sequence_length),
                 seed: c.seed,
                 drop_calculator_marks: c.drop_calculator_marks,
+                general: c.general.as_ref().map(|g| (g.file.clone(), g.mix)),
             }),
             circuit: recipe.circuit,
             allocation: recipe.allocation.clone(),
@@ -159,6 +165,8 @@ pub struct CalibrationRequest {
     pub seed: u64,
     /// Take marks like `<<48/2=24>>` out of the completions.
     pub drop_calculator_marks: bool,
+    /// General text to blend in, and its share of the items.
+    pub general: Option<(PathBuf, f64)>,
 }
 
 /// Hashes the inputs and reads the calibration set: everything that decides the artifact's bytes.
@@ -177,14 +185,15 @@ pub(crate) fn resolve(
     let calibration = match &request.calibration {
         Some(asked) if request.needs_calibration() => Some(CalibrationInput {
             file: asked.file.clone(),
-            sha256: hash_files(&[&asked.file], |_| ()).map_err(|e| PipelineError::Calibration {
-                path: asked.file.clone(),
-                problem: format!("cannot be read: {e}"),
-            })?,
+            sha256: hash_of(&asked.file)?,
             samples: asked.samples,
             sequence_length: asked.sequence_length.unwrap_or(opened.model.config.max_positions.min(2048)),
             seed: asked.seed,
             drop_calculator_marks: asked.drop_calculator_marks,
+            general: match &asked.general {
+                Some((file, mix)) => Some(GeneralInput { file: file.clone(), sha256: hash_of(file)?, mix: *mix }),
+                None => None,
+            },
         }),
         _ => None,
     };
@@ -217,6 +226,12 @@ pub(crate) fn resolve(
 fn plan_input(file: &Path) -> Result<PlanInput, PipelineError> {
     let sha256 = hash_files(&[file], |_| ()).map_err(|e| crate::error::output_error(file, &e))?;
     Ok(PlanInput { file: file.to_path_buf(), sha256 })
+}
+
+/// The hash of a calibration file.
+fn hash_of(file: &Path) -> Result<String, PipelineError> {
+    hash_files(&[file], |_| ())
+        .map_err(|e| PipelineError::Calibration { path: file.to_path_buf(), problem: format!("cannot be read: {e}") })
 }
 
 /// Every file of the checkpoint that decides what a run computes: weights, and in a directory the configuration, the

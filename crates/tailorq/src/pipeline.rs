@@ -69,13 +69,8 @@ pub fn quantize(
     let mut model = opened.model.clone();
     model.embedding = parts[0].table(EMBEDDING, model.embedding.rows(), model.embedding.cols())?;
     let run = Run { device, output: &output, recipe: &recipe, samples: samples.as_ref(), observer };
-<<<<<<< HEAD
     let task = gather_task(&run, &opened, &model, request)?;
-    parts.extend(quantize_blocks(&run, &model, &task, "block")?);
-=======
-    let task = gather_task(&run, &opened.model, &model, request.survey.as_deref())?;
     parts.extend(quantize_blocks(&run, (&opened.model, &model), &task, "block")?);
->>>>>>> ac29965 (Let weights make up for what quantized predecessors did to their inputs and to the stream)
     if !opened.model.config.tied_head {
         parts.push(table_part(device, &output, &recipe.quantize, Table::Head, &opened, observer)?);
     }

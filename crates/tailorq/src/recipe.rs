@@ -8,12 +8,8 @@ use sha2::{Digest, Sha256};
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
-<<<<<<< HEAD
 use tailorq_quant::survey::Needs;
-use tailorq_quant::{AlignedSettings, Clip, TokenWeight};
-=======
-use tailorq_quant::{Clip, DriftCorrection, TokenWeight};
->>>>>>> ac29965 (Let weights make up for what quantized predecessors did to their inputs and to the stream)
+use tailorq_quant::{AlignedSettings, Clip, DriftCorrection, TokenWeight};
 use tailorq_tensor::{Bits, Group, Layout};
 
 /// Bumped when an old recipe no longer means the same bytes.
@@ -129,6 +125,10 @@ pub struct QuantizeSettings {
     /// The same for the residual stream, in linears that write to it.
     #[serde(default)]
     pub drift_residual: f64,
+    /// How much of the correlations between inputs is disbelieved: the Hessian's elements off the diagonal are multiplied by
+    /// `1 - shrink`, 0 to 1.
+    #[serde(default)]
+    pub shrink: f64,
     /// Later linears of a block see the quantized earlier ones.
     pub true_sequential: bool,
     /// Code width of the embedding: 4, 8, or 16 for half precision.
@@ -154,6 +154,7 @@ impl Default for QuantizeSettings {
             loss: LossKind::default(),
             drift_inputs: 0.0,
             drift_residual: 0.0,
+            shrink: 0.0,
             true_sequential: true,
             embedding_bits: 8,
             head_bits: 8,
@@ -195,22 +196,23 @@ impl QuantizeSettings {
         if !(self.damping.is_finite() && (0.0..=100.0).contains(&self.damping)) {
             return fail(format!("damping is {}: use a share of the mean diagonal from 0 to 100", self.damping));
         }
-<<<<<<< HEAD
         match &self.aligned {
             Some(_) if !self.method.starts_with("aligned") => {
                 return fail(format!("{} has no salient tiles: use a method that begins with aligned", self.method));
             }
             Some(aligned) => aligned.check(self.layout()).map_err(|e| PipelineError::Settings(e.to_string()))?,
             None => {}
-=======
+        }
         for (what, share) in [("inputs", self.drift_inputs), ("residual", self.drift_residual)] {
             if !(0.0..=1.0).contains(&share) {
                 return fail(format!("the drift correction of the {what} is {share}: use 0 to 1"));
             }
         }
+        if !(0.0..=1.0).contains(&self.shrink) {
+            return fail(format!("the shrinkage of correlations is {}: use 0 to 1", self.shrink));
+        }
         if self.drift().is_on() && !self.true_sequential {
             return fail("drift is corrected input by input: leave true_sequential on".into());
->>>>>>> ac29965 (Let weights make up for what quantized predecessors did to their inputs and to the stream)
         }
         for (what, bits) in [("embedding", self.embedding_bits), ("head", self.head_bits)] {
             if ![4, 8, 16].contains(&bits) {
@@ -238,6 +240,21 @@ pub struct CalibrationInput {
     /// Take marks like `<<48/2=24>>`, which GSM8K's training items carry, out of the completions.
     #[serde(default)]
     pub drop_calculator_marks: bool,
+    /// Text of other kinds among the items, so that the rest of the model is not forgotten.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub general: Option<GeneralInput>,
+}
+
+/// General text that is blended into the calibration.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GeneralInput {
+    /// Text file or JSONL, as the user wrote it.
+    pub file: PathBuf,
+    /// SHA-256 of its bytes, hexadecimal.
+    pub sha256: String,
+    /// Its share of the items, from 0 to 1.
+    pub mix: f64,
 }
 
 impl Recipe {
@@ -276,8 +293,12 @@ impl Recipe {
             (Some(here), Some(there)) if here.sha256 != there.sha256 => return fail(&here.file, "plan"),
             _ => {}
         }
-        match (&self.calibration, &expected.calibration) {
-            (Some(here), Some(there)) if here.sha256 != there.sha256 => fail(&here.file, "calibration file"),
+        let (Some(here), Some(there)) = (&self.calibration, &expected.calibration) else { return Ok(()) };
+        if here.sha256 != there.sha256 {
+            return fail(&here.file, "calibration file");
+        }
+        match (&here.general, &there.general) {
+            (Some(here), Some(there)) if here.sha256 != there.sha256 => fail(&here.file, "general text"),
             _ => Ok(()),
         }
     }
@@ -355,6 +376,7 @@ mod tests {
                 sequence_length: 2048,
                 seed: 7,
                 drop_calculator_marks: true,
+                general: Some(GeneralInput { file: "b.txt".into(), sha256: "22".into(), mix: 0.25 }),
             }),
             circuit: Some(CircuitSettings::default()),
             allocation: Some(AllocationSettings {

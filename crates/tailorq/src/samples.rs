@@ -56,8 +56,30 @@ enum Item {
     Text(String),
 }
 
-/// Reads `input.file`, chooses `input.samples` items by `input.seed`, renders and tokenizes them.
+/// Reads `input.file`, chooses `input.samples` items by `input.seed`, renders and tokenizes them; general text takes the
+/// places of the last of them.
 pub fn load(opened: &OpenedModel, input: &CalibrationInput) -> Result<Samples, PipelineError> {
+    let Some(general) = &input.general else { return load_file(opened, input) };
+    let n_general = (general.mix * input.samples as f64).round() as usize;
+    let of_file =
+        |file: &Path, samples| CalibrationInput { file: file.into(), samples, general: None, ..input.clone() };
+    if n_general == 0 {
+        return load_file(opened, input);
+    }
+    let blended = load_file(opened, &of_file(&general.file, n_general))?;
+    if n_general >= input.samples {
+        return Ok(blended);
+    }
+    let mut samples = load_file(opened, &of_file(&input.file, input.samples - n_general))?;
+    samples.sequences.extend(blended.sequences);
+    samples.completions.extend(blended.completions);
+    samples.fingerprints.extend(blended.fingerprints);
+    samples.shortened += blended.shortened;
+    Ok(samples)
+}
+
+/// The items of one file.
+fn load_file(opened: &OpenedModel, input: &CalibrationInput) -> Result<Samples, PipelineError> {
     let fail = |problem: String| PipelineError::Calibration { path: input.file.clone(), problem };
     let longest = opened.model.config.max_positions;
     if input.sequence_length > longest {

@@ -91,6 +91,7 @@ struct Origin<'a> {
     sequence_length: usize,
     seed: u64,
     drop_calculator_marks: bool,
+    general: Option<(&'a str, f64)>,
     loss: LossKind,
 }
 
@@ -105,6 +106,7 @@ fn origin(recipe: &Recipe) -> Result<String, PipelineError> {
         sequence_length: calibration.sequence_length,
         seed: calibration.seed,
         drop_calculator_marks: calibration.drop_calculator_marks,
+        general: calibration.general.as_ref().map(|g| (g.sha256.as_str(), g.mix)),
         loss: recipe.quantize.loss,
     };
     Ok(serde_json::to_string(&origin).expect("plain data"))

@@ -46,6 +46,7 @@ impl Bench {
             sequence_length: None,
             seed: 3,
             drop_calculator_marks: false,
+            general: None,
         })
     }
 

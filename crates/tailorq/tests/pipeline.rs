@@ -44,6 +44,7 @@ impl Bench {
                 sequence_length: None,
                 seed: 3,
                 drop_calculator_marks: false,
+                general: None,
             }),
             ..QuantizeRequest::new(self.path("model").display().to_string(), self.path(output))
         }
@@ -587,4 +588,26 @@ fn every_signal_makes_an_artifact_and_most_of_them_different_ones() {
     let mut request = circuit(&bench, "too-much", Reference::Rtn);
     request.circuit.as_mut().unwrap().keep = 0.5;
     assert!(matches!(quantize(&request), Err(PipelineError::Settings(_))));
+}
+
+#[test]
+fn general_text_takes_the_places_of_some_items() {
+    let bench = Bench::new("llama");
+    std::fs::write(bench.path("general.txt"), "the quick brown fox jumps over the lazy dog ".repeat(40)).unwrap();
+    let run = |name: &str, mix: f64| {
+        let mut request = bench.request(name);
+        let calibration = request.calibration.as_mut().unwrap();
+        calibration.sequence_length = Some(64);
+        calibration.general = Some((bench.path("general.txt"), mix));
+        let Outcome::Written(report) = quantize(&request).unwrap() else { panic!() };
+        report
+    };
+    let (quarter, all) = (run("quarter", 0.25), run("all", 1.0));
+    assert_eq!((quarter.calibration.unwrap().used, all.calibration.unwrap().used), (8, 8));
+    let recipe = Recipe::read(&bench.path("quarter/recipe.toml")).unwrap();
+    quantize(&QuantizeRequest::repeat(recipe.clone(), bench.path("again"), OutputMode::Fresh)).unwrap();
+    assert_same(&files(&bench.path("again")), &files(&bench.path("quarter")), "the recipe");
+    std::fs::write(bench.path("general.txt"), "something else").unwrap();
+    let changed = quantize(&QuantizeRequest::repeat(recipe, bench.path("changed"), OutputMode::Fresh));
+    assert!(changed.unwrap_err().to_string().contains("general text"));
 }

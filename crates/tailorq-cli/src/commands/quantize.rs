@@ -100,6 +100,10 @@ pub(super) struct GridArgs {
     /// write to: two shares from 0 to 1 [default: 0,0]
     #[arg(long, value_name = "INPUTS,RESIDUAL", value_parser = parse_drift)]
     drift: Option<(f64, f64)>,
+    /// How much of the correlations between inputs GPTQ disbelieves, 0 to 1: more for small calibration sets, and for
+    /// models that shall also do what the set does not show [default: 0]
+    #[arg(long, value_name = "SHARE")]
+    shrink: Option<f64>,
     /// Bits of the embedding: 4, 8 or 16 [default: 8]
     #[arg(long, value_name = "N")]
     embedding_bits: Option<u32>,
@@ -120,6 +124,7 @@ impl GridArgs {
         set(&mut settings.group, self.group.as_ref());
         set(&mut settings.clip, if self.no_clip { Some(&tailorq::Clip::None) } else { self.clip.as_ref() });
         set(&mut settings.damping, self.damp.as_ref());
+        set(&mut settings.shrink, self.shrink.as_ref());
         set(&mut settings.token_weight, self.token_weight.as_ref());
         set(&mut settings.embedding_bits, self.embedding_bits.as_ref());
         set(&mut settings.head_bits, self.head_bits.as_ref());
@@ -149,6 +154,12 @@ pub(super) struct DataArgs {
     /// Take marks like <<48/2=24>>, which GSM8K's training items carry, out of the completions
     #[arg(long)]
     drop_calculator_marks: bool,
+    /// Text of other kinds to blend into the calibration, so that the rest of the model is not forgotten
+    #[arg(long, value_name = "FILE", value_parser = utf8_path)]
+    general_data: Option<PathBuf>,
+    /// Share of the calibration items that are general text
+    #[arg(long, value_name = "SHARE", default_value = "0.25", value_parser = parse_share, requires = "general_data")]
+    mix: f64,
 }
 
 impl DataArgs {
@@ -159,6 +170,7 @@ impl DataArgs {
             sequence_length: self.sequence_length,
             seed: self.seed,
             drop_calculator_marks: self.drop_calculator_marks,
+            general: self.general_data.clone().map(|file| (file, self.mix)),
         })
     }
 }

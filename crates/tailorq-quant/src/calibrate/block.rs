@@ -39,6 +39,10 @@ pub struct BlockQuantizer<'a> {
     /// How much weights make up for what quantized predecessors did; reads the original stream of the activations, and
     /// only measures input by input.
     pub drift: DriftCorrection,
+    /// How much of the correlations between inputs is disbelieved: elements of Hessians off the diagonal are multiplied by
+    /// `1 - shrink` (Ledoit and Wolf 2004, towards the diagonal). What a small sample of one kind of text says of
+    /// correlations need not hold elsewhere.
+    pub shrink: f64,
 }
 
 /// See [`LayerGradients::token_energies`](crate::survey::LayerGradients::token_energies).
@@ -381,6 +385,7 @@ impl Work<'_> {
             hessians.add(self.run.device, &x, spans);
             place.x = keep(x);
         }
+        hessians.shrink(self.run.shrink as f32);
         let n_tokens = acts.n_tokens();
         let stats = |slot| LayerStats { hessian: hessians.of(slot), n_tokens, ..LayerStats::default() };
         self.quantize_group(group, &stats, Some(&hessians), watch)?;
@@ -409,6 +414,7 @@ impl Work<'_> {
             add(InputGroup::Mlp, &x);
             add(InputGroup::MlpOutput, &stage.mlp_hidden(&x));
         }
+        hessians.iter_mut().for_each(|h| h.shrink(self.run.shrink as f32));
         Ok(hessians)
     }
 }
@@ -451,6 +457,15 @@ impl InputHessians {
             let energies = one.energies.as_ref().map(|e| &e[self.n_tokens..self.n_tokens + n]);
             if let Some(sums) = &mut one.drift {
                 sums.add(device, drift, (self.kind, energies, spans));
+            }
+        }
+    }
+
+    /// See [`BlockQuantizer::shrink`]; once, after the last tokens.
+    fn shrink(&mut self, share: f32) {
+        for one in self.list.iter_mut().filter(|_| share > 0.0) {
+            for i in 0..one.hessian.rows() {
+                one.hessian.row_mut(i)[..i].iter_mut().for_each(|h| *h *= 1.0 - share);
             }
         }
     }

@@ -8,7 +8,7 @@ use super::judged::{Distance, Judged, Place};
 use super::run::SurveySample;
 use super::streams::{Streams, output_not_finite};
 use crate::allocate::UnitId;
-use crate::calibrate::{Activations, BlockQuantizer, MicroBatch, QuantizedLayer, TokenWeight};
+use crate::calibrate::{Activations, BlockQuantizer, DriftCorrection, MicroBatch, QuantizedLayer, TokenWeight};
 use crate::quantize::Quantizer;
 use crate::{LayerPlan, LayerSettings, QuantError};
 use std::ops::ControlFlow;
@@ -159,13 +159,15 @@ impl DamageSurvey<'_> {
             token_weight: TokenWeight::Uniform,
             token_energies: None,
             squares: None,
+            drift: DriftCorrection::default(),
+            shrink: 0.0,
         };
         let mut inputs = None;
         if self.quantizer.needs().hessian {
             let mut batches = Vec::new();
             for i in 0..streams.batches.len() {
                 let spans = streams.batches[i].spans.clone();
-                batches.push(MicroBatch { residual: streams.copy(block_idx, i)?, spans });
+                batches.push(MicroBatch { residual: streams.copy(block_idx, i)?, original: None, spans });
             }
             inputs = Some(Activations { batches });
         }

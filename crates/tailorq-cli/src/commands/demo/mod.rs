@@ -84,6 +84,7 @@ fn request(model: &str, calibration: &Path, output: &Path) -> QuantizeRequest {
             sequence_length: None,
             seed: 0,
             drop_calculator_marks: false,
+            general: None,
         }),
         mode: OutputMode::Resume,
         ..QuantizeRequest::new(model, output)

@@ -98,6 +98,7 @@ impl Fixture {
             token_energies: None,
             squares: None,
             drift: DriftCorrection::default(),
+            shrink: 0.0,
         }
     }
 }
@@ -381,4 +382,23 @@ fn drift_is_made_up_for() {
     }
     let on = BlockQuantizer { drift: DriftCorrection { inputs: 1.0, residual: 0.0 }, ..f.run(&Gptq, true) };
     assert!(matches!(on.quantize_block(0, Some(&mut f.acts()), &mut go_on), Err(QuantError::Settings(_))));
+}
+
+/// Without correlations there is nothing to feed back: GPTQ rounds to nearest, on the same grids.
+#[test]
+fn without_correlations_gptq_rounds() {
+    let f = Fixture::new();
+    for true_sequential in [true, false] {
+        let run = BlockQuantizer { shrink: 1.0, ..f.run(&Gptq, true_sequential) };
+        let done = run.quantize_block(0, Some(&mut f.acts()), &mut go_on).unwrap();
+        let rounded = f.run(&Rtn, true).quantize_block(0, None, &mut go_on).unwrap();
+        assert_eq!(codes(&done), codes(&rounded));
+        let half = BlockQuantizer { shrink: 0.5, ..f.run(&Gptq, true_sequential) };
+        let half = half.quantize_block(0, Some(&mut f.acts()), &mut go_on).unwrap();
+        assert_ne!(codes(&half), codes(&rounded));
+        assert_ne!(
+            codes(&half),
+            codes(&f.run(&Gptq, true_sequential).quantize_block(0, Some(&mut f.acts()), &mut go_on).unwrap())
+        );
+    }
 }
