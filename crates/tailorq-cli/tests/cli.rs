@@ -82,7 +82,7 @@ fn safetensors_header(path: &Path) -> Value {
 #[test]
 fn help_has_examples_and_bad_usage_exits_with_2() {
     let place = Place::new();
-    for command in ["run", "chat", "eval", "inspect", "probe"] {
+    for command in ["run", "chat", "eval", "inspect", "probe", "compare"] {
         let output = place.run(&[command, "--help"]);
         assert_eq!(output.status.code(), Some(0));
         let help = text(&output.stdout);
@@ -380,4 +380,32 @@ fn a_reader_that_leaves_early_is_no_failure() {
     drop(child.stdout.take());
     let output = child.wait_with_output().unwrap();
     assert_eq!((output.status.code(), text(&output.stderr)), (Some(0), String::new()));
+}
+
+#[test]
+fn compare_lists_arms_runs_them_and_writes_a_table() {
+    let place = Place::new();
+    let items = |range: std::ops::Range<u32>| -> String {
+        range.map(|i| format!("{{\"prompt\": \"is {i} even, yes or no?\", \"completion\": \"it is {i}\"}}\n")).collect()
+    };
+    place.write("task.jsonl", items(0..4));
+    place.write("held-out.jsonl", items(50..52));
+    let experiment = "model = \"../model-1\"\noutput = \"out\"\n[calibration]\nfile = \"../task.jsonl\"\nsamples = 4\n\
+        [budgets]\nbits = [3]\n[[methods]]\npreset = \"gptq\"\n\
+        [evaluation]\ntasks = [\"completion_nll\"]\ndata = \"../held-out.jsonl\"\n";
+    std::fs::create_dir_all(place.path("lab")).unwrap();
+    place.write("lab/e.toml", experiment);
+    let planned = place.json(&["compare", "lab/e.toml", "--dry-run"]);
+    let arms = planned["arms"].as_array().unwrap().len();
+    assert!(arms >= 4 && planned["arms"][0]["has_result"] == false && !place.path("lab/out").exists());
+    let listed = text(&place.run(&["compare", "lab/e.toml", "--dry-run"]).stdout);
+    assert!(listed.contains("damping 0.1") && listed.contains("MiB"), "{listed}");
+    let done = place.json(&["compare", "lab/e.toml"]);
+    assert_eq!(done["results"]["arms"].as_array().unwrap().len(), arms);
+    let again = text(&place.run(&["compare", "lab/e.toml"]).stdout);
+    assert!(again.contains("| **original** |") && again.contains("results.svg"), "{again}");
+    assert_eq!(place.json(&["compare", "lab/e.toml", "--dry-run"])["arms"][0]["has_result"], true);
+    place.write("lab/bad.toml", experiment.replace("preset", "method"));
+    place.fails(1, &["compare", "lab/bad.toml"], &["bad.toml", "method", "preset"]);
+    place.fails(1, &["compare", "lab/gone.toml"], &["gone.toml", "cannot be read"]);
 }

@@ -6,6 +6,7 @@ use crate::recipe::{QuantizeSettings, Recipe};
 use crate::scores::units_of;
 use crate::survey::TAPE_BYTES;
 use crate::task::survey_needs;
+use crate::uniform::{circuit_bytes, n_weights};
 use serde::Serialize;
 use std::time::Instant;
 use tailorq_kernels::Device;
@@ -37,27 +38,43 @@ pub struct Estimate {
 /// sequence having `longest` of them. Times a small matrix product on `device` to know the machine.
 pub fn estimate(device: &dyn Device, model: &Model, recipe: &Recipe, tokens: usize, longest: usize) -> Estimate {
     let settings = &recipe.quantize;
-    let (mut linear_bytes, linear_weights) = linear_size(model, settings);
-    if let Some(circuit) = &recipe.circuit {
-        // A kept weight costs its value and its column.
-        linear_bytes += (circuit.keep * linear_weights as f64) as u64 * 4;
-    }
-    if let Some(budget) = recipe.allocation.as_ref().and_then(|a| a.rule.bits_per_weight) {
-        // A plan comes close to its budget, but for less than one unit.
-        linear_bytes = (budget * linear_weights as f64 / 8.0) as u64;
-    }
+    let size = predicted_size(model, recipe);
+    let linear_weights = n_weights(model);
     // Forward, recomputation and two products backward, where there is a survey.
     let survey = if survey_needs(recipe).is_some() { 8.0 * tokens as f64 * linear_weights as f64 } else { 0.0 };
     let survey = survey + 2.0 * scored_tokens(model, recipe, tokens) * linear_weights as f64;
     let seconds =
         (total_flops(model, tokens) + survey) / measured_flops(device) + search_seconds(linear_weights, settings);
     Estimate {
-        artifact_bytes: linear_bytes + table_bytes(model, settings) + 4 * n_vector_elements(model) as u64,
-        linear_bits_per_weight: linear_bytes as f64 * 8.0 / linear_weights as f64,
+        artifact_bytes: size.artifact_bytes,
+        linear_bits_per_weight: size.linear_bytes as f64 * 8.0 / linear_weights as f64,
         peak_memory_bytes: peak_memory(model, recipe, tokens, longest),
         seconds,
         tokens,
     }
+}
+
+/// What a recipe's artifact will take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct PredictedSize {
+    /// Bytes of the linears.
+    pub(crate) linear_bytes: u64,
+    /// Bytes of linears, embedding, head, norms and biases.
+    pub(crate) artifact_bytes: u64,
+}
+
+/// Predicts the size: exact but for the container's header, and for widths that an allocation spreads.
+pub(crate) fn predicted_size(model: &Model, recipe: &Recipe) -> PredictedSize {
+    let settings = &recipe.quantize;
+    let mut linear_bytes = linear_bytes(model, settings);
+    if let Some(budget) = recipe.allocation.as_ref().and_then(|a| a.rule.bits_per_weight) {
+        // A plan comes close to its budget, but for less than one unit.
+        linear_bytes = (budget * n_weights(model) as f64 / 8.0) as u64;
+    } else if let Some(circuit) = &recipe.circuit {
+        linear_bytes += circuit_bytes(model, circuit);
+    }
+    let artifact_bytes = linear_bytes + table_bytes(model, settings) + 4 * n_vector_elements(model) as u64;
+    PredictedSize { linear_bytes, artifact_bytes }
 }
 
 /// Tokens that pass through the whole model while units are scored, answers that are generated not counted: measured units
@@ -75,14 +92,14 @@ fn scored_tokens(model: &Model, recipe: &Recipe, tokens: usize) -> f64 {
     looked_at * (1.0 + passes)
 }
 
-fn linear_size(model: &Model, settings: &QuantizeSettings) -> (u64, u64) {
+fn linear_bytes(model: &Model, settings: &QuantizeSettings) -> u64 {
     let layout = settings.layout();
-    let linears = model.blocks.iter().flat_map(|b| &b.linears).map(|l| (l.weight.rows(), l.weight.cols()));
     let stores_half = tailorq_quant::find(&settings.method).is_some_and(|q| q.stores_half());
-    let of = |r: usize, c: usize| {
+    let of = |(r, c): (usize, usize)| {
         if stores_half { 2 * r * c } else { layout.bytes(r, c) + settings.aligned.map_or(0, |a| a.bytes(layout, r, c)) }
     };
-    linears.fold((0, 0), |(bytes, weights), (r, c)| (bytes + of(r, c) as u64, weights + (r * c) as u64))
+    let linears = model.blocks.iter().flat_map(|b| &b.linears).map(|l| (l.weight.rows(), l.weight.cols()));
+    linears.map(of).sum::<usize>() as u64
 }
 
 /// Bytes of one table (embedding or head) at a width of 4, 8 or 16 bits.

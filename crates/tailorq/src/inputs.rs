@@ -182,6 +182,18 @@ pub(crate) fn resolve(
         observer.progress(done, "");
     })
     .map_err(|e| crate::error::output_error(&opened.files.path, &e))?;
+    let recipe = recipe_of(opened, request, sha256, observer)?;
+    let samples = recipe.calibration.as_ref().map(|input| samples::load(opened, input)).transpose()?;
+    Ok((recipe, samples))
+}
+
+/// The recipe of a request to a checkpoint of this hash; reads the calibration file to hash it, but no items.
+pub(crate) fn recipe_of(
+    opened: &OpenedModel,
+    request: &QuantizeRequest,
+    sha256: String,
+    observer: &dyn Observer,
+) -> Result<Recipe, PipelineError> {
     let calibration = match &request.calibration {
         Some(asked) if request.needs_calibration() => Some(CalibrationInput {
             file: asked.file.clone(),
@@ -197,7 +209,6 @@ pub(crate) fn resolve(
         }),
         _ => None,
     };
-    let samples = calibration.as_ref().map(|input| samples::load(opened, input)).transpose()?;
     let (mut quantize, mut circuit) = (request.settings.clone(), request.circuit);
     match (&request.allocation, request.bits_per_weight) {
         (None, Some(budget)) => {
@@ -220,7 +231,7 @@ pub(crate) fn resolve(
     if let Some(expected) = &request.expected {
         recipe.check_inputs(expected)?;
     }
-    Ok((recipe, samples))
+    Ok(recipe)
 }
 
 fn plan_input(file: &Path) -> Result<PlanInput, PipelineError> {

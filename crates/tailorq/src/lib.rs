@@ -7,6 +7,7 @@ mod answers;
 mod artifact;
 mod blocks;
 mod circuit;
+pub mod compare;
 pub mod demo;
 mod error;
 mod estimate;

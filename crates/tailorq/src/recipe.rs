@@ -257,6 +257,14 @@ pub struct GeneralInput {
     pub mix: f64,
 }
 
+impl CalibrationInput {
+    /// The same wherever its files lie: their hashes tell what they are.
+    pub(crate) fn without_paths(&self) -> Self {
+        let general = self.general.clone().map(|g| GeneralInput { file: PathBuf::new(), ..g });
+        CalibrationInput { file: PathBuf::new(), general, ..self.clone() }
+    }
+}
+
 impl Recipe {
     /// Reads a recipe file.
     pub fn read(path: &Path) -> Result<Self, PipelineError> {
@@ -354,7 +362,7 @@ pub fn hash_files<P: AsRef<Path>>(files: &[P], mut read: impl FnMut(usize)) -> s
     Ok(hex(&hasher.finalize()))
 }
 
-fn hex(bytes: &[u8]) -> String {
+pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 

@@ -168,7 +168,7 @@ impl Scores {
             return fail("for another grid (group, symmetry, clip, damping or order)");
         }
         // Where the file lies does not matter.
-        let data = |c: &Option<CalibrationInput>| c.clone().map(|c| CalibrationInput { file: "".into(), ..c });
+        let data = |c: &Option<CalibrationInput>| c.as_ref().map(CalibrationInput::without_paths);
         if score.reads_data() && data(&self.calibration) != data(&recipe.calibration) {
             return fail("from other data or another choice of items");
         }

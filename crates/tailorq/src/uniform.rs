@@ -17,7 +17,7 @@ pub(crate) fn n_weights(model: &Model) -> u64 {
 }
 
 /// Bytes of all linears in one layout.
-fn layout_bytes(model: &Model, layout: Layout) -> u64 {
+pub(crate) fn layout_bytes(model: &Model, layout: Layout) -> u64 {
     shapes(model).map(|(rows, cols)| layout.bytes(rows, cols) as u64).sum()
 }
 

@@ -1,6 +1,7 @@
 //! The subcommands, one file each, and what several of them share.
 
 pub mod chat;
+pub mod compare;
 pub mod demo;
 pub mod eval;
 pub mod inspect;
