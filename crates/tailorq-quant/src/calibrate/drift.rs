@@ -68,10 +68,11 @@ impl DriftSums {
             }
             difference
         };
-        let all = [0..drift.quantized.rows()];
+        let whole = 0..drift.quantized.rows();
+        let all = std::slice::from_ref(&whole);
         let sum = |a: &Matrix, b: &Matrix, into: &mut Matrix| {
             let sums = GradientSums { sum: Some(into), ..GradientSums::default() };
-            device.weight_gradients(a.data(), b.data(), &all, sums);
+            device.weight_gradients(a.data(), b.data(), all, sums);
         };
         sum(drift.quantized, &moved(drift.quantized, drift.original), &mut self.inputs);
         if let (Some((quantized, original)), Some(residual)) = (drift.streams, &mut self.residual) {
