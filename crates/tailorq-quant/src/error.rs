@@ -54,6 +54,12 @@ pub enum QuantError {
         /// The method.
         quantizer: &'static str,
     },
+    /// The method judges by held-out sequences and got none.
+    #[error("{quantizer} holds calibration items out to judge by: give at least two items")]
+    HeldOutMissing {
+        /// The method.
+        quantizer: &'static str,
+    },
     /// The Hessian holds NaN or infinity.
     #[error(
         "the Hessian is not finite at ({row}, {col}): activations overflowed on the calibration data; leave out the sequences that cause it, or use rtn"

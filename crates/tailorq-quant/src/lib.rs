@@ -23,4 +23,4 @@ pub use calibrate::{
 pub use circuit::{CircuitSignal, ElementRow, TopElements};
 pub use error::QuantError;
 pub use plan::{Clip, ElementMask, LayerPlan, LayerSettings};
-pub use quantize::{AlignedSettings, LayerStats, Needs, Note, Quantized, QuantizedWeight, Quantizer, find};
+pub use quantize::{AlignedSettings, HeldOut, LayerStats, Needs, Note, Quantized, QuantizedWeight, Quantizer, find};

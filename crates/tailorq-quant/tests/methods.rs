@@ -5,7 +5,7 @@ mod direct;
 
 use direct::{cpu, hessian, normal};
 use std::sync::Arc;
-use tailorq_quant::quantize::{ALL, Gptq, GridRule, Half, Rtn, proxy_loss};
+use tailorq_quant::quantize::{ALL, Best, Gptq, GridRule, Half, HeldOut, Rtn, proxy_loss};
 use tailorq_quant::{
     Clip, ElementMask, LayerPlan, LayerSettings, LayerStats, Note, QuantError, Quantized, Quantizer, find,
 };
@@ -567,4 +567,41 @@ fn timing() {
             }
         }
     }
+}
+
+/// A sample dominated by one token's direction: GPTQ on it is worse than rounding on other tokens, and `best` is not.
+#[test]
+fn best_is_never_worse_than_rounding_on_held_out_tokens() {
+    let cols = 96;
+    let w = normal(24, cols, 21);
+    let unrelated = |tokens: usize, seed: u64| {
+        let mut h = Matrix::zeros(cols, cols);
+        cpu().gram(normal(tokens, cols, seed).data(), &mut h);
+        h
+    };
+    let (held, mut seen) = (unrelated(500, 22), unrelated(12, 24));
+    let sink = normal(1, cols, 23).into_vec();
+    for i in 0..cols {
+        (0..=i).for_each(|j| seen.row_mut(i)[j] += 1e4 * sink[i] * sink[j]);
+    }
+    let normalised = unrelated(400, 25);
+    let stats = LayerStats {
+        hessian: Some(&seen),
+        n_tokens: 62,
+        held_out: Some(HeldOut { hessian: &held, n_tokens: 500 }),
+        normalised: Some(&normalised),
+        ..LayerStats::default()
+    };
+    let s = LayerSettings { damping: 1e-4, ..settings(Bits::Three, Group::Inputs(32)) };
+    let best = Best.quantize(cpu().as_ref(), &w, &stats, &s.into()).unwrap();
+    let judged = |q: &Quantized| proxy_loss(cpu().as_ref(), &w, q.weight.reader(), &held, 500);
+    let [rtn, gptq] =
+        [&Rtn as &dyn Quantizer, &Gptq].map(|q| q.quantize(cpu().as_ref(), &w, &stats, &s.into()).unwrap());
+    assert!(judged(&gptq) > judged(&rtn), "the trap works: {} {}", judged(&gptq), judged(&rtn));
+    assert!(judged(&best) <= judged(&rtn) && judged(&best) <= judged(&gptq));
+    let Some(Note::Chosen { choice, held_out_loss, rounding_loss }) = best.notes.last() else { panic!() };
+    assert_eq!((*held_out_loss, *rounding_loss), (judged(&best), judged(&rtn)), "{choice}");
+    let without = LayerStats { held_out: None, ..stats };
+    let error = Best.quantize(cpu().as_ref(), &w, &without, &s.into()).unwrap_err();
+    assert!(matches!(error, QuantError::HeldOutMissing { .. }));
 }

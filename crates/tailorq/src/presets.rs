@@ -32,6 +32,11 @@ pub struct Method {
 pub const PRESETS: &[Preset] = &[
     Preset { name: "rtn", about: "round to nearest; no calibration", settings: rtn },
     Preset { name: "gptq", about: "GPTQ: error feedback through the Hessian of the inputs", settings: gptq },
+    Preset {
+        name: "best",
+        about: "per matrix the best of rounding and several GPTQs, judged on held-out items",
+        settings: || baseline("best", |s| s.true_sequential = true),
+    },
     Preset { name: "half", about: "linears stay at 16 bits; for the tables alone, and as a control", settings: half },
     Preset {
         name: "tacq",

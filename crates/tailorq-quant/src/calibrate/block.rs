@@ -1,8 +1,9 @@
 //! One block at a time: statistics of each input, quantized weights in its place, on to the next input.
 
 use super::activations::{Activations, MicroBatch};
-use super::drift::{Drift, DriftCorrection, DriftSums};
-use super::tokens::{TokenWeight, add_hessian};
+use super::drift::{Drift, DriftCorrection};
+use super::hessians::{InputHessians, OneHessian};
+use super::tokens::TokenWeight;
 use crate::quantize::{Half, LayerStats, Note, Quantized, QuantizedWeight, Quantizer};
 use crate::{LayerPlan, LayerSettings, QuantError};
 use std::ops::{ControlFlow, Range};
@@ -162,12 +163,8 @@ impl BlockQuantizer<'_> {
                     work.true_sequential(acts, watch)?;
                 } else {
                     let hessians = work.float_hessians(acts)?;
-                    let n_tokens = acts.n_tokens();
-                    let of_slot = |slot| hessians.iter().find_map(|h| h.of(slot));
-                    work.quantize_all(
-                        &|slot| LayerStats { hessian: of_slot(slot), n_tokens, ..LayerStats::default() },
-                        watch,
-                    )?;
+                    let of_slot = |slot| hessians.iter().find_map(|h| h.of(slot)).unwrap_or_default();
+                    work.quantize_all(&of_slot, watch)?;
                     drop(hessians);
                     advance(self.device, self.model, (block_idx, &work.block), acts);
                 }
@@ -227,15 +224,12 @@ impl Work<'_> {
     }
 
     /// Hessians of an input in which nothing was summed yet.
-    fn empty_hessians(&self, group: InputGroup, n_tokens: usize) -> Result<InputHessians, QuantError> {
+    fn empty_hessians(&self, group: InputGroup, acts: &Activations) -> Result<InputHessians, QuantError> {
+        let n_tokens = acts.n_tokens();
         let width = self.run.model.input_width(group);
         let slots: Vec<Slot> = group.slots().iter().copied().filter(|&s| self.is_quantizable(s)).collect();
-        let one = |slots: Vec<Slot>, energies| OneHessian {
-            slots,
-            energies,
-            hessian: Matrix::zeros(width, width),
-            drift: None,
-        };
+        let wants_more = self.run.quantizer.needs().held_out;
+        let one = |slots: Vec<Slot>, energies| OneHessian::new(width, (slots, energies), wants_more);
         let list = match self.run.token_energies.filter(|_| self.run.token_weight.reads_gradients()) {
             None => vec![one(slots, None)],
             Some(energies_of) => {
@@ -252,7 +246,8 @@ impl Work<'_> {
                 slots.into_iter().map(with_energies).collect::<Result<_, _>>()?
             }
         };
-        Ok(InputHessians { kind: self.run.token_weight, list, n_tokens: 0 })
+        let n_sequences = acts.batches.iter().map(|b| b.spans.len()).sum();
+        Ok(InputHessians::new(self.run.token_weight, list, n_sequences))
     }
 
     fn quantize_all<'h>(
@@ -370,7 +365,7 @@ impl Work<'_> {
                 x
             })
         };
-        let mut hessians = self.empty_hessians(group, acts.n_tokens())?;
+        let mut hessians = self.empty_hessians(group, acts)?;
         if self.run.drift.is_on() {
             hessians.follow_drift(writes_stream.then_some(self.run.model.config.hidden));
         }
@@ -386,8 +381,7 @@ impl Work<'_> {
             place.x = keep(x);
         }
         hessians.shrink(self.run.shrink as f32);
-        let n_tokens = acts.n_tokens();
-        let stats = |slot| LayerStats { hessian: hessians.of(slot), n_tokens, ..LayerStats::default() };
+        let stats = |slot| hessians.of(slot).unwrap_or_default();
         self.quantize_group(group, &stats, Some(&hessians), watch)?;
         Ok(kept)
     }
@@ -397,7 +391,7 @@ impl Work<'_> {
         if !self.run.quantizer.needs().hessian {
             return Ok(Vec::new());
         }
-        let hessians = InputGroup::ALL.map(|group| self.empty_hessians(group, acts.n_tokens()));
+        let hessians = InputGroup::ALL.map(|group| self.empty_hessians(group, acts));
         let mut hessians = hessians.into_iter().collect::<Result<Vec<_>, _>>()?;
         let stage = self.stage();
         for batch in &acts.batches {
@@ -416,80 +410,6 @@ impl Work<'_> {
         }
         hessians.iter_mut().for_each(|h| h.shrink(self.run.shrink as f32));
         Ok(hessians)
-    }
-}
-
-/// The Hessians of one input: one for all linears that read it, or one for each when gradients weigh the tokens.
-struct InputHessians {
-    kind: TokenWeight,
-    list: Vec<OneHessian>,
-    /// Tokens summed so far.
-    n_tokens: usize,
-}
-
-struct OneHessian {
-    slots: Vec<Slot>,
-    /// One a token of the whole calibration.
-    energies: Option<Vec<f32>>,
-    hessian: Matrix,
-    drift: Option<DriftSums>,
-}
-
-impl InputHessians {
-    /// Takes in the tokens that follow those of the last call.
-    fn add(&mut self, device: &dyn Device, x: &Matrix, spans: &[Range<usize>]) {
-        for one in &mut self.list {
-            let energies = one.energies.as_ref().map(|e| &e[self.n_tokens..self.n_tokens + x.rows()]);
-            add_hessian(device, (x, energies), (self.kind, false, spans), &mut one.hessian);
-        }
-        self.n_tokens += x.rows();
-    }
-
-    /// Sums the drift of the inputs too, and that of a stream of width `hidden`.
-    fn follow_drift(&mut self, hidden: Option<usize>) {
-        self.list.iter_mut().for_each(|one| one.drift = Some(DriftSums::new(one.hessian.cols(), hidden)));
-    }
-
-    /// Takes in the drift of the tokens that the next [`InputHessians::add`] takes in.
-    fn add_drift(&mut self, device: &dyn Device, drift: &Drift<'_>, spans: &[Range<usize>]) {
-        for one in &mut self.list {
-            let n = drift.quantized.rows();
-            let energies = one.energies.as_ref().map(|e| &e[self.n_tokens..self.n_tokens + n]);
-            if let Some(sums) = &mut one.drift {
-                sums.add(device, drift, (self.kind, energies, spans));
-            }
-        }
-    }
-
-    /// See [`BlockQuantizer::shrink`]; once, after the last tokens.
-    fn shrink(&mut self, share: f32) {
-        for one in self.list.iter_mut().filter(|_| share > 0.0) {
-            for i in 0..one.hessian.rows() {
-                one.hessian.row_mut(i)[..i].iter_mut().for_each(|h| *h *= 1.0 - share);
-            }
-        }
-    }
-
-    /// Moves the weights of one layer to where they make up for the drift; says so when that cannot be done.
-    fn correct(
-        &self,
-        device: &dyn Device,
-        slot: Slot,
-        correction: (DriftCorrection, f64),
-        weights: &mut Matrix,
-    ) -> Option<Note> {
-        let one = self.list.iter().find(|one| one.slots.contains(&slot))?;
-        match one.drift.as_ref()?.targets(device, weights, &one.hessian, correction) {
-            Some(targets) => {
-                *weights = targets;
-                None
-            }
-            None => Some(Note::DriftIgnored),
-        }
-    }
-
-    fn of(&self, slot: Slot) -> Option<&Matrix> {
-        self.list.iter().find(|one| one.slots.contains(&slot)).map(|one| &one.hessian)
     }
 }
 

@@ -3,6 +3,7 @@
 mod activations;
 mod block;
 mod drift;
+mod hessians;
 mod tokens;
 
 pub(crate) use activations::micro_batches;

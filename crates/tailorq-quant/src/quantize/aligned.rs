@@ -60,7 +60,7 @@ impl Quantizer for Aligned {
     }
 
     fn needs(&self) -> Needs {
-        Needs { hessian: true, square: self.by_task }
+        Needs { hessian: true, square: self.by_task, ..Needs::default() }
     }
 
     fn quantize(

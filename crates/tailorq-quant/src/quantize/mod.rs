@@ -5,6 +5,7 @@
 
 mod aligned;
 mod awq;
+mod best;
 mod billm;
 mod feedback;
 mod gptq;
@@ -22,6 +23,7 @@ mod stored;
 
 pub use aligned::{Aligned, AlignedSettings, Saliency, Salient, Scope, Unit};
 pub use awq::Awq;
+pub use best::Best;
 pub use billm::BiLlm;
 pub use gptq::Gptq;
 pub use grid::{ClipSearch, Grid, GridRule, ScaleOverflow};
@@ -44,6 +46,7 @@ use tailorq_tensor::{Matrix, Slot};
 pub const ALL: &[&dyn Quantizer] = &[
     &Rtn,
     &Gptq,
+    &Best,
     &Aligned { by_task: false },
     &Aligned { by_task: true },
     &Half,
@@ -93,6 +96,17 @@ pub struct Needs {
     pub hessian: bool,
     /// The sum over calibration samples of the squared gradients of the weights.
     pub square: bool,
+    /// A part of the calibration sequences held out of the Hessian, and the Hessian of inputs of one length.
+    pub held_out: bool,
+}
+
+/// What the held-out sequences say of a layer's inputs.
+#[derive(Clone, Copy, Debug)]
+pub struct HeldOut<'a> {
+    /// Lower triangle of the sum of `x x^T`, `[in, in]`, weighed as the Hessian is.
+    pub hessian: &'a Matrix,
+    /// Tokens in that sum.
+    pub n_tokens: usize,
 }
 
 /// What calibration saw of a layer's inputs.
@@ -104,6 +118,10 @@ pub struct LayerStats<'a> {
     pub n_tokens: usize,
     /// The sum over samples of `(dL/dW)^2`, `[out, in]`: up to a factor the diagonal of the Fisher information.
     pub square: Option<&'a Matrix>,
+    /// Sequences that are not in `hessian`.
+    pub held_out: Option<HeldOut<'a>>,
+    /// As `hessian`, with all inputs brought to one length.
+    pub normalised: Option<&'a Matrix>,
     /// Which linear of its block it is, where that is known.
     pub slot: Option<Slot>,
 }
@@ -141,6 +159,15 @@ pub enum Note {
         /// The last damping tried.
         damping: f64,
     },
+    /// Which of several ways was taken, and what it and rounding to nearest lose on held-out sequences.
+    Chosen {
+        /// The way.
+        choice: String,
+        /// `tr(E H E^T)` a token with it.
+        held_out_loss: f64,
+        /// The same of rounding to nearest.
+        rounding_loss: f64,
+    },
     /// The Hessian could not be factored for it: what quantized predecessors did is not made up for.
     DriftIgnored,
     /// Inputs that were zero on all calibration tokens; their weights are rounded to nearest.
@@ -158,6 +185,12 @@ impl fmt::Display for Note {
             }
             Note::FellBackToRtn { damping } => {
                 write!(f, "Hessian not positive definite even at damping {damping}: rounded to nearest instead")
+            }
+            Note::Chosen { choice, held_out_loss, rounding_loss } => {
+                write!(
+                    f,
+                    "chose {choice}: loss {held_out_loss:.4e} on held-out sequences, rounding {rounding_loss:.4e}"
+                )
             }
             Note::DriftIgnored => write!(f, "Hessian not positive definite: the drift of the inputs is left as it is"),
             Note::DeadColumns { count } => write!(f, "{count} inputs were never active on the calibration data"),

@@ -1,7 +1,7 @@
 //! The streaming step on a small random model.
 
 use super::*;
-use crate::quantize::{Gptq, Rtn, proxy_loss};
+use crate::quantize::{Best, Gptq, Rtn, proxy_loss};
 use std::path::Path;
 use std::sync::Arc;
 use tailorq_model::{Architecture, Linear, ModelConfig, RopeScaling};
@@ -401,4 +401,46 @@ fn without_correlations_gptq_rounds() {
             codes(&f.run(&Gptq, true_sequential).quantize_block(0, Some(&mut f.acts()), &mut go_on).unwrap())
         );
     }
+}
+
+/// What is held out is in no candidate's Hessian, and together they are all tokens.
+#[test]
+fn sequences_are_held_out_for_who_chooses() {
+    struct Sees(std::sync::Mutex<Vec<(usize, usize)>>);
+    impl Quantizer for Sees {
+        fn name(&self) -> &'static str {
+            "sees"
+        }
+        fn needs(&self) -> crate::Needs {
+            crate::Needs { hessian: true, held_out: true, ..crate::Needs::default() }
+        }
+        fn quantize(
+            &self,
+            device: &dyn Device,
+            weights: &Matrix,
+            stats: &LayerStats<'_>,
+            plan: &LayerPlan,
+        ) -> Result<Quantized, QuantError> {
+            let held = stats.held_out.unwrap();
+            self.0.lock().unwrap().push((stats.n_tokens, held.n_tokens));
+            let trace = |h: &Matrix| (0..h.rows()).map(|i| f64::from(h.row(i)[i])).sum::<f64>();
+            let normalised = trace(stats.normalised.unwrap());
+            assert!((normalised - stats.n_tokens as f64).abs() < 1e-2 * normalised, "every token counts once");
+            assert!(trace(held.hessian) > 0.0 && trace(stats.hessian.unwrap()) > 0.0);
+            Rtn.quantize(device, weights, stats, plan)
+        }
+    }
+    let f = Fixture::new();
+    for true_sequential in [true, false] {
+        let sees = Sees(std::sync::Mutex::default());
+        f.run(&sees, true_sequential).quantize_block(0, Some(&mut f.acts()), &mut go_on).unwrap();
+        // Five sequences: the last one, of five tokens, is held out.
+        assert_eq!(sees.0.into_inner().unwrap(), [(4300, 5); 7]);
+    }
+    let run = f.run(&Best, true);
+    let mut one = Activations::embed(f.device.as_ref(), &f.model, &samples()[..1]).unwrap();
+    let alone = run.quantize_block(0, Some(&mut one), &mut go_on).unwrap_err().to_string();
+    assert!(alone.contains("at least two items"), "{alone}");
+    let done = run.quantize_block(0, Some(&mut f.acts()), &mut go_on).unwrap();
+    assert!(done.layers.iter().all(|l| l.notes.iter().any(|n| matches!(n, Note::Chosen { .. }))));
 }

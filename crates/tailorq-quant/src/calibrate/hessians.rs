@@ -1,0 +1,178 @@
+//! The Hessians of a block's inputs while they are summed, and what else is summed with them: a part of the sequences held
+//! out, and the drift from the original model.
+
+use super::drift::{Drift, DriftCorrection, DriftSums};
+use super::tokens::{TokenWeight, add_hessian};
+use crate::quantize::{HeldOut, LayerStats, Note};
+use std::ops::Range;
+use tailorq_kernels::Device;
+use tailorq_tensor::{Matrix, Slot};
+
+/// The Hessians of one input: one for all linears that read it, or one for each when gradients weigh the tokens.
+pub(super) struct InputHessians {
+    kind: TokenWeight,
+    list: Vec<OneHessian>,
+    /// Tokens summed so far.
+    n_tokens: usize,
+    /// Sequences summed so far.
+    n_seen: usize,
+    /// Sequences of the whole calibration.
+    n_sequences: usize,
+}
+
+pub(super) struct OneHessian {
+    slots: Vec<Slot>,
+    /// One a token of the whole calibration.
+    energies: Option<Vec<f32>>,
+    hessian: Matrix,
+    more: Option<MoreHessians>,
+    drift: Option<DriftSums>,
+}
+
+/// For methods that choose: see [`crate::Needs`] of quantizers, `held_out`.
+struct MoreHessians {
+    held_out: Matrix,
+    /// Tokens in `held_out`.
+    n_held: usize,
+    /// Of the sequences that are not held out.
+    normalised: Matrix,
+}
+
+/// One of so many sequences is held out; of fewer, the last one.
+const HELD_OUT: usize = 8;
+
+/// Whether a sequence is held out. One alone is not.
+fn is_held_out(sequence_idx: usize, n_sequences: usize) -> bool {
+    let every = HELD_OUT.min(n_sequences);
+    n_sequences > 1 && sequence_idx % every == every - 1
+}
+
+/// The rows of some spans, laid end to end, with the energies of their tokens.
+fn rows_of(x: &Matrix, energies: Option<&[f32]>, spans: &[Range<usize>]) -> (Matrix, Option<Vec<f32>>) {
+    let n = spans.iter().map(Range::len).sum();
+    let rows = spans.iter().flat_map(|s| &x.data()[s.start * x.cols()..s.end * x.cols()]).copied().collect();
+    let energies = energies.map(|e| spans.iter().flat_map(|s| &e[s.clone()]).copied().collect());
+    (Matrix::from_vec(n, x.cols(), rows), energies)
+}
+
+impl OneHessian {
+    /// Nothing summed yet, for an input of that width: whose Hessian it is, and the energies of all tokens for kinds that
+    /// read them. `wants_more` holds sequences out.
+    pub(super) fn new(width: usize, (slots, energies): (Vec<Slot>, Option<Vec<f32>>), wants_more: bool) -> Self {
+        let square = || Matrix::zeros(width, width);
+        let more = wants_more.then(|| MoreHessians { held_out: square(), n_held: 0, normalised: square() });
+        OneHessian { slots, energies, hessian: square(), more, drift: None }
+    }
+
+    /// Takes in a micro-batch whose first sequence is number `first` of `n_sequences`.
+    fn add(
+        &mut self,
+        device: &dyn Device,
+        (x, energies, kind): (&Matrix, Option<&[f32]>, TokenWeight),
+        spans: &[Range<usize>],
+        (first, n_sequences): (usize, usize),
+    ) {
+        let Some(more) = &mut self.more else {
+            add_hessian(device, (x, energies), (kind, false, spans), &mut self.hessian);
+            return;
+        };
+        let numbered = spans.iter().enumerate();
+        let (held, seen): (Vec<_>, Vec<_>) = numbered.partition(|(i, _)| is_held_out(first + i, n_sequences));
+        let sum = |spans: Vec<(usize, &Range<usize>)>, into: &mut [(&mut Matrix, TokenWeight)]| {
+            let spans: Vec<Range<usize>> = spans.into_iter().map(|(_, s)| s.clone()).collect();
+            let (rows, energies) = rows_of(x, energies, &spans);
+            let all = 0..rows.rows();
+            for (hessian, kind) in into {
+                let spans = std::slice::from_ref(&all);
+                add_hessian(device, (&rows, energies.as_deref()), (*kind, false, spans), hessian);
+            }
+            rows.rows()
+        };
+        let normalised =
+            if kind.reads_gradients() { TokenWeight::GradientInverseNorm } else { TokenWeight::InverseNorm };
+        sum(seen, &mut [(&mut self.hessian, kind), (&mut more.normalised, normalised)]);
+        more.n_held += sum(held, &mut [(&mut more.held_out, kind)]);
+    }
+
+    fn stats(&self, n_tokens: usize) -> LayerStats<'_> {
+        let more = self.more.as_ref().filter(|m| m.n_held > 0);
+        LayerStats {
+            hessian: Some(&self.hessian),
+            n_tokens: n_tokens - more.map_or(0, |m| m.n_held),
+            held_out: more.map(|m| HeldOut { hessian: &m.held_out, n_tokens: m.n_held }),
+            normalised: more.map(|m| &m.normalised),
+            ..LayerStats::default()
+        }
+    }
+}
+
+impl InputHessians {
+    /// Nothing summed yet, of a calibration of `n_sequences`.
+    pub(super) fn new(kind: TokenWeight, list: Vec<OneHessian>, n_sequences: usize) -> Self {
+        InputHessians { kind, list, n_tokens: 0, n_seen: 0, n_sequences }
+    }
+
+    /// Takes in the tokens that follow those of the last call.
+    pub(super) fn add(&mut self, device: &dyn Device, x: &Matrix, spans: &[Range<usize>]) {
+        for one in &mut self.list {
+            let energies = one.energies.take();
+            let of_batch = energies.as_ref().map(|e| &e[self.n_tokens..self.n_tokens + x.rows()]);
+            one.add(device, (x, of_batch, self.kind), spans, (self.n_seen, self.n_sequences));
+            one.energies = energies;
+        }
+        self.n_tokens += x.rows();
+        self.n_seen += spans.len();
+    }
+
+    /// Sums the drift of the inputs too, and that of a stream of width `hidden`.
+    pub(super) fn follow_drift(&mut self, hidden: Option<usize>) {
+        self.list.iter_mut().for_each(|one| one.drift = Some(DriftSums::new(one.hessian.cols(), hidden)));
+    }
+
+    /// Takes in the drift of the tokens that the next [`InputHessians::add`] takes in.
+    pub(super) fn add_drift(&mut self, device: &dyn Device, drift: &Drift<'_>, spans: &[Range<usize>]) {
+        for one in &mut self.list {
+            let n = drift.quantized.rows();
+            let energies = one.energies.as_ref().map(|e| &e[self.n_tokens..self.n_tokens + n]);
+            if let Some(sums) = &mut one.drift {
+                sums.add(device, drift, (self.kind, energies, spans));
+            }
+        }
+    }
+
+    /// See [`BlockQuantizer::shrink`]; once, after the last tokens.
+    pub(super) fn shrink(&mut self, share: f32) {
+        // Not the held-out one: it judges.
+        let all = self.list.iter_mut().flat_map(|one| {
+            [Some(&mut one.hessian), one.more.as_mut().map(|m| &mut m.normalised)].into_iter().flatten()
+        });
+        for hessian in all.filter(|_| share > 0.0) {
+            for i in 0..hessian.rows() {
+                hessian.row_mut(i)[..i].iter_mut().for_each(|h| *h *= 1.0 - share);
+            }
+        }
+    }
+
+    /// Moves the weights of one layer to where they make up for the drift; says so when that cannot be done.
+    pub(super) fn correct(
+        &self,
+        device: &dyn Device,
+        slot: Slot,
+        correction: (DriftCorrection, f64),
+        weights: &mut Matrix,
+    ) -> Option<Note> {
+        let one = self.list.iter().find(|one| one.slots.contains(&slot))?;
+        match one.drift.as_ref()?.targets(device, weights, &one.hessian, correction) {
+            Some(targets) => {
+                *weights = targets;
+                None
+            }
+            None => Some(Note::DriftIgnored),
+        }
+    }
+
+    /// What was summed for one linear, when it reads this input.
+    pub(super) fn of(&self, slot: Slot) -> Option<LayerStats<'_>> {
+        self.list.iter().find(|one| one.slots.contains(&slot)).map(|one| one.stats(self.n_tokens))
+    }
+}
