@@ -104,7 +104,7 @@ fn arms_are_methods_and_controls_each_recipe_once() {
     let of_gptq = ["rtn group 64", "gptq group 64 damping 0.1", "gptq group 64 damping 1", "gptq on general text"];
     assert_eq!(names(&arms, "2 bits", Some("gptq")), of_gptq);
     let of_tacq = names(&arms, "2 bits", Some("tacq"));
-    for name in ["random mask of 1.0000 %, group 64", "|w|sqrt(H) mask of 1.0000 %, group 64", "tacq on general text"] {
+    for name in ["random mask of 1 %, group 64", "|w|sqrt(H) mask of 1 %, group 64", "tacq on general text"] {
         assert!(of_tacq.iter().any(|n| n == name), "{name}: {of_tacq:?}");
     }
     assert!(of_tacq.iter().any(|n| n.contains("equal bytes")), "{of_tacq:?}");
@@ -114,10 +114,10 @@ fn arms_are_methods_and_controls_each_recipe_once() {
     assert_eq!(recipes.len(), arms.arms.len(), "each recipe once");
     let of = |name: &str| arms.rows.iter().find(|r| r.method == name).map(|r| &arms.arms[r.arms[0]]).unwrap();
     let signal = |name: &str| of(name).recipe.circuit.unwrap().signal;
-    assert_eq!(signal("random mask of 1.0000 %, group 64"), CircuitSignal::Random);
-    assert_eq!(signal("|w|sqrt(H) mask of 1.0000 %, group 64"), CircuitSignal::MagnitudeHessian);
+    assert_eq!(signal("random mask of 1 %, group 64"), CircuitSignal::Random);
+    assert_eq!(signal("|w|sqrt(H) mask of 1 %, group 64"), CircuitSignal::MagnitudeHessian);
     assert_eq!(of("tacq on general text").recipe.calibration.as_ref().unwrap().file, PathBuf::from("general.txt"));
-    assert_eq!(of("random mask of 1.0000 %, group 64").predicted_bytes, of("tacq").predicted_bytes);
+    assert_eq!(of("random mask of 1 %, group 64").predicted_bytes, of("tacq").predicted_bytes);
     // A uniform width "below" takes less than the method, one "above" not much more.
     for row in arms.rows.iter().filter(|r| r.method.contains("equal bytes")) {
         let bits = arms.arms[row.arms[0]].predicted_bits_per_weight;
@@ -225,6 +225,27 @@ fn results_have_every_arm_with_its_numbers() {
     let timings: serde_json::Value =
         serde_json::from_slice(&std::fs::read(bench.path("out/timings.json")).unwrap()).unwrap();
     assert_eq!(timings.as_object().unwrap().len(), arms.len());
+}
+
+#[test]
+fn an_arm_that_fails_does_not_keep_others_from_being_run() {
+    let bench = Bench::new();
+    // Four tokens end before the completions that gradients are read from.
+    let text =
+        EXPERIMENT.replace("sequence_length = 64", "sequence_length = 4").replace("[calib", "controls = false\n[calib");
+    let guided = "preset = \"gptq\"\nname = \"guided\"\nquantize = { token_weight = \"gradient\" }";
+    let text =
+        text.replacen("preset = \"gptq\"\nquantize = { group = 64 }", guided, 1).replace("bits = [2, 3]", "bits = [2]");
+    let text = text.replace("preset = \"tacq\"", "preset = \"rtn\"").replace("circuit = { keep = 0.01 }", "");
+    let error = compare(tailorq::cpu().as_ref(), &bench.experiment(&text).unwrap(), &Silent).unwrap_err();
+    assert!(matches!(&error, CompareError::Arms(arms) if arms.len() == 1), "{error}");
+    assert!(
+        error.to_string().contains("guided, 2 bits, seed 0: ") && error.to_string().contains("calibration data"),
+        "{error}"
+    );
+    let files = bench.results("out");
+    assert!(files["results.md"].contains("| rtn | 2 bits | 1 |"), "{}", files["results.md"]);
+    assert!(files["results.md"].contains("Without a result yet: guided, 2 bits, seed 0."), "{}", files["results.md"]);
 }
 
 #[test]

@@ -178,7 +178,8 @@ impl<'a> Planner<'a> {
 
     /// The place of the arm, which is made if no other has its recipe.
     fn arm(&mut self, wanted: &Wanted, name: &str, budget: Budget) -> Result<usize, CompareError> {
-        let title = [name, &budget.label()].join(" ").trim_end().to_string();
+        let comma = if matches!(budget, Budget::Own) { "" } else { ", " };
+        let title = format!("{name}{comma}{}", budget.label());
         let about = |e: crate::PipelineError| self.bad(format!("methods: {title}: {e}"));
         let Wanted { method, bits_per_weight, general, seed } = wanted;
         let mut request = QuantizeRequest {
@@ -213,7 +214,7 @@ impl<'a> Planner<'a> {
         }
         self.arms.arms.push(Arm {
             key,
-            title: format!("{title} seed {seed}"),
+            title: format!("{title}, seed {seed}"),
             predicted_bytes: artifact_bytes,
             predicted_bits_per_weight: linear_bytes as f64 * 8.0 / n_weights(model) as f64,
             recipe,

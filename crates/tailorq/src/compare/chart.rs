@@ -1,4 +1,5 @@
-//! `results.svg`: quality against bytes, a panel a metric, each row a point with its interval and its name.
+//! `results.svg`: quality against bytes, a panel a metric, each row a point with its interval and its name; many rows have
+//! numbers instead, and a legend below.
 
 use super::evaluate::Metric;
 use super::results::{Results, RowResult};
@@ -14,6 +15,8 @@ const MIB: f64 = (1 << 20) as f64;
 /// Pixels of a letter, of the size at which labels are written.
 const LETTER: f64 = 5.6;
 const LINE: f64 = 12.0;
+/// With more rows than this, points have numbers.
+const MOST_NAMES: usize = 16;
 /// Axes become logarithmic when numbers are this many times as large as others.
 const LOGARITHMIC_FROM: f64 = 8.0;
 
@@ -28,7 +31,10 @@ struct Point {
 
 /// All panels, one below the other.
 pub(super) fn svg(results: &Results) -> String {
-    let height = PANEL * results.metrics().len().max(1) as f64;
+    let panels = PANEL * results.metrics().len().max(1) as f64;
+    let is_numbered = results.rows.len() > MOST_NAMES;
+    let n_lines = if is_numbered { results.rows.len().div_ceil(2) } else { 0 };
+    let height = panels + (LINE + 2.0) * n_lines as f64 + if is_numbered { 20.0 } else { 0.0 };
     let mut svg = format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {height}\" width=\"{WIDTH}\" height=\"{height}\" \
          font-family=\"sans-serif\" font-size=\"10\">\n<rect width=\"{WIDTH}\" height=\"{height}\" fill=\"white\"/>\n"
@@ -36,12 +42,21 @@ pub(super) fn svg(results: &Results) -> String {
     for (at, metric) in results.metrics().iter().enumerate() {
         panel(&mut svg, results, metric, PANEL * at as f64);
     }
+    for (at, row) in results.rows.iter().enumerate().filter(|_| is_numbered) {
+        let x = if at < n_lines { LEFT } else { WIDTH / 2.0 + LEFT / 2.0 };
+        let words = format!("{}  {}", at + 1, name(row));
+        let y = panels + (LINE + 2.0) * ((at % n_lines) + 1) as f64;
+        text(&mut svg, (x, y), "start", label_style(row.control_of.is_some()), &escape(&words));
+    }
     svg.push_str("</svg>\n");
     svg
 }
 
 fn panel(svg: &mut String, results: &Results, metric: &Metric, top: f64) {
-    let points: Vec<Point> = results.rows.iter().filter_map(|row| point(row, metric)).collect();
+    let is_numbered = results.rows.len() > MOST_NAMES;
+    let label = |at: usize, row: &RowResult| if is_numbered { (at + 1).to_string() } else { name(row) };
+    let points = results.rows.iter().enumerate().filter_map(|(at, row)| point(row, metric, label(at, row)));
+    let points: Vec<Point> = points.collect();
     let x = Axis::new(points.iter().map(|p| p.x), false, (LEFT, WIDTH - RIGHT));
     let values = points.iter().flat_map(|p| [p.y].into_iter().chain(p.interval.into_iter().flatten()));
     let y = Axis::new(values.chain([metric.value]), true, (top + PANEL - BOTTOM, top + TOP));
@@ -72,21 +87,28 @@ fn panel(svg: &mut String, results: &Results, metric: &Metric, top: f64) {
             let end = if label.left > px { label.left } else { label.right.min(px) };
             line(svg, [px, py, end, ly - 3.0], "stroke=\"#bbb\" stroke-width=\"0.6\"");
         }
-        let colour = if p.is_control { "fill=\"#666\"" } else { "fill=\"#123\" font-weight=\"bold\"" };
-        text(svg, (lx, ly), "start", colour, &escape(&p.label));
+        text(svg, (lx, ly), "start", label_style(p.is_control), &escape(&p.label));
         taken.push(label);
     }
 }
 
-fn point(row: &RowResult, metric: &Metric) -> Option<Point> {
+fn label_style(is_control: bool) -> &'static str {
+    if is_control { "fill=\"#666\"" } else { "fill=\"#123\" font-weight=\"bold\"" }
+}
+
+/// What a row is called, with a star where it is simulated.
+fn name(row: &RowResult) -> String {
+    let comma = if row.budget.is_empty() { "" } else { ", " };
+    format!("{}{comma}{}{}", row.method, row.budget, if row.simulated { "*" } else { "" })
+}
+
+fn point(row: &RowResult, metric: &Metric, label: String) -> Option<Point> {
     let found = row.metric(metric).filter(|m| m.mean.is_finite())?;
-    let label = [row.method.as_str(), row.budget.as_str()].join(" ");
-    let star = if row.simulated { "*" } else { "" };
     Some(Point {
         x: row.bytes / MIB,
         y: found.mean,
         interval: found.interval95,
-        label: format!("{}{star}", label.trim_end()),
+        label,
         is_control: row.control_of.is_some(),
     })
 }

@@ -66,7 +66,9 @@ pub(super) fn controls(model: &Model, recipe: &Recipe, general: bool) -> Vec<Var
         for (what, signal) in
             [("random mask", CircuitSignal::Random), ("|w|sqrt(H) mask", CircuitSignal::MagnitudeHessian)]
         {
-            let name = format!("{what} of {:.4} %, group {}", 100.0 * circuit.keep, own.group);
+            let percent = format!("{:.4}", 100.0 * circuit.keep);
+            let percent = percent.trim_end_matches('0').trim_end_matches('.');
+            let name = format!("{what} of {percent} %, group {}", own.group);
             let quantize = without_loss(own);
             add(name, Method { quantize, circuit: Some(of(signal)), allocation: recipe.allocation.clone() });
         }
@@ -91,7 +93,8 @@ fn uniform_layouts(model: &Model, own: &QuantizeSettings, bytes: u64) -> Vec<Lay
         .map(|(bits, group)| Layout { bits, group, symmetric: own.symmetric })
         .map(|layout| (layout_bytes(model, layout), layout))
         .collect();
-    let below = sized.iter().filter(|(b, _)| *b <= bytes).max_by_key(|(b, _)| *b);
+    // Of equal ones (short rows are one group of any size) the method's own group.
+    let below = sized.iter().filter(|(b, _)| *b <= bytes).max_by_key(|(b, layout)| (*b, layout.group == own.group));
     let near = |b: u64| b > bytes && b as f64 <= NEAR_ABOVE * bytes as f64;
     // Where one is exactly as large there is nothing to bracket.
     let above = sized.iter().filter(|(b, _)| near(*b)).min_by_key(|(b, _)| *b);

@@ -51,7 +51,7 @@ fn original_line(results: &Results) -> (f64, Vec<String>) {
         String::new(),
         String::new(),
         format!("{:.3}", original.linear_bits_per_weight),
-        format!("{:.1}", original.bytes as f64 / MIB),
+        format!("{:.2}", original.bytes as f64 / MIB),
     ];
     line.extend(original.metrics.iter().map(|m| with_spread(m.value, m.stderr)));
     (original.bytes as f64, line)
@@ -65,7 +65,7 @@ fn line(row: &RowResult, metrics: &[Metric]) -> Vec<String> {
         row.budget.clone(),
         row.arms.len().to_string(),
         format!("{:.3}{star}", row.bits_per_weight),
-        format!("{:.1}{star}", row.bytes / MIB),
+        format!("{:.2}{star}", row.bytes / MIB),
     ];
     let number = |m: &RowMetric| with_spread(m.mean, m.spread.or(m.stderr));
     line.extend(metrics.iter().map(|metric| row.metric(metric).map_or(String::new(), number)));
