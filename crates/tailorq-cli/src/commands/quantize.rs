@@ -10,8 +10,9 @@ use serde_json::json;
 use std::path::PathBuf;
 use std::time::Instant;
 use tailorq::{
-    AllocationSettings, AllocationSignal, CalibrationRequest, Estimate, Method, Outcome, OutputMode, PRESETS,
-    PipelineError, Preset, QuantizeRequest, QuantizeSettings, Recipe, Report, Rule, RuleSettings, ScoreSettings,
+    AllocationSettings, AllocationSignal, CalibrationReport, CalibrationRequest, Estimate, Method, Outcome, OutputMode,
+    PRESETS, PipelineError, Preset, QuantizeRequest, QuantizeSettings, Recipe, Report, Rule, RuleSettings,
+    ScoreSettings,
 };
 
 /// Quantize a model to 2, 3, 4 or 8 bits a weight
@@ -426,12 +427,14 @@ pub fn execute(args: &QuantizeArgs, console: &Console) -> anyhow::Result<()> {
             console.text(&format!("{} is already finished\n", request.output.display()))
         }
         Outcome::Written(report) => {
+            // Hashes of items are for the file.
+            let calibration = report.calibration.clone().map(|c| CalibrationReport { fingerprints: Vec::new(), ..c });
             console.object(&json!({
                 "output": request.output,
                 "status": "written",
                 "seconds": seconds,
                 "size": report.size,
-                "calibration": report.calibration,
+                "calibration": calibration,
                 "mean_relative_error": report.mean_relative_error(),
                 "notes": report.notes().collect::<Vec<_>>(),
             }))?;
