@@ -1,12 +1,12 @@
 //! What a run will cost, before it starts: size from layouts, memory and time from a count of the work.
 
-use crate::allocation::AllocationSignal;
 use crate::artifact::n_vector_elements;
 use crate::recipe::{QuantizeSettings, Recipe};
-use crate::scores::units_of;
-use crate::survey::TAPE_BYTES;
+use crate::task::allocation::AllocationSignal;
+use crate::task::scores::units_of;
+use crate::task::survey::TAPE_BYTES;
 use crate::task::survey_needs;
-use crate::uniform::{circuit_bytes, n_weights};
+use crate::task::uniform::{circuit_bytes, n_weights};
 use serde::Serialize;
 use std::time::Instant;
 use tailorq_kernels::Device;

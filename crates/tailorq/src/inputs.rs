@@ -1,7 +1,5 @@
 //! From what the user asked to what is certain: hashed inputs, a recipe, token sequences that fit into memory.
 
-use crate::allocation::{ALLOCATED_METHODS, AllocationSettings};
-use crate::circuit::CircuitSettings;
 use crate::error::PipelineError;
 use crate::estimate::{available_memory, peak_memory};
 use crate::observer::Observer;
@@ -10,7 +8,9 @@ use crate::recipe::{
     CalibrationInput, GeneralInput, ModelInput, PlanInput, QuantizeSettings, RECIPE_SCHEMA, Recipe, hash_files,
 };
 use crate::samples::{self, Samples};
-use crate::uniform;
+use crate::task::allocation::{ALLOCATED_METHODS, AllocationSettings};
+use crate::task::circuit::CircuitSettings;
+use crate::task::uniform;
 use std::path::{Path, PathBuf};
 use tailorq_model::OpenedModel;
 use tailorq_quant::survey::Needs;

@@ -2,11 +2,8 @@
 //!
 //! Start at [`pipeline`]: it is the main path, top to bottom.
 
-mod allocation;
-mod answers;
 mod artifact;
 mod blocks;
-mod circuit;
 pub mod compare;
 pub mod demo;
 mod error;
@@ -17,28 +14,17 @@ mod names;
 mod observer;
 mod output;
 pub mod pipeline;
-mod plan;
-mod planning;
 mod plot;
 mod presets;
 mod probe;
 mod recipe;
 mod report;
 mod samples;
-mod score;
-mod scores;
-mod scoring;
 mod spill;
-mod survey;
 mod tables;
 mod task;
 mod threads;
-mod uniform;
 
-pub use allocation::{
-    AllocationSettings, AllocationSignal, MeasureKind, Rule, RuleSettings, ScoreSettings, Span, UnitKind,
-};
-pub use circuit::{CircuitSettings, Reference};
 pub use error::PipelineError;
 pub use estimate::Estimate;
 pub use inputs::{CalibrationRequest, QuantizeRequest, model_sha256};
@@ -46,20 +32,24 @@ pub use inspect::{Inspection, Share, StoredMatrix, inspect};
 pub use observer::{Observer, Silent};
 pub use output::OutputMode;
 pub use pipeline::{Outcome, dry_run, quantize};
-pub use planning::{PlanSummary, plan};
 pub use plot::{Window, plot_layer};
 pub use presets::{Method, PRESETS, Preset};
 pub use probe::{GradientOutput, GradientProbe, ProbeError, check_tokens, probe, probe_gradients};
 pub use recipe::{CalibrationInput, LossKind, ModelInput, PlanInput, QuantizeSettings, Recipe, hash_files};
 pub use report::{CalibrationReport, LayerReport, Report, SizeReport, calibration_items};
-pub use score::{ScoreRequest, score};
-pub use scores::{ScoredCandidate, ScoredUnit, Scores};
 pub use spill::SpillFile;
-pub use survey::{SurveyRequest, survey};
 pub use tailorq_kernels::{Device, cpu, reference};
 pub use tailorq_model::{ChatMessage, ChatTemplate, Model, ModelError, ModelFiles, OpenedModel, Tokenizer, open};
 pub use tailorq_quant::quantize::{Saliency, Salient, Scope, Unit};
 pub use tailorq_quant::survey::Needs;
 pub use tailorq_quant::{AlignedSettings, CircuitSignal, Clip, TokenWeight};
 pub use tailorq_tensor::{Bits, Group, TileBits};
+pub use task::allocation::{
+    AllocationSettings, AllocationSignal, MeasureKind, Rule, RuleSettings, ScoreSettings, Span, UnitKind,
+};
+pub use task::circuit::{CircuitSettings, Reference};
+pub use task::planning::{PlanSummary, plan};
+pub use task::score::{ScoreRequest, score};
+pub use task::scores::{ScoredCandidate, ScoredUnit, Scores};
+pub use task::survey::{SurveyRequest, survey};
 pub use threads::set_threads;

@@ -1,8 +1,10 @@
 //! Named settings: a published method is a point in the space of settings, and so is what works best here.
 
-use crate::allocation::{AllocationSettings, AllocationSignal, MeasureKind, Rule, RuleSettings, ScoreSettings, Span};
-use crate::circuit::{CircuitSettings, Reference};
 use crate::recipe::{LossKind, QuantizeSettings};
+use crate::task::allocation::{
+    AllocationSettings, AllocationSignal, MeasureKind, Rule, RuleSettings, ScoreSettings, Span,
+};
+use crate::task::circuit::{CircuitSettings, Reference};
 use tailorq_quant::quantize::Salient;
 use tailorq_quant::{AlignedSettings, CircuitSignal, Clip};
 use tailorq_tensor::{Bits, Group};

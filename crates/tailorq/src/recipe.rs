@@ -1,8 +1,8 @@
 //! The recipe: everything that decides the bytes of an artifact, and nothing that does not.
 
-use crate::allocation::AllocationSettings;
-use crate::circuit::CircuitSettings;
 use crate::error::PipelineError;
+use crate::task::allocation::AllocationSettings;
+use crate::task::circuit::CircuitSettings;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::io::Read;
@@ -369,7 +369,7 @@ pub(crate) fn hex(bytes: &[u8]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::allocation::{Rule, RuleSettings, ScoreSettings};
+    use crate::task::allocation::{Rule, RuleSettings, ScoreSettings};
 
     fn recipe() -> Recipe {
         Recipe {

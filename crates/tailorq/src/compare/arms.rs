@@ -3,14 +3,14 @@
 use super::controls::{Variant, controls};
 use super::error::CompareError;
 use super::experiment::Experiment;
-use crate::allocation::ALLOCATED_METHODS;
 use crate::estimate::{PredictedSize, predicted_size};
 use crate::inputs::{QuantizeRequest, recipe_of};
 use crate::observer::Silent;
 use crate::output::OutputMode;
 use crate::presets::Method;
 use crate::recipe::{Recipe, hex};
-use crate::uniform::{layout_bytes, n_weights};
+use crate::task::allocation::ALLOCATED_METHODS;
+use crate::task::uniform::{layout_bytes, n_weights};
 use sha2::{Digest, Sha256};
 use std::path::PathBuf;
 use tailorq_model::{Model, OpenedModel};

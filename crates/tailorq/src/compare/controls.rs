@@ -4,12 +4,12 @@
 //! the usual 0.01 is far from the best for models with attention sinks), uniform widths with finer groups, the same share of
 //! weights kept at random or by `|w| sqrt(H)`, and the method itself on general text.
 
-use crate::allocation::ALLOCATED_METHODS;
-use crate::circuit::{CircuitSettings, Reference};
 use crate::estimate::predicted_size;
 use crate::presets::Method;
 use crate::recipe::{LossKind, QuantizeSettings, Recipe};
-use crate::uniform::layout_bytes;
+use crate::task::allocation::ALLOCATED_METHODS;
+use crate::task::circuit::{CircuitSettings, Reference};
+use crate::task::uniform::layout_bytes;
 use tailorq_model::Model;
 use tailorq_quant::{CircuitSignal, Clip};
 use tailorq_tensor::{Bits, Group, Layout};

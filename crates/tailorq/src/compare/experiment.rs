@@ -1,11 +1,11 @@
 //! The experiment file: what is compared, on what, and how it is measured.
 
 use super::error::CompareError;
-use crate::allocation::AllocationSettings;
-use crate::circuit::CircuitSettings;
 use crate::inputs::CalibrationRequest;
 use crate::presets::{Method, PRESETS, Preset};
 use crate::recipe::QuantizeSettings;
+use crate::task::allocation::AllocationSettings;
+use crate::task::circuit::CircuitSettings;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;

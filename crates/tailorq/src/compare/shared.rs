@@ -2,14 +2,14 @@
 
 use super::arms::{Arm, short_hash};
 use super::error::CompareError;
-use crate::allocation::AllocationSettings;
 use crate::blocks::layer_settings;
 use crate::inputs::QuantizeRequest;
 use crate::observer::Observer;
 use crate::recipe::{CalibrationInput, LossKind};
-use crate::score::{ScoreRequest, score};
-use crate::scores::at_width;
-use crate::survey::{SurveyRequest, survey};
+use crate::task::allocation::AllocationSettings;
+use crate::task::score::{ScoreRequest, score};
+use crate::task::scores::at_width;
+use crate::task::survey::{SurveyRequest, survey};
 use crate::task::survey_needs;
 use serde::Serialize;
 use std::path::{Path, PathBuf};

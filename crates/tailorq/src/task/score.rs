@@ -1,13 +1,13 @@
 //! Scores on their own: the first half of "score once, plan many".
 
-use crate::allocation::{AllocationSettings, RuleSettings, ScoreSettings};
 use crate::blocks::layer_settings;
 use crate::error::PipelineError;
 use crate::inputs::{CalibrationRequest, QuantizeRequest, announce, resolve};
 use crate::observer::Observer;
 use crate::recipe::QuantizeSettings;
-use crate::scores::Scores;
-use crate::scoring::Scoring;
+use crate::task::allocation::{AllocationSettings, RuleSettings, ScoreSettings};
+use crate::task::scores::Scores;
+use crate::task::scoring::Scoring;
 use std::path::Path;
 use tailorq_kernels::Device;
 
@@ -24,7 +24,7 @@ pub struct ScoreRequest {
     pub score: ScoreSettings,
 }
 
-/// Scores the units of a model and writes the file to `path`, for [`crate::plan`] and `QuantizeRequest::scores`.
+/// Scores the units of a model and writes the file to `path`, for [`crate::task::plan`] and `QuantizeRequest::scores`.
 pub fn score(
     device: &dyn Device,
     request: &ScoreRequest,

@@ -1,9 +1,9 @@
 //! From scores and a rule to the settings of every linear.
 
-use crate::allocation::{Rule, RuleSettings, UnitKind};
 use crate::error::{PipelineError, output_error};
-use crate::plan::Exceptions;
-use crate::scores::{Scores, at_width};
+use crate::task::allocation::{Rule, RuleSettings, UnitKind};
+use crate::task::plan::Exceptions;
+use crate::task::scores::{Scores, at_width};
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::path::Path;

@@ -3,13 +3,13 @@
 //! Statistics are stored as bfloat16 (their size matters, not their last digits) under `KIND.NAME`, and the header names
 //! the inputs they were made from, so that nobody plans with the survey of another model or task.
 
-use crate::circuit::CircuitSettings;
 use crate::error::PipelineError;
 use crate::inputs::{CalibrationRequest, QuantizeRequest, announce, resolve};
 use crate::observer::Observer;
 use crate::recipe::{LossKind, QuantizeSettings, Recipe};
 use crate::samples::Samples;
 use crate::spill::SpillFile;
+use crate::task::circuit::CircuitSettings;
 use serde::Serialize;
 use std::ops::ControlFlow;
 use std::path::Path;

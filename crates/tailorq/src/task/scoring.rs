@@ -1,15 +1,15 @@
 //! Scores of a model's units: which survey answers which signal, and what damages follow from scores that measure none.
 
-use crate::allocation::{AllocationSignal, HALF, MeasureKind, ScoreSettings, Span};
-use crate::answers::AnswerMetric;
 use crate::error::{PipelineError, output_error};
 use crate::observer::Observer;
 use crate::recipe::Recipe;
 use crate::report::rounded;
 use crate::samples::Samples;
-use crate::scores::{SCORES_SCHEMA, ScoredCandidate, ScoredUnit, Scores, at_width, units_of};
 use crate::spill::SpillFile;
-use crate::survey::TAPE_BYTES;
+use crate::task::allocation::{AllocationSignal, HALF, MeasureKind, ScoreSettings, Span};
+use crate::task::answers::AnswerMetric;
+use crate::task::scores::{SCORES_SCHEMA, ScoredCandidate, ScoredUnit, Scores, at_width, units_of};
+use crate::task::survey::TAPE_BYTES;
 use std::ops::ControlFlow;
 use std::path::Path;
 use tailorq_kernels::Device;

@@ -1,8 +1,8 @@
 //! A budget without an allocation: one layout for all linears, and for a circuit the share of weights that the rest buys.
 
-use crate::circuit::{CircuitSettings, MOST_KEPT};
 use crate::error::PipelineError;
 use crate::recipe::QuantizeSettings;
+use crate::task::circuit::{CircuitSettings, MOST_KEPT};
 use tailorq_model::Model;
 use tailorq_tensor::{Bits, ElementCorrections, Group, Layout};
 

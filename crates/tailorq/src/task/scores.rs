@@ -1,9 +1,9 @@
 //! Scores in a file: every unit of a model with what it could become, exact bytes and predicted damages. Scored once,
 //! planned many times.
 
-use crate::allocation::{ScoreSettings, UnitKind};
 use crate::error::{PipelineError, output_error};
 use crate::recipe::{CalibrationInput, ModelInput, Recipe};
+use crate::task::allocation::{ScoreSettings, UnitKind};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 use tailorq_format::write_atomic;

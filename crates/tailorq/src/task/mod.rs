@@ -1,17 +1,28 @@
 //! What a run knows of its task before it quantizes: scores, a survey, and from them a plan. All are files among the parts,
 //! so that a resumed run has them already.
 
+pub(crate) mod allocation;
+pub(crate) mod answers;
+pub(crate) mod circuit;
+pub(crate) mod plan;
+pub(crate) mod planning;
+pub(crate) mod score;
+pub(crate) mod scores;
+pub(crate) mod scoring;
+pub(crate) mod survey;
+pub(crate) mod uniform;
+
 use crate::blocks::{Run, layer_settings, packed_block, quantize_blocks};
-use crate::circuit::{CircuitSettings, Evidence, Reference, choose_circuit};
 use crate::error::PipelineError;
 use crate::inputs::QuantizeRequest;
-use crate::plan::{Exceptions, PlanFile};
-use crate::planning::{allocate_widths, counts};
 use crate::recipe::Recipe;
-use crate::scores::Scores;
-use crate::scoring::Scoring;
-use crate::survey::{SQUARE, SurveyFile, write_survey};
-use crate::uniform::circuit_bytes;
+use crate::task::circuit::{CircuitSettings, Evidence, Reference, choose_circuit};
+use crate::task::plan::{Exceptions, PlanFile};
+use crate::task::planning::{allocate_widths, counts};
+use crate::task::scores::Scores;
+use crate::task::scoring::Scoring;
+use crate::task::survey::{SQUARE, SurveyFile, write_survey};
+use crate::task::uniform::circuit_bytes;
 use std::collections::BTreeMap;
 use std::path::Path;
 use tailorq_model::{Model, OpenedModel};

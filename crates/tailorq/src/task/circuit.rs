@@ -2,7 +2,7 @@
 
 use crate::error::PipelineError;
 use crate::observer::Observer;
-use crate::survey::{ABSOLUTE, SQUARE, SurveyFile};
+use crate::task::survey::{ABSOLUTE, SQUARE, SurveyFile};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use tailorq_kernels::Device;
