@@ -2,7 +2,7 @@
 
 use crate::artifact::n_vector_elements;
 use crate::recipe::{QuantizeSettings, Recipe};
-use crate::task::allocation::AllocationSignal;
+use crate::task::allocation::{AllocationSettings, AllocationSignal};
 use crate::task::scores::units_of;
 use crate::task::survey::TAPE_BYTES;
 use crate::task::survey_needs;
@@ -12,7 +12,7 @@ use std::time::Instant;
 use tailorq_kernels::Device;
 use tailorq_model::Model;
 use tailorq_quant::{Clip, KEPT_INPUT_BYTES, MICRO_BATCH_TOKENS};
-use tailorq_tensor::{Matrix, Rng, Slot, Weight};
+use tailorq_tensor::{Bits, Matrix, Rng, Slot, Weight};
 
 /// Process, tokenizer and code.
 const FIXED_BYTES: u64 = 150 << 20;
@@ -70,11 +70,30 @@ pub(crate) fn predicted_size(model: &Model, recipe: &Recipe) -> PredictedSize {
     if let Some(budget) = recipe.allocation.as_ref().and_then(|a| a.rule.bits_per_weight) {
         // A plan comes close to its budget, but for less than one unit.
         linear_bytes = (budget * n_weights(model) as f64 / 8.0) as u64;
+    } else if let Some(allocation) = &recipe.allocation {
+        linear_bytes = unbudgeted_bytes(model, settings, allocation);
     } else if let Some(circuit) = &recipe.circuit {
         linear_bytes += circuit_bytes(model, circuit);
     }
     let artifact_bytes = linear_bytes + table_bytes(model, settings) + 4 * n_vector_elements(model) as u64;
     PredictedSize { linear_bytes, artifact_bytes }
+}
+
+/// Bytes of the linears by a rule that counts units: so many at the widest of the widths, the others at the narrowest. Units
+/// differ in size only inside a block, so their mean stands for each.
+fn unbudgeted_bytes(model: &Model, settings: &QuantizeSettings, allocation: &AllocationSettings) -> u64 {
+    let (rule, n_units) = (&allocation.rule, units_of(model, allocation.score.unit).len());
+    let n_wide = match (rule.share, rule.ends, rule.top) {
+        (Some(share), ..) => (share * n_units as f64).ceil() as usize,
+        (None, ends, top) => 2 * ends.unwrap_or(0) + top.unwrap_or(0),
+    };
+    let wide = n_wide.min(n_units) as f64 / n_units.max(1) as f64;
+    let at = |width: Option<&u32>| match width.map(|&w| Bits::try_from(w)) {
+        Some(Ok(bits)) => linear_bytes(model, &QuantizeSettings { bits, ..settings.clone() }),
+        _ => 2 * n_weights(model),
+    };
+    let widths = &allocation.score.widths;
+    (wide * at(widths.last()) as f64 + (1.0 - wide) * at(widths.first()) as f64) as u64
 }
 
 /// Tokens that pass through the whole model while units are scored, answers that are generated not counted: measured units
@@ -127,8 +146,11 @@ pub(crate) fn peak_memory(model: &Model, recipe: &Recipe, tokens: usize, longest
     let largest = shapes().map(|(rows, cols)| rows * cols).max().unwrap_or(0);
     let beside = 1 + usize::from(settings.drift().is_on());
     let streams = beside * 4 * tokens * c.hidden + (4 * tokens * widest).min(KEPT_INPUT_BYTES);
-    // The Hessian, its damped copy that becomes the factor, and the factorization's own copy.
-    let hessian = if tokens == 0 { 0 } else { (12 + 8 * (beside - 1)) * widest * widest };
+    // The Hessian, its damped copy that becomes the factor, and the factorization's own copy; two more for a method that
+    // chooses, and one for each linear of an input whose gradients weigh the tokens.
+    let chooses = tailorq_quant::find(&settings.method).is_some_and(|q| q.needs().held_out);
+    let more = 8 * usize::from(chooses) + 8 * usize::from(settings.token_weight.reads_gradients());
+    let hessian = if tokens == 0 { 0 } else { (12 + more + 8 * (beside - 1)) * widest * widest };
     // Weights as f32, their working copy, codes.
     let weights = 9 * largest;
     let activations = 4 * batch * (2 * c.hidden + 3 * c.intermediate);

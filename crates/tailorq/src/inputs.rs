@@ -248,7 +248,8 @@ fn hash_of(file: &Path) -> Result<String, PipelineError> {
 /// Every file of the checkpoint that decides what a run computes: weights, and in a directory the configuration, the
 /// tokenizer and the chat template.
 fn model_files(opened: &OpenedModel) -> Vec<PathBuf> {
-    let beside = ["config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"];
+    let beside =
+        ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"];
     let beside = beside.iter().map(|name| opened.files.path.join(name)).filter(|path| path.is_file());
     opened.files.weight_files.iter().cloned().chain(beside).collect()
 }

@@ -211,6 +211,10 @@ impl QuantizeSettings {
         if !(0.0..=1.0).contains(&self.shrink) {
             return fail(format!("the shrinkage of correlations is {}: use 0 to 1", self.shrink));
         }
+        let holds_out = tailorq_quant::find(&self.method).is_some_and(|q| q.needs().held_out);
+        if self.drift().is_on() && (holds_out || self.shrink > 0.0) {
+            return fail("drift is corrected from all items and all correlations: leave out best and --shrink".into());
+        }
         if self.drift().is_on() && !self.true_sequential {
             return fail("drift is corrected input by input: leave true_sequential on".into());
         }

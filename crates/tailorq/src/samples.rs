@@ -67,6 +67,12 @@ pub fn load(opened: &OpenedModel, input: &CalibrationInput) -> Result<Samples, P
         return load_file(opened, input);
     }
     let blended = load_file(opened, &of_file(&general.file, n_general))?;
+    if blended.sequences.len() < n_general {
+        let found = blended.sequences.len();
+        let problem =
+            format!("has {found} items or windows, the mix asks for {n_general}: lower --mix or give more text");
+        return Err(PipelineError::Calibration { path: general.file.clone(), problem });
+    }
     if n_general >= input.samples {
         return Ok(blended);
     }
@@ -75,6 +81,7 @@ pub fn load(opened: &OpenedModel, input: &CalibrationInput) -> Result<Samples, P
     samples.completions.extend(blended.completions);
     samples.fingerprints.extend(blended.fingerprints);
     samples.shortened += blended.shortened;
+    samples.available += blended.available;
     Ok(samples)
 }
 

@@ -163,18 +163,24 @@ mod tests {
         let mut hessian = Matrix::zeros(cols, cols);
         device.gram(quantized.data(), &mut hessian);
         let mut sums = DriftSums::new(cols, Some(rows));
-        for (kind, spans) in [(TokenWeight::Uniform, [0..tokens, 0..0]), (TokenWeight::Uniform, [0..7, 7..tokens])] {
+        let both = DriftCorrection { inputs: 1.0, residual: 1.0 };
+        for (kind, spans) in [
+            (TokenWeight::Uniform, vec![0..3, 3..tokens]),
+            (TokenWeight::InverseNorm, vec![0..7, 7..tokens]),
+            (TokenWeight::Uniform, vec![0..tokens / 2, tokens / 2..tokens]),
+        ] {
+            let mut hessian = Matrix::zeros(cols, cols);
+            super::super::tokens::add_hessian(device.as_ref(), (&quantized, None), (kind, false, &spans), &mut hessian);
             sums = DriftSums::new(cols, Some(rows));
             let drift = Drift { quantized: &quantized, original: &original, streams: Some((&drifted, &stream)) };
             sums.add(device.as_ref(), &drift, (kind, None, &spans));
-        }
-        let both = DriftCorrection { inputs: 1.0, residual: 1.0 };
-        let targets = sums.targets(device.as_ref(), &w, &hessian, (both, 1e-6)).unwrap();
-        // drifted + targets x = stream + W y
-        let (found, wanted) = (product(&quantized, &targets), product(&original, &w));
-        for i in 0..tokens * rows {
-            let (a, b) = (drifted.data()[i] + found.data()[i], stream.data()[i] + wanted.data()[i]);
-            assert!((a - b).abs() < 2e-3, "{a} {b}");
+            let targets = sums.targets(device.as_ref(), &w, &hessian, (both, 1e-6)).unwrap();
+            // drifted + targets x = stream + W y
+            let (found, wanted) = (product(&quantized, &targets), product(&original, &w));
+            for i in 0..tokens * rows {
+                let (a, b) = (drifted.data()[i] + found.data()[i], stream.data()[i] + wanted.data()[i]);
+                assert!((a - b).abs() < 2e-3, "{}: {a} {b}", kind.name());
+            }
         }
         let off = sums.targets(device.as_ref(), &w, &hessian, (DriftCorrection::default(), 1e-6)).unwrap();
         assert_eq!(off.data(), w.data());

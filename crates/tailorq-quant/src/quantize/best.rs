@@ -11,6 +11,9 @@ use crate::{LayerPlan, LayerSettings, QuantError};
 use tailorq_kernels::Device;
 use tailorq_tensor::Matrix;
 
+/// The least damping that is multiplied, so that none at all gives three candidates too.
+const LEAST_DAMPING: f64 = 1e-3;
+
 /// See the module.
 #[derive(Clone, Copy, Debug)]
 pub struct Best;
@@ -57,7 +60,8 @@ impl Quantizer for Best {
 /// The ways beside rounding: a name for the report, statistics and settings.
 fn candidates<'a>(stats: &LayerStats<'a>, settings: &LayerSettings) -> Vec<(String, LayerStats<'a>, LayerSettings)> {
     let damped = |factor: f64| {
-        let damping = settings.damping * factor;
+        let least = if factor > 1.0 { LEAST_DAMPING } else { 0.0 };
+        let damping = settings.damping.max(least) * factor;
         (format!("GPTQ, damping {damping}"), *stats, LayerSettings { damping, ..*settings })
     };
     let mut all = vec![damped(1.0), damped(10.0), damped(100.0)];

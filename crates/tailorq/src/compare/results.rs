@@ -218,11 +218,22 @@ fn row_metric(first: &Metric, same: &[Metric], original: &Original) -> RowMetric
     let mean = eight_digits(mean);
     let (stderr, interval95) = match spread {
         None => (first.stderr, first.interval95),
-        Some(s) => (None, Some([mean - 2.0 * s, mean + 2.0 * s].map(eight_digits))),
+        Some(s) => {
+            // Of the mean: what seeds say by Student's distribution, and what the items say that all seeds share.
+            let of_seeds = student95(values.len()) * s / n.sqrt();
+            let half = of_seeds.hypot(1.96 * first.stderr.unwrap_or(0.0));
+            (None, Some([mean - half, mean + half].map(eight_digits)))
+        }
     };
     let difference = of_original(original, first).map(|value| eight_digits(mean - value));
     let (task, metric) = (first.task.clone(), first.metric.clone());
     RowMetric { task, metric, mean, spread, stderr, interval95, difference }
+}
+
+/// The 97.5 % quantile of Student's distribution for the mean of `n` values.
+fn student95(n: usize) -> f64 {
+    const BY_FREEDOM: [f64; 9] = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262];
+    BY_FREEDOM.get(n.saturating_sub(2)).copied().unwrap_or(2.23)
 }
 
 #[cfg(test)]
@@ -245,7 +256,10 @@ mod tests {
         };
         let many = row_metric(&metric(2.0), &[metric(2.0), metric(3.0), metric(4.0)], &original);
         assert_eq!((many.mean, many.spread, many.stderr), (3.0, Some(1.0), None));
-        assert_eq!((many.interval95, many.difference), (Some([1.0, 5.0]), Some(2.0)));
+        let half = (4.303f64 / 3f64.sqrt()).hypot(1.96 * 0.5);
+        let [low, high] = many.interval95.unwrap();
+        assert!((low - (3.0 - half)).abs() < 1e-6 && (high - (3.0 + half)).abs() < 1e-6);
+        assert_eq!(many.difference, Some(2.0));
         let one = row_metric(&metric(2.0), &[metric(2.0)], &original);
         assert_eq!((one.mean, one.spread, one.stderr, one.interval95), (2.0, None, Some(0.5), Some([1.0, 3.0])));
     }

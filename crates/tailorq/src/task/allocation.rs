@@ -195,7 +195,7 @@ pub struct ScoreSettings {
     /// Widths to choose from, ascending: those of codes, and 16 for linears that stay as they are, which is taken to cost
     /// nothing.
     pub widths: Vec<u32>,
-    /// Items of the calibration that are looked at, the first of those that the seed chose; of each only the prompt, unless
+    /// Items of the calibration that are looked at, evenly over those that the seed chose; of each only the prompt, unless
     /// `span` or `measure` say otherwise.
     pub prompts: usize,
     /// Whose predictions are compared.

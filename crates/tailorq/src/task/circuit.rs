@@ -104,6 +104,10 @@ pub(crate) fn choose_circuit(
         if let (Slot::Q, true, Some(of_block)) = (id.slot, circuit.signal.reads_reference(), evidence.reference) {
             reference_block = Some(of_block(id.block_idx)?);
         }
+        // A layer at 16 bits has nothing to keep.
+        if (evidence.settings_of)(&model.blocks[id.block_idx].linear(id.slot).name).half {
+            continue;
+        }
         let layer = LayerEvidence::gather(device, evidence, circuit, id, reference_block.as_ref())?;
         let mut scores = vec![0.0f32; layer.weights.cols()];
         for r in 0..layer.weights.rows() {

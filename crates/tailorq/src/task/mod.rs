@@ -15,19 +15,19 @@ pub(crate) mod uniform;
 use crate::blocks::{Run, layer_settings, packed_block, quantize_blocks};
 use crate::error::PipelineError;
 use crate::inputs::QuantizeRequest;
-use crate::recipe::Recipe;
+use crate::recipe::{QuantizeSettings, Recipe};
 use crate::task::circuit::{CircuitSettings, Evidence, Reference, choose_circuit};
 use crate::task::plan::{Exceptions, PlanFile};
 use crate::task::planning::{allocate_widths, counts};
-use crate::task::scores::Scores;
+use crate::task::scores::{Scores, at_width};
 use crate::task::scoring::Scoring;
 use crate::task::survey::{SQUARE, SurveyFile, write_survey};
 use crate::task::uniform::circuit_bytes;
 use std::collections::BTreeMap;
 use std::path::Path;
 use tailorq_model::{Model, OpenedModel};
-use tailorq_quant::QuantError;
 use tailorq_quant::survey::Needs;
+use tailorq_quant::{LayerSettings, QuantError};
 use tailorq_tensor::{LayerId, Matrix};
 
 /// See the module.
@@ -99,6 +99,18 @@ fn widths_of(run: &Run<'_>, opened: &OpenedModel, request: &QuantizeRequest) -> 
     if let Some(given) = &run.recipe.plan {
         let plan = PlanFile::open(&given.file, &run.recipe.model.sha256)?;
         plan.check_names(&opened.model)?;
+        let base = at_width(layer_settings(&run.recipe.quantize), 2);
+        let differs = |s: &LayerSettings| !s.half && at_width(*s, 2) != base;
+        if let Some((name, _)) = plan.layers().iter().find(|(_, s)| differs(s)) {
+            let problem = format!(
+                "has another grid for {name} (group, symmetry, clip, damping or order) than these settings: repeat those of the scores"
+            );
+            return Err(PipelineError::Output { path: given.file.clone(), problem });
+        }
+        if run.recipe.circuit.is_some() && plan.keeps_elements() {
+            let problem = "keeps elements already: leave --keep and --signal out".into();
+            return Err(PipelineError::Output { path: given.file.clone(), problem });
+        }
         return Ok(Exceptions { layers: plan.layers().clone(), kept: plan.kept(&opened.model)? });
     }
     let Some(allocation) = &run.recipe.allocation else { return Ok(Exceptions::default()) };
@@ -138,9 +150,12 @@ fn circuit_of(
     task: &Task,
     circuit: &CircuitSettings,
 ) -> Result<BTreeMap<String, Vec<u32>>, PipelineError> {
+    // GPTQ, whatever the method that follows.
+    let settings = QuantizeSettings { method: "gptq".into(), aligned: None, ..run.recipe.quantize.clone() };
+    let recipe = Recipe { quantize: settings, ..run.recipe.clone() };
     let reference = match circuit.reference {
         Reference::Gptq if circuit.signal.reads_reference() => {
-            Some(quantize_blocks(run, (original, model), task, "reference")?)
+            Some(quantize_blocks(&Run { recipe: &recipe, ..*run }, (original, model), task, "reference")?)
         }
         _ => None,
     };
@@ -170,7 +185,8 @@ fn open_survey(
         if survey.has(model, needs) {
             return Ok(survey);
         }
-        let problem = "lacks statistics that these settings read: make a survey with --for the same settings";
+        let problem =
+            "lacks statistics that these settings read: make a survey with `tailorq survey --gather` for them";
         return Err(PipelineError::Output { path: path.to_path_buf(), problem: problem.into() });
     }
     let path = run.output.extra("survey.safetensors");

@@ -41,6 +41,11 @@ impl Exceptions {
 }
 
 impl PlanFile {
+    /// Whether some layer keeps elements at 16 bits.
+    pub(crate) fn keeps_elements(&self) -> bool {
+        self.file.names().any(|name| name.starts_with("kept."))
+    }
+
     /// Settings of single layers, for another plan to start from.
     pub(crate) fn layers(&self) -> &BTreeMap<String, LayerSettings> {
         &self.layers

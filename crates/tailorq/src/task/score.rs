@@ -24,7 +24,7 @@ pub struct ScoreRequest {
     pub score: ScoreSettings,
 }
 
-/// Scores the units of a model and writes the file to `path`, for [`crate::task::plan`] and `QuantizeRequest::scores`.
+/// Scores the units of a model and writes the file to `path`, for [`crate::plan`] and `QuantizeRequest::scores`.
 pub fn score(
     device: &dyn Device,
     request: &ScoreRequest,

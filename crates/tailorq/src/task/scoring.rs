@@ -204,8 +204,12 @@ impl Scoring<'_> {
     /// The items that are looked at, whole, with the flags of their completions.
     fn items(&self) -> Vec<SurveySample> {
         let samples = self.samples.expect("a signal that reads data has calibration");
-        let pairs = samples.sequences.iter().zip(&samples.completions).take(self.settings.prompts);
-        pairs.map(|(ids, flags)| SurveySample { ids: ids.clone(), scored: flags.clone() }).collect()
+        let (n, available) = (self.settings.prompts, samples.sequences.len());
+        // Evenly over all of them: files are often sorted, and general text comes last.
+        let chosen = (0..n.min(available)).map(|i| i * available / n.min(available));
+        let item =
+            |i: usize| SurveySample { ids: samples.sequences[i].clone(), scored: samples.completions[i].clone() };
+        chosen.map(item).collect()
     }
 
     /// Their prompts: what stands before a completion, or the whole item.
