@@ -13,7 +13,48 @@ pub use device::{
     Strided, StridedMut,
 };
 
+use std::fmt;
+use std::str::FromStr;
 use std::sync::Arc;
+
+/// In what precision packed weights meet the activations.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Activations {
+    /// As they are: the weights are read to f32. The reference of accuracy, and what quantization and evaluation use.
+    #[default]
+    F32,
+    /// Rounded to 8 bits with a scale for every 32 inputs, and multiplied with the codes as integers: what decoding uses.
+    /// Corrections of the weights see the activations as they are.
+    Int8,
+}
+
+impl Activations {
+    /// Every precision.
+    pub const ALL: [Activations; 2] = [Activations::F32, Activations::Int8];
+
+    /// As on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Activations::F32 => "f32",
+            Activations::Int8 => "int8",
+        }
+    }
+}
+
+impl fmt::Display for Activations {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for Activations {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<Self, String> {
+        let known = Activations::ALL.into_iter().find(|a| a.name() == s);
+        known.ok_or_else(|| format!("there are no '{s}' activations: use f32 or int8"))
+    }
+}
 
 /// The scalar device that defines every operation.
 pub fn reference() -> Arc<dyn Device> {
@@ -23,6 +64,11 @@ pub fn reference() -> Arc<dyn Device> {
 /// The fast CPU device, with the instructions that this processor has.
 pub fn cpu() -> Arc<dyn Device> {
     Arc::new(cpu::Cpu::variants().swap_remove(0))
+}
+
+/// The fast CPU device, whose linears with packed weights read activations in this precision.
+pub fn cpu_with(activations: Activations) -> Arc<dyn Device> {
+    Arc::new(cpu::Cpu::variants().swap_remove(0).with(activations))
 }
 
 /// The CPU device once for each instruction set of this processor that it has code for, the best first. For tests.

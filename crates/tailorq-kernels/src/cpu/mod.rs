@@ -20,8 +20,8 @@ mod tile;
 mod unpack;
 
 use crate::{
-    AttentionShape, AttentionSpan, Device, GradientSums, Heads, HeadsMut, LogSumExp, NotPositiveDefinite, RopeTable,
-    Strided, StridedMut,
+    Activations, AttentionShape, AttentionSpan, Device, GradientSums, Heads, HeadsMut, LogSumExp, NotPositiveDefinite,
+    RopeTable, Strided, StridedMut,
 };
 use std::ops::Range;
 use tailorq_tensor::{Matrix, Weight};
@@ -29,18 +29,27 @@ use tailorq_tensor::{Matrix, Weight};
 /// See the module.
 pub(crate) struct Cpu {
     isa: simd::Isa,
+    activations: Activations,
 }
 
 impl Cpu {
     /// One device for each instruction set that this processor has, the best first; there is always one.
     pub(crate) fn variants() -> Vec<Cpu> {
-        simd::Isa::available().into_iter().map(|isa| Cpu { isa }).collect()
+        simd::Isa::available().into_iter().map(|isa| Cpu { isa, activations: Activations::F32 }).collect()
+    }
+
+    /// The same with activations of another precision.
+    pub(crate) fn with(self, activations: Activations) -> Cpu {
+        Cpu { activations, ..self }
     }
 }
 
 impl Device for Cpu {
     fn name(&self) -> String {
-        format!("cpu {}", self.isa.name())
+        match self.activations {
+            Activations::F32 => format!("cpu {}", self.isa.name()),
+            Activations::Int8 => format!("cpu {}, int8 activations", self.isa.name()),
+        }
     }
 
     fn linear_rows(&self, x: &[f32], w: &Weight, bias: Option<&[f32]>, rows: Range<usize>, y: &mut [f32]) {
