@@ -106,6 +106,11 @@ impl CalibrationItems {
         found.unwrap_or_default()
     }
 
+    /// Whether an item that asks `question` and answers `answer` (which may be empty) is one of them.
+    pub fn has(&self, question: &str, answer: &str) -> bool {
+        self.knows(&Identity::new(question, answer))
+    }
+
     fn knows(&self, identity: &Identity) -> bool {
         identity.questions.iter().any(|question| {
             let found = self.with(question);

@@ -1,5 +1,6 @@
 //! What can stop a run, in words that name the file and the way on.
 
+use crate::task::retention::RetentionReport;
 use std::path::PathBuf;
 use tailorq_eval::EvalError;
 use tailorq_format::FormatError;
@@ -68,6 +69,22 @@ pub enum PipelineError {
         path: PathBuf,
         /// What is wrong and what to do about it.
         problem: String,
+    },
+    /// The quantized model is not as good as it had to be.
+    #[error(
+        "{path}: the quantized model keeps {share:.4} of the original's held-out score, and {min} was asked for: a token of {items} \
+         held-out items has a probability of {after:.4} (geometric mean), {before:.4} under the original. Give it more bits (--bits, \
+         --bits-per-weight), keep more weights (--method tacq, --keep) or calibrate on more items (--samples). {remains}",
+        path = path.display(), share = report.share, min = report.min, items = report.items,
+        after = (-report.nll).exp(), before = (-report.original_nll).exp()
+    )]
+    Retention {
+        /// The output directory.
+        path: PathBuf,
+        /// What was measured.
+        report: Box<RetentionReport>,
+        /// What became of the model.
+        remains: &'static str,
     },
     /// The user asked to stop.
     #[error("stopped; what is finished is kept, run the same command with --resume to go on")]

@@ -10,6 +10,7 @@ use crate::recipe::{
 use crate::samples::{self, Samples};
 use crate::task::allocation::{ALLOCATED_METHODS, AllocationSettings};
 use crate::task::circuit::CircuitSettings;
+use crate::task::retention::RetainRequest;
 use crate::task::uniform;
 use std::path::{Path, PathBuf};
 use tailorq_model::OpenedModel;
@@ -39,6 +40,8 @@ pub struct QuantizeRequest {
     pub bits_per_weight: Option<f64>,
     /// Hashes that the inputs must have (model, calibration), when a recipe is repeated.
     pub expected: Option<Recipe>,
+    /// How good the result must be, if that matters. Not part of the recipe, whose bytes it does not decide.
+    pub retain: Option<RetainRequest>,
     /// Where the artifact goes.
     pub output: PathBuf,
     /// What to do when `output` is not empty.
@@ -54,6 +57,7 @@ impl QuantizeRequest {
         self.settings.check()?;
         self.circuit.as_ref().map_or(Ok(()), CircuitSettings::check)?;
         self.allocation.as_ref().map_or(Ok(()), AllocationSettings::check)?;
+        self.retain.as_ref().map_or(Ok(()), RetainRequest::check)?;
         let fail = |problem: String| Err(PipelineError::Settings(problem));
         if self.circuit.is_some() && tailorq_quant::find(&self.settings.method).is_some_and(|q| q.stores_half()) {
             let method = &self.settings.method;
@@ -121,6 +125,7 @@ impl QuantizeRequest {
             plan: None,
             bits_per_weight: None,
             expected: None,
+            retain: None,
             output: output.into(),
             mode: OutputMode::Fresh,
         }
@@ -240,7 +245,7 @@ fn plan_input(file: &Path) -> Result<PlanInput, PipelineError> {
 }
 
 /// The hash of a calibration file.
-fn hash_of(file: &Path) -> Result<String, PipelineError> {
+pub(crate) fn hash_of(file: &Path) -> Result<String, PipelineError> {
     hash_files(&[file], |_| ())
         .map_err(|e| PipelineError::Calibration { path: file.to_path_buf(), problem: format!("cannot be read: {e}") })
 }

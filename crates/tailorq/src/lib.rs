@@ -8,6 +8,7 @@ pub mod compare;
 pub mod demo;
 mod error;
 mod estimate;
+mod held_out;
 mod inputs;
 mod inspect;
 mod names;
@@ -49,6 +50,7 @@ pub use task::allocation::{
 };
 pub use task::circuit::{CircuitSettings, Reference};
 pub use task::planning::{PlanSummary, plan};
+pub use task::retention::{RetainRequest, RetentionReport};
 pub use task::score::{ScoreRequest, score};
 pub use task::scores::{ScoredCandidate, ScoredUnit, Scores};
 pub use task::survey::{SurveyRequest, survey};

@@ -4,6 +4,7 @@ use crate::error::PipelineError;
 use crate::inspect::inspect;
 use crate::recipe::Recipe;
 use crate::samples::Samples;
+use crate::task::retention::RetentionReport;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tailorq_eval::CalibrationItems;
@@ -101,6 +102,9 @@ pub struct Report {
     pub calibration: Option<CalibrationReport>,
     /// Bytes and bits.
     pub size: SizeReport,
+    /// The held-out score, where a bar was asked for.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub retention: Option<RetentionReport>,
     /// The quantized matrices in file order.
     pub layers: Vec<LayerReport>,
 }

@@ -51,7 +51,7 @@ const COMPLETION_KEYS: [&str; 4] = ["completion", "answer", "response", "output"
 const TEMPLATE_TIME: u64 = 1_721_952_000;
 
 /// One item before tokenization.
-enum Item {
+pub(crate) enum Item {
     Messages(Vec<ChatMessage>),
     Text(String),
 }
@@ -87,6 +87,12 @@ pub fn load(opened: &OpenedModel, input: &CalibrationInput) -> Result<Samples, P
 
 /// The items of one file.
 fn load_file(opened: &OpenedModel, input: &CalibrationInput) -> Result<Samples, PipelineError> {
+    let text = read_text(opened, input)?;
+    if is_jsonl(&input.file, &text) { load_items(opened, input, &text) } else { load_windows(opened, input, &text) }
+}
+
+/// The text of a file, which holds something.
+pub(crate) fn read_text(opened: &OpenedModel, input: &CalibrationInput) -> Result<String, PipelineError> {
     let fail = |problem: String| PipelineError::Calibration { path: input.file.clone(), problem };
     let longest = opened.model.config.max_positions;
     if input.sequence_length > longest {
@@ -98,11 +104,11 @@ fn load_file(opened: &OpenedModel, input: &CalibrationInput) -> Result<Samples, 
     if text.trim().is_empty() {
         return Err(fail("is empty: calibration needs at least one item".into()));
     }
-    if is_jsonl(&input.file, &text) { load_items(opened, input, &text) } else { load_windows(opened, input, &text) }
+    Ok(text)
 }
 
 /// `.jsonl` and `.json` by name; otherwise by the first character.
-fn is_jsonl(path: &Path, text: &str) -> bool {
+pub(crate) fn is_jsonl(path: &Path, text: &str) -> bool {
     match path.extension().and_then(|e| e.to_str()) {
         Some("jsonl" | "json" | "ndjson") => true,
         Some("txt" | "md" | "raw") => false,
@@ -112,52 +118,95 @@ fn is_jsonl(path: &Path, text: &str) -> bool {
 
 /// The indices of `n` of `available` items, chosen by `seed`, in ascending order.
 fn choose(available: usize, n: usize, seed: u64) -> Vec<usize> {
-    let mut order: Vec<usize> = (0..available).collect();
-    Rng::new(seed).shuffle(&mut order);
+    let mut order = shuffled(available, seed);
     order.truncate(n);
     order.sort_unstable();
     order
 }
 
+pub(crate) fn shuffled(available: usize, seed: u64) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..available).collect();
+    Rng::new(seed).shuffle(&mut order);
+    order
+}
+
+/// One item as tokens.
+pub(crate) struct Sequence {
+    pub(crate) ids: Vec<u32>,
+    /// Which of them belong to the completion, if there is one.
+    pub(crate) completion: Option<Vec<bool>>,
+    /// As the model reads it.
+    text: String,
+    /// It was cut to the sequence length.
+    shortened: bool,
+}
+
+pub(crate) fn sequence_of(
+    opened: &OpenedModel,
+    input: &CalibrationInput,
+    mut item: Item,
+    templated: &mut bool,
+) -> Result<Sequence, PipelineError> {
+    if input.drop_calculator_marks {
+        drop_calculator_marks(&mut item);
+    }
+    let Rendered { text, special, prompt } = render(opened, item, templated)?;
+    let mut ids = opened.tokenizer.encode(&text, special)?;
+    let mut completion = match prompt {
+        Some(prompt) => Some(after(&opened.tokenizer.encode(&prompt, special)?, &ids)),
+        None => None,
+    };
+    let shortened = ids.len() > input.sequence_length;
+    if shortened {
+        ids.truncate(input.sequence_length);
+        completion.iter_mut().for_each(|flags| flags.truncate(input.sequence_length));
+    }
+    Ok(Sequence { ids, completion, text, shortened })
+}
+
+/// The lines of a JSONL file that hold something, with their numbers from 1.
+pub(crate) fn numbered_lines(text: &str) -> Vec<(usize, &str)> {
+    text.lines().enumerate().map(|(i, l)| (i + 1, l)).filter(|(_, l)| !l.trim().is_empty()).collect()
+}
+
+/// The object of a line, its shape and its item.
+pub(crate) fn read_line(
+    input: &CalibrationInput,
+    (number, line): (usize, &str),
+) -> Result<(Map<String, Value>, &'static str, Item), PipelineError> {
+    let fail = |problem: String| {
+        let problem = format!("line {number}: {problem}");
+        PipelineError::Calibration { path: input.file.clone(), problem }
+    };
+    let object: Map<String, Value> =
+        serde_json::from_str(line).map_err(|e| fail(format!("is not a JSON object: {e}")))?;
+    let (shape, item) = read_item(&object).map_err(fail)?;
+    Ok((object, shape, item))
+}
+
 fn load_items(opened: &OpenedModel, input: &CalibrationInput, text: &str) -> Result<Samples, PipelineError> {
-    let fail = |problem: String| PipelineError::Calibration { path: input.file.clone(), problem };
-    let lines: Vec<(usize, &str)> = text.lines().enumerate().filter(|(_, l)| !l.trim().is_empty()).collect();
+    let lines = numbered_lines(text);
     let chosen = choose(lines.len(), input.samples, input.seed);
     let mut fingerprints = Vec::new();
     let (mut sequences, mut completions) = (Vec::new(), Vec::new());
     let (mut shortened, mut preview, mut shape, mut templated) = (0, String::new(), "", false);
     for idx in chosen {
-        let (line_idx, line) = lines[idx];
-        let at = |problem: String| fail(format!("line {}: {problem}", line_idx + 1));
-        let object: Map<String, Value> =
-            serde_json::from_str(line).map_err(|e| at(format!("is not a JSON object: {e}")))?;
-        let (item_shape, mut item) = read_item(&object).map_err(at)?;
+        let (object, item_shape, item) = read_line(input, lines[idx])?;
         shape = item_shape;
-        if input.drop_calculator_marks {
-            drop_calculator_marks(&mut item);
-        }
-        let Rendered { text, special, prompt } = render(opened, item, &mut templated)?;
-        let mut ids = opened.tokenizer.encode(&text, special)?;
-        let mut completion = match prompt {
-            Some(prompt) => Some(after(&opened.tokenizer.encode(&prompt, special)?, &ids)),
-            None => None,
-        };
+        let sequence = sequence_of(opened, input, item, &mut templated)?;
         if preview.is_empty() {
-            preview = text;
+            preview = sequence.text;
         }
-        if ids.len() > input.sequence_length {
-            ids.truncate(input.sequence_length);
-            completion.iter_mut().for_each(|flags| flags.truncate(input.sequence_length));
-            shortened += 1;
-        }
-        if ids.len() >= 2 {
-            sequences.push(ids);
+        shortened += usize::from(sequence.shortened);
+        if sequence.ids.len() >= 2 {
+            sequences.push(sequence.ids);
             fingerprints.push(fingerprint(&object));
-            completions.push(completion);
+            completions.push(sequence.completion);
         }
     }
     if sequences.is_empty() {
-        return Err(fail("no item has two tokens or more".into()));
+        let problem = "no item has two tokens or more".into();
+        return Err(PipelineError::Calibration { path: input.file.clone(), problem });
     }
     let available = lines.len();
     Ok(Samples { sequences, completions, shape, chat_template: templated, available, shortened, preview, fingerprints })
@@ -241,11 +290,7 @@ fn render(opened: &OpenedModel, item: Item, templated: &mut bool) -> Result<Rend
 
 fn load_windows(opened: &OpenedModel, input: &CalibrationInput, text: &str) -> Result<Samples, PipelineError> {
     let ids = opened.tokenizer.encode(text, true)?;
-    let windows: Vec<&[u32]> = if ids.len() <= input.sequence_length {
-        vec![&ids[..]]
-    } else {
-        ids.chunks_exact(input.sequence_length).collect()
-    };
+    let windows = windows_of(&ids, input.sequence_length);
     if ids.len() < 2 {
         let problem = "has fewer than two tokens".into();
         return Err(PipelineError::Calibration { path: input.file.clone(), problem });
@@ -262,6 +307,11 @@ fn load_windows(opened: &OpenedModel, input: &CalibrationInput, text: &str) -> R
         shortened: 0,
         preview: text.chars().take(400).collect(),
     })
+}
+
+/// Whole windows, or all of a text that is shorter than one.
+pub(crate) fn windows_of(ids: &[u32], length: usize) -> Vec<&[u32]> {
+    if ids.len() <= length { vec![ids] } else { ids.chunks_exact(length).collect() }
 }
 
 #[cfg(test)]

@@ -11,8 +11,8 @@ use std::path::PathBuf;
 use std::time::Instant;
 use tailorq::{
     AllocationSettings, AllocationSignal, CalibrationReport, CalibrationRequest, Estimate, Method, Outcome, OutputMode,
-    PRESETS, PipelineError, Preset, QuantizeRequest, QuantizeSettings, Recipe, Report, Rule, RuleSettings,
-    ScoreSettings,
+    PRESETS, PipelineError, Preset, QuantizeRequest, QuantizeSettings, Recipe, Report, RetainRequest, Rule,
+    RuleSettings, ScoreSettings,
 };
 
 /// Quantize a model to 2, 3, 4 or 8 bits a weight
@@ -26,6 +26,7 @@ use tailorq::{
   tailorq quantize model.gguf --method rtn --bits 4 --group 64 --output model-4bit
   tailorq quantize model.gguf --method tacq --bits 2 --keep 0.35% --task-data task.jsonl --output model-2bit
   tailorq quantize model.gguf --method taqo --bits-per-weight 2.5 --task-data task.jsonl --output model-2.5bit
+  tailorq quantize model.gguf --bits 3 --task-data task.jsonl --min-retain 0.95 --output model-3bit
   tailorq quantize model/ --bits 2 --calibration task.jsonl --output out --dry-run
   tailorq quantize --recipe qwen-3bit/recipe.toml --output again
 
@@ -53,6 +54,8 @@ pub struct QuantizeArgs {
     circuit: CircuitArgs,
     #[command(flatten)]
     allocation: AllocationArgs,
+    #[command(flatten)]
+    retain: RetainArgs,
     /// Repeat the run of this recipe.toml, byte for byte; refuses inputs that are not the recipe's
     #[arg(long, value_name = "FILE", conflicts_with_all = ["method", "GridArgs", "samples", "sequence_length", "seed", "drop_calculator_marks", "TileArgs", "CircuitArgs", "AllocationArgs", "ScoreArgs"])]
     recipe: Option<PathBuf>,
@@ -174,6 +177,21 @@ impl DataArgs {
             general: self.general_data.clone().map(|file| (file, self.mix)),
         })
     }
+}
+
+/// How good the result must be.
+#[derive(Args, Debug)]
+struct RetainArgs {
+    /// Fail unless the quantized model keeps this share of the original's held-out score, as 0.95 or 95%. The score is the
+    /// probability of a token of a completion (of any token in items without completions), in the geometric mean over up to
+    /// 64 items that were not drawn for calibration; the share is the inverse ratio of perplexities. Below it no artifact
+    /// is written, and --resume with a lower bar writes it without quantizing again
+    #[arg(long, value_name = "SHARE", value_parser = parse_share)]
+    min_retain: Option<f64>,
+    /// Items for --min-retain, instead of those of the calibration file that were not drawn; calibration items among them
+    /// are passed over
+    #[arg(long, value_name = "FILE", value_parser = utf8_path, requires = "min_retain")]
+    retain_data: Option<PathBuf>,
 }
 
 /// Salient tiles, for methods that begin with aligned; what is not given is as the method has it.
@@ -387,6 +405,7 @@ impl QuantizeArgs {
                 calibration.file.clone_from(file);
             }
         }
+        request.retain = self.retain.min_retain.map(|min| RetainRequest { min, data: self.retain.retain_data.clone() });
         request.survey.clone_from(&self.circuit.survey);
         request.scores.clone_from(&self.allocation.scores);
         Ok(request)
@@ -434,6 +453,7 @@ pub fn execute(args: &QuantizeArgs, console: &Console) -> anyhow::Result<()> {
                 "status": "written",
                 "seconds": seconds,
                 "size": report.size,
+                "retention": report.retention,
                 "calibration": calibration,
                 "mean_relative_error": report.mean_relative_error(),
                 "notes": report.notes().collect::<Vec<_>>(),
@@ -468,6 +488,12 @@ fn summary(request: &QuantizeRequest, report: &Report, seconds: f64) -> String {
         size.total_bits_per_weight,
         report.mean_relative_error()
     );
+    if let Some(kept) = &report.retention {
+        text.push_str(&format!(
+            "keeps {:.4} (standard error {:.4}) of the original's held-out score on {} items: {:.4} and {:.4} nats a token\n",
+            kept.share, kept.stderr, kept.items, kept.nll, kept.original_nll
+        ));
+    }
     if let Some(bits) = size.counted_bits_per_weight {
         text.push_str(&format!(
             "simulated: the file has the method's values in a larger format; its own format would take {bits:.3} bits per weight in \

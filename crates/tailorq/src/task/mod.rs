@@ -6,6 +6,7 @@ pub(crate) mod answers;
 pub(crate) mod circuit;
 pub(crate) mod plan;
 pub(crate) mod planning;
+pub(crate) mod retention;
 pub(crate) mod score;
 pub(crate) mod scores;
 pub(crate) mod scoring;
