@@ -73,5 +73,10 @@ pub fn cpu_with(activations: Activations) -> Arc<dyn Device> {
 
 /// The CPU device once for each instruction set of this processor that it has code for, the best first. For tests.
 pub fn cpu_variants() -> Vec<Arc<dyn Device>> {
-    cpu::Cpu::variants().into_iter().map(|cpu| Arc::new(cpu) as Arc<dyn Device>).collect()
+    cpu_variants_with(Activations::F32)
+}
+
+/// As [`cpu_variants`], with activations of this precision.
+pub fn cpu_variants_with(activations: Activations) -> Vec<Arc<dyn Device>> {
+    cpu::Cpu::variants().into_iter().map(|cpu| Arc::new(cpu.with(activations)) as Arc<dyn Device>).collect()
 }

@@ -151,6 +151,11 @@ impl ElementCorrections {
         (self.starts[r]..self.starts[r + 1]).map(move |i| (columns.get(i), values[i].to_f32()))
     }
 
+    /// Where the elements of each row start among all, and the end: `[rows + 1]`.
+    pub fn starts(&self) -> &[usize] {
+        &self.starts
+    }
+
     /// What is added to element `(r, c)`; `None` when it is not corrected.
     pub fn get(&self, r: usize, c: usize) -> Option<f32> {
         let columns = self.columns();

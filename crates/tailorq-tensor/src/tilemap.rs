@@ -120,6 +120,11 @@ impl TileMap {
             .then(|| self.ranks[r * self.words() + tile / WORD] as usize + before.count_ones() as usize)
     }
 
+    /// How many marked tiles precede row `r`, which may be the end.
+    pub fn rank_of_row(&self, r: usize) -> usize {
+        self.ranks[r * self.words()] as usize
+    }
+
     /// The marked tiles of row `r` with their ranks, both ascending.
     pub fn row(&self, r: usize) -> impl Iterator<Item = (usize, usize)> + '_ {
         let first = self.ranks[r * self.words()] as usize;

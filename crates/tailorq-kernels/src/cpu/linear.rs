@@ -7,8 +7,8 @@
 use super::gemm::{View, gemm};
 use super::simd::Isa;
 use super::tile::{Part, Tile};
-use super::{dot, scratch, unpack};
-use crate::shapes;
+use super::{dot, packed, scratch, unpack};
+use crate::{Activations, shapes};
 use rayon::prelude::*;
 use std::ops::Range;
 use tailorq_tensor::Weight;
@@ -22,8 +22,22 @@ const PANEL: usize = 256;
 /// Weight elements a task of the row-by-row path.
 const ROW_TASK: usize = 1 << 15;
 
-pub(super) fn linear_rows(isa: Isa, x: &[f32], w: &Weight, bias: Option<&[f32]>, rows: Range<usize>, y: &mut [f32]) {
+pub(super) fn linear_rows(
+    isa: Isa,
+    activations: Activations,
+    x: &[f32],
+    w: &Weight,
+    bias: Option<&[f32]>,
+    rows: Range<usize>,
+    y: &mut [f32],
+) {
     let n = shapes::linear(x, w, bias, &rows, y);
+    if let (Activations::Int8, Weight::Packed(w)) = (activations, w)
+        && w.mean4().is_none()
+        && n <= packed::FEW
+    {
+        return packed::few(isa, x, w, bias, rows, y);
+    }
     let y = Tile::new(y, n, rows.len(), rows.len());
     if n <= FEW {
         let task = (ROW_TASK / w.cols().max(1)).clamp(4, 512);

@@ -13,6 +13,7 @@ mod gemm;
 mod gram;
 mod linear;
 mod norm;
+mod packed;
 mod rope;
 mod scratch;
 mod simd;
@@ -53,7 +54,7 @@ impl Device for Cpu {
     }
 
     fn linear_rows(&self, x: &[f32], w: &Weight, bias: Option<&[f32]>, rows: Range<usize>, y: &mut [f32]) {
-        linear::linear_rows(self.isa, x, w, bias, rows, y);
+        linear::linear_rows(self.isa, self.activations, x, w, bias, rows, y);
     }
 
     fn embed(&self, ids: &[u32], table: &Weight, y: &mut [f32]) {

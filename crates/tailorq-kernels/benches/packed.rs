@@ -1,0 +1,170 @@
+//! Matrix times vector on packed weights against the read bandwidth of the same threads in the same run.
+//!
+//! `cargo bench -p tailorq-kernels --bench packed [-- THREADS...]`. For each shape and layout: enough distinct matrices that
+//! the cache holds none of them, read once each inside one parallel region in which every thread has its share of the rows.
+//! Rounds of all programs alternate; medians are printed.
+
+use half::f16;
+use std::hint::black_box;
+use std::sync::Barrier;
+use std::time::Instant;
+use tailorq_kernels::{Activations, Device, cpu_with};
+use tailorq_tensor::{
+    Bits, ElementCorrections, Group, Layout, PackedMatrix, PackedParts, Rng, SharedBytes, TILE, TileBits,
+    TileCorrection, TileCorrections, Weight,
+};
+
+/// Bytes of the matrices of one program.
+const WORKING_SET: usize = 192 << 20;
+/// Bytes of the buffer whose sum measures the bandwidth.
+const BUFFER: usize = 512 << 20;
+/// Rounds; medians of them are printed.
+const ROUNDS: usize = 9;
+
+struct Case {
+    name: &'static str,
+    bits: Bits,
+    group: usize,
+    tiles: f64,
+    elements: f64,
+}
+
+const CASES: [Case; 5] = [
+    Case { name: "2 bit, group 128", bits: Bits::Two, group: 128, tiles: 0.0, elements: 0.0 },
+    Case { name: "2 bit, group 64", bits: Bits::Two, group: 64, tiles: 0.0, elements: 0.0 },
+    Case { name: "2 bit, 2 % tiles, 0.35 % elements", bits: Bits::Two, group: 128, tiles: 0.02, elements: 0.0035 },
+    Case { name: "3 bit, group 128", bits: Bits::Three, group: 128, tiles: 0.0, elements: 0.0 },
+    Case { name: "4 bit, group 64", bits: Bits::Four, group: 64, tiles: 0.0, elements: 0.0 },
+];
+
+/// (outputs, inputs).
+const SHAPES: [(usize, usize); 6] =
+    [(4864, 896), (896, 4864), (8960, 1536), (1536, 8960), (18944, 3584), (3584, 18944)];
+
+fn matrix(rng: &mut Rng, case: &Case, rows: usize, cols: usize) -> Weight {
+    let layout = Layout { bits: case.bits, group: Group::Inputs(case.group), symmetric: false };
+    let tiles = cols.div_ceil(TILE);
+    let words: Vec<u32> = (0..rows * tiles * case.bits.words_per_tile()).map(|_| rng.next_u64() as u32).collect();
+    let highs: Vec<u16> = (0..rows * tiles).map(|_| rng.next_u64() as u16).collect();
+    let groups = layout.group.count(cols);
+    let scales: Vec<f16> = (0..rows * groups).map(|_| f16::from_f32(0.01 + rng.uniform() as f32 * 0.01)).collect();
+    let zeros: Vec<u8> = (0..rows * layout.zero_bytes_per_row(cols)).map(|_| rng.next_u64() as u8).collect();
+    let parts = PackedParts {
+        codes: SharedBytes::from_vec(words),
+        codes_high: (case.bits == Bits::Three).then(|| SharedBytes::from_vec(highs)),
+        scales: SharedBytes::from_vec(scales),
+        zeros: Some(SharedBytes::from_vec(zeros)),
+    };
+    let mut m = PackedMatrix::new(rows, cols, layout, parts).expect("a valid matrix");
+    if case.tiles > 0.0 {
+        let mut all = vec![Vec::new(); rows];
+        for row in &mut all {
+            for tile in (0..tiles).filter(|_| rng.uniform() < case.tiles).collect::<Vec<_>>() {
+                let codes = std::array::from_fn(|_| rng.below(256) as u8 as i8);
+                row.push(TileCorrection { tile, scale: f16::from_f32(0.001), codes });
+            }
+        }
+        m = m
+            .with_tiles(TileCorrections::from_rows(cols, TileBits::Eight, &all).expect("valid tiles"))
+            .expect("same shape");
+    }
+    if case.elements > 0.0 {
+        let mut all = vec![Vec::new(); rows];
+        for row in &mut all {
+            for col in (0..cols).filter(|_| rng.uniform() < case.elements).collect::<Vec<_>>() {
+                row.push((col, f16::from_f32(0.1)));
+            }
+        }
+        m = m.with_elements(ElementCorrections::from_rows(cols, &all).expect("valid elements")).expect("same shape");
+    }
+    m.into()
+}
+
+/// Seconds of `work(thread)` on every thread at once, from the first start to the last end.
+fn region(threads: usize, work: impl Fn(usize) + Sync) -> f64 {
+    let barrier = Barrier::new(threads);
+    let (barrier, work) = (&barrier, &work);
+    let times: Vec<(Instant, Instant)> = std::thread::scope(|scope| {
+        let handles: Vec<_> = (0..threads)
+            .map(|thread| {
+                scope.spawn(move || {
+                    barrier.wait();
+                    let start = Instant::now();
+                    work(thread);
+                    (start, Instant::now())
+                })
+            })
+            .collect();
+        handles.into_iter().map(|h| h.join().expect("a thread that measures")).collect()
+    });
+    let first = times.iter().map(|t| t.0).min().expect("a thread");
+    let last = times.iter().map(|t| t.1).max().expect("a thread");
+    (last - first).as_secs_f64()
+}
+
+/// The sum of a thread's share of the buffer, eight independent chains that the compiler makes vectors of.
+fn read(buffer: &[u64], thread: usize, threads: usize) {
+    let n = buffer.len() / threads;
+    let mut sums = [0u64; 64];
+    for chunk in buffer[thread * n..(thread + 1) * n].chunks_exact(64) {
+        for (sum, v) in sums.iter_mut().zip(chunk) {
+            *sum = sum.wrapping_add(*v);
+        }
+    }
+    black_box(sums);
+}
+
+fn multiply(device: &dyn Device, all: &[Weight], x: &[f32], y: &mut [f32], thread: usize, threads: usize) {
+    for w in all {
+        let share = w.rows().div_ceil(threads).next_multiple_of(4);
+        let rows = (thread * share).min(w.rows())..((thread + 1) * share).min(w.rows());
+        let n = rows.len();
+        device.linear_rows(x, w, None, rows, &mut y[..n]);
+    }
+    black_box(y);
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+fn main() {
+    // One task a call: the parallel region is ours.
+    rayon::ThreadPoolBuilder::new().num_threads(1).build_global().expect("the first pool");
+    let arguments: Vec<usize> = std::env::args().skip(1).filter_map(|a| a.parse().ok()).collect();
+    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    let threads = if arguments.is_empty() { vec![1, cores.min(2)] } else { arguments };
+    let (device, mut rng) = (cpu_with(Activations::Int8), Rng::new(1));
+    let buffer: Vec<u64> = (0..BUFFER as u64 / 8).collect();
+    println!(
+        "{}; medians of {ROUNDS} rounds; GB/s of bytes stored, and share of the read bandwidth beside it",
+        device.name()
+    );
+    for case in &CASES {
+        for (rows, cols) in SHAPES {
+            let first = matrix(&mut rng, case, rows, cols);
+            let n = WORKING_SET.div_ceil(first.reader().bytes());
+            let all: Vec<Weight> = (1..n).map(|_| matrix(&mut rng, case, rows, cols)).chain([first]).collect();
+            let bytes: usize = all.iter().map(|w| w.reader().bytes()).sum();
+            let x: Vec<f32> = (0..cols).map(|_| rng.normal()).collect();
+            for &threads in &threads {
+                let (mut reads, mut products) = (Vec::new(), Vec::new());
+                for _ in 0..ROUNDS {
+                    reads.push(BUFFER as f64 / 1e9 / region(threads, |thread| read(&buffer, thread, threads)));
+                    let seconds = region(threads, |thread| {
+                        let mut y = vec![0.0; rows];
+                        multiply(&*device, &all, &x, &mut y, thread, threads);
+                    });
+                    products.push(bytes as f64 / 1e9 / seconds);
+                }
+                let (read, product) = (median(reads), median(products));
+                println!(
+                    "{:34} {rows:5} x {cols:5}  {threads} thread(s)  {product:6.1} of {read:6.1} GB/s  {:4.0} %",
+                    case.name,
+                    100.0 * product / read
+                );
+            }
+        }
+    }
+}

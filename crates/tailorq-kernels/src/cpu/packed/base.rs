@@ -1,0 +1,100 @@
+//! What the kernels read of a packed matrix: its base, borrowed once a call.
+
+use super::activations::{LANES, Order};
+use tailorq_tensor::{Bits, Group, Layout, PackedMatrix};
+
+/// The base of a packed matrix as plain slices.
+#[derive(Clone, Copy)]
+pub(super) struct Base<'a> {
+    pub(super) layout: Layout,
+    pub(super) order: Order,
+    pub(super) cols: usize,
+    /// `[rows, words_per_row]`.
+    pub(super) words: &'a [u32],
+    pub(super) words_per_row: usize,
+    /// `[rows, tiles]` with 3 bits, else empty.
+    pub(super) highs: &'a [u16],
+    pub(super) tiles: usize,
+    /// f16 `[rows, groups]`, as bits.
+    pub(super) scales: &'a [u16],
+    pub(super) groups: usize,
+    /// `[rows, zero_bytes]`, empty when the layout is symmetric.
+    pub(super) zeros: &'a [u8],
+    pub(super) zero_bytes: usize,
+}
+
+impl<'a> Base<'a> {
+    pub(super) fn of(m: &'a PackedMatrix) -> Self {
+        let (layout, cols, parts) = (m.layout(), m.cols(), m.parts());
+        let tiles = m.tiles_per_row();
+        Base {
+            layout,
+            order: Order::of(layout.bits),
+            cols,
+            words: parts.codes.cast().expect("checked when the matrix was made"),
+            words_per_row: tiles * layout.bits.words_per_tile(),
+            highs: parts.codes_high.as_ref().map_or(&[], |h| h.cast().expect("checked when the matrix was made")),
+            tiles,
+            scales: parts.scales.cast().expect("checked when the matrix was made"),
+            groups: layout.group.count(cols),
+            zeros: parts.zeros.as_deref().unwrap_or(&[]),
+            zero_bytes: layout.zero_bytes_per_row(cols),
+        }
+    }
+
+    /// Steps of sixteen words in a row.
+    pub(super) fn steps(&self) -> usize {
+        self.words_per_row.div_ceil(LANES)
+    }
+
+    /// Steps that read the same sixteen scales.
+    pub(super) fn steps_per_chunk(&self) -> usize {
+        match self.layout.group {
+            Group::Inputs(n) => LANES * n / self.order.step(),
+            Group::Row => self.steps().max(1),
+        }
+    }
+
+    /// For each step of a chunk, which of the sixteen scales each lane takes.
+    pub(super) fn lane_groups(&self) -> LaneGroups {
+        let mut table = LaneGroups { of_step: [Indices([0; LANES]); 32], mask: 0 };
+        if let Group::Inputs(n) = self.layout.group {
+            let period = self.steps_per_chunk();
+            for (s, indices) in table.of_step[..period].iter_mut().enumerate() {
+                for (lane, index) in indices.0.iter_mut().enumerate() {
+                    *index = ((s * self.order.step() + lane * self.order.lane()) / n) as i32;
+                }
+            }
+            table.mask = period - 1;
+        }
+        table
+    }
+
+    /// The zero of all groups of a symmetric layout.
+    pub(super) fn middle(&self) -> Option<f32> {
+        self.layout.symmetric.then(|| f32::from(self.layout.bits.middle()))
+    }
+
+    /// Width of a code and of a packed zero.
+    pub(super) fn bits(&self) -> usize {
+        self.layout.bits.count() as usize
+    }
+
+    /// Whether there is a plane of high bits.
+    pub(super) fn has_highs(&self) -> bool {
+        self.layout.bits == Bits::Three
+    }
+}
+
+/// See [`Base::lane_groups`].
+pub(super) struct LaneGroups {
+    /// At most 32 steps share sixteen scales: 8 bits, groups of 128.
+    pub(super) of_step: [Indices; 32],
+    /// The step's number modulo the period, which is a power of two.
+    pub(super) mask: usize,
+}
+
+/// One index a lane.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+pub(super) struct Indices(pub(super) [i32; LANES]);

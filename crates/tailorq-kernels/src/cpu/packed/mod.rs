@@ -1,0 +1,70 @@
+//! Linears of packed weights with 8-bit activations.
+//!
+//! `y = (base + corrections) x`: the base by integer products, codes times rounded activations, scaled a group at a time;
+//! the corrections by a second, sparse pass over the activations as they are. Up to [`FEW`] tokens, each weight row is read
+//! once and multiplied with every token; the sum of one row and one token is the same alone and among others.
+
+mod activations;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod base;
+mod corrections;
+mod portable;
+
+use super::simd::{Isa, Level};
+use super::tile::{Part, Tile};
+use activations::Quantized;
+use base::Base;
+use rayon::prelude::*;
+use std::cell::Cell;
+use std::ops::Range;
+use tailorq_tensor::PackedMatrix;
+
+/// Up to this many tokens are multiplied row by row.
+pub(super) const FEW: usize = 12;
+
+thread_local! {
+    /// The buffers of a thread that calls linears, kept so that a step of decoding allocates nothing.
+    static QUANTIZED: Cell<Quantized> = Cell::default();
+}
+
+/// `y[n, rows.len()] = x[n, in] W[rows]^T (+ bias[rows])` for a few tokens. Shapes are checked by the caller.
+pub(super) fn few(isa: Isa, x: &[f32], w: &PackedMatrix, bias: Option<&[f32]>, rows: Range<usize>, y: &mut [f32]) {
+    let n = x.len() / w.cols().max(1);
+    if w.cols() == 0 || n == 0 || rows.is_empty() {
+        return fill(bias, rows, y);
+    }
+    let mut quantized = QUANTIZED.take();
+    quantized.fill(isa, x, w.cols(), w.layout());
+    let base = Base::of(w);
+    // A multiple of the rows that kernels take at once; the partition changes no sum.
+    let task = rows.len().div_ceil(4 * rayon::current_num_threads()).next_multiple_of(4);
+    let parts = Tile::new(y, n, rows.len(), rows.len()).grid(n, task);
+    parts.into_par_iter().for_each(|Part { col, mut tile, .. }| {
+        let first = rows.start + col;
+        base_rows(isa, &base, &quantized, first, &mut tile);
+        corrections::add(isa, w, x, first, bias, &mut tile);
+    });
+    QUANTIZED.set(quantized);
+}
+
+/// Without inputs, what is left is the bias.
+fn fill(bias: Option<&[f32]>, rows: Range<usize>, y: &mut [f32]) {
+    for y in y.chunks_exact_mut(rows.len().max(1)) {
+        match bias {
+            Some(bias) => y.copy_from_slice(&bias[rows.clone()]),
+            None => y.fill(0.0),
+        }
+    }
+}
+
+fn base_rows(isa: Isa, base: &Base<'_>, x: &Quantized, first: usize, y: &mut Tile<'_>) {
+    match isa.level() {
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx512 if avx512::available() => {
+            // SAFETY: the processor has what the kernel needs.
+            unsafe { avx512::rows(base, x, first, y) }
+        }
+        _ => portable::rows(base, x, first, y),
+    }
+}

@@ -1,0 +1,93 @@
+//! Codes times 8-bit activations in plain Rust: what processors without a kernel of their own run.
+
+use super::activations::{LANES, Quantized};
+use super::base::Base;
+use crate::cpu::tile::Tile;
+use half::f16;
+
+/// `y[t, i] = base[first + i] x[t]` for all of `y`, whose rows are tokens.
+pub(super) fn rows(base: &Base<'_>, x: &Quantized, first: usize, y: &mut Tile<'_>) {
+    let mut planes = vec![0u8; base.steps() * base.order.step()];
+    for i in 0..y.cols() {
+        let row = Row { base, row: first + i };
+        row.read_codes(&mut planes);
+        for t in 0..y.rows() {
+            y.row_mut(t)[i] = row.product(x, t, &planes);
+        }
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Row<'a> {
+    base: &'a Base<'a>,
+    row: usize,
+}
+
+impl Row<'_> {
+    /// The codes of the row in the order of planes: `[steps, planes, 64]`.
+    fn read_codes(self, planes: &mut [u8]) {
+        let base = self.base;
+        let words = &base.words[self.row * base.words_per_row..(self.row + 1) * base.words_per_row];
+        // Bits of a code in the word, which has the low bits of a 3-bit code.
+        let width = 8 / base.order.planes;
+        let mask = (u32::from(u8::MAX) >> (8 - width)) as u8;
+        planes.fill(0);
+        for (w, word) in words.iter().enumerate() {
+            let (step, lane) = (w / LANES, w % LANES);
+            for (b, byte) in word.to_le_bytes().into_iter().enumerate() {
+                for p in 0..base.order.planes {
+                    let high = if base.has_highs() {
+                        (base.highs[self.row * base.tiles + w] >> (4 * b + p) & 1) << 2
+                    } else {
+                        0
+                    };
+                    let at = (step * base.order.planes + p) * 64 + 4 * lane + b;
+                    planes[at] = byte >> (width * p) & mask | high as u8;
+                }
+            }
+        }
+    }
+
+    fn product(self, x: &Quantized, token: usize, planes: &[u8]) -> f32 {
+        let base = self.base;
+        let n = base.order.planes;
+        let mut sum = 0.0;
+        for g in 0..base.groups {
+            let of_group = x.sums[token * x.chunks + g / LANES].0[g % LANES];
+            sum -= self.scale(g) * self.zero(g) * of_group;
+        }
+        let group = base.layout.group.len(base.cols);
+        for s in 0..x.steps {
+            let step = token * x.steps + s;
+            let mut dots = [0i32; LANES];
+            for (plane, x) in planes[s * n * 64..].chunks_exact(64).zip(&x.codes[step * n..(step + 1) * n]) {
+                for (k, (&code, &x)) in plane.iter().zip(&x.0).enumerate() {
+                    dots[k / 4] += i32::from(code) * i32::from(x);
+                }
+            }
+            for (lane, dot) in dots.into_iter().enumerate() {
+                let col = s * base.order.step() + lane * base.order.lane();
+                if col < base.cols {
+                    sum += dot as f32 * x.scales[step].0[lane] * self.scale(col / group);
+                }
+            }
+        }
+        sum
+    }
+
+    fn scale(self, g: usize) -> f32 {
+        f16::from_bits(self.base.scales[self.row * self.base.groups + g]).to_f32()
+    }
+
+    fn zero(self, g: usize) -> f32 {
+        let base = self.base;
+        if let Some(middle) = base.middle() {
+            return middle;
+        }
+        let bits = base.bits();
+        let row = &base.zeros[self.row * base.zero_bytes..(self.row + 1) * base.zero_bytes];
+        let at = g * bits;
+        let two = u16::from(row[at / 8]) | u16::from(row.get(at / 8 + 1).copied().unwrap_or(0)) << 8;
+        f32::from(two >> (at % 8) & ((1 << bits) - 1))
+    }
+}

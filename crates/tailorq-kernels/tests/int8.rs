@@ -1,0 +1,159 @@
+//! Linears of packed weights with 8-bit activations: every instruction set against their definition in f64.
+
+#![allow(clippy::unwrap_used, reason = "a test may stop where it stands")]
+
+mod inputs;
+
+use half::f16;
+use inputs::{corrected, layouts, normal, packed};
+use std::sync::Arc;
+use tailorq_kernels::{Activations, Device, cpu_variants_with};
+use tailorq_tensor::{Bits, Group, Layout, PackedMatrix, Rng, TileBits, TileCorrection, TileCorrections, Weight};
+
+/// Activations that share a scale.
+const GROUP: usize = 32;
+
+fn devices() -> Vec<Arc<dyn Device>> {
+    cpu_variants_with(Activations::Int8)
+}
+
+/// The activations as the kernels see them with the base: rounded to multiples of a 127th of their group's largest.
+fn rounded(x: &[f32], cols: usize) -> Vec<f64> {
+    let round = |group: &[f32]| -> Vec<f64> {
+        let largest = group.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+        let code = |v: f32| if largest > 0.0 { f64::from((v * (127.0 / largest)).round_ties_even()) } else { 0.0 };
+        group.iter().map(|&v| code(v) * f64::from(largest / 127.0)).collect()
+    };
+    x.chunks(cols).flat_map(|row| row.chunks(GROUP).flat_map(round).collect::<Vec<_>>()).collect()
+}
+
+/// What a linear gives by definition, and the sum of the absolute terms, by which its error is judged.
+fn expected(x: &[f32], w: &PackedMatrix, bias: Option<&[f32]>, t: usize, r: usize) -> (f64, f64) {
+    let cols = w.cols();
+    let x_rounded = rounded(&x[t * cols..(t + 1) * cols], cols);
+    let bias = bias.map_or(0.0, |b| f64::from(b[r]));
+    let (mut sum, mut size) = (bias, 1e-6 + bias.abs());
+    for c in 0..cols {
+        let base = f64::from(w.base_value(r, c));
+        let correction = f64::from(w.value(r, c)) - base;
+        sum += base * x_rounded[c] + correction * f64::from(x[t * cols + c]);
+        // The zero is taken off apart from the code, so both count.
+        let largest =
+            f64::from(w.layout().bits.max_code()) * f64::from(w.scales(r)[c / w.layout().group.len(cols)].to_f32());
+        size += (largest + correction.abs()) * x_rounded[c].abs();
+    }
+    (sum, size)
+}
+
+fn check(rng: &mut Rng, w: &PackedMatrix, n: usize) {
+    let (rows, cols) = (w.rows(), w.cols());
+    let x = normal(rng, n * cols);
+    let bias = normal(rng, rows);
+    let bias = (n % 2 == 1).then_some(bias.as_slice());
+    let weight: Weight = w.clone().into();
+    for device in devices() {
+        let mut y = vec![f32::NAN; n * rows];
+        device.linear(&x, &weight, bias, &mut y);
+        for (t, r) in (0..n).flat_map(|t| (0..rows).map(move |r| (t, r))) {
+            let ((expected, size), found) = (expected(&x, w, bias, t, r), y[t * rows + r]);
+            let what = format!("{} {} [{rows}, {cols}] token {t} of {n}, row {r}", device.name(), w.spec());
+            assert!(
+                (f64::from(found) - expected).abs() <= 2e-6 * size,
+                "{what}: {found}, expected {expected} ({size})"
+            );
+        }
+    }
+}
+
+#[test]
+fn every_layout_and_awkward_shapes() {
+    let mut rng = Rng::new(11);
+    for (rows, cols) in [(1, 1), (3, 15), (5, 17), (7, 64), (6, 576), (2, 896), (5, 1100)] {
+        for layout in layouts() {
+            let w = packed(&mut rng, rows, cols, layout);
+            for n in [1, 2, 3, 7] {
+                check(&mut rng, &w, n);
+            }
+        }
+    }
+}
+
+#[test]
+fn corrections_see_the_activations_as_they_are() {
+    let mut rng = Rng::new(12);
+    for layout in layouts() {
+        let plain = packed(&mut rng, 9, 600, layout);
+        let w = corrected(&mut rng, plain);
+        check(&mut rng, &w, 1);
+        check(&mut rng, &w, 3);
+    }
+    // A row with more elements than are multiplied at once, tiles of four bits, and more than a word of marks.
+    let plain = packed(&mut rng, 5, 2600, layouts()[0]);
+    let w = corrected(&mut rng, plain);
+    for bits in TileBits::ALL {
+        let tiles: Vec<Vec<_>> = (0..5)
+            .map(|r| {
+                let tile = |tile| TileCorrection {
+                    tile,
+                    scale: f16::from_f32(0.01),
+                    codes: std::array::from_fn(|i| if 16 * tile + i < 2600 { (i % 16) as i8 - 8 } else { 0 }),
+                };
+                (0..163).filter(|t| t % 5 <= r).map(tile).collect()
+            })
+            .collect();
+        let w = w.clone().with_tiles(TileCorrections::from_rows(2600, bits, &tiles).unwrap()).unwrap();
+        check(&mut rng, &w, 2);
+    }
+}
+
+#[test]
+fn many_groups_and_no_rows() {
+    let mut rng = Rng::new(13);
+    for (bits, group, cols) in
+        [(Bits::Two, 32, 4864), (Bits::Eight, 128, 8960), (Bits::Three, 128, 4864), (Bits::Four, 64, 2100)]
+    {
+        let layout = Layout { bits, group: Group::Inputs(group), symmetric: false };
+        for (rows, n) in [(5, 1), (0, 2)] {
+            let w = packed(&mut rng, rows, cols, layout);
+            check(&mut rng, &w, n);
+        }
+    }
+}
+
+#[test]
+fn a_token_and_a_row_are_the_same_alone_and_among_others() {
+    let mut rng = Rng::new(14);
+    let layout = Layout { bits: Bits::Two, group: Group::Inputs(128), symmetric: false };
+    let w: Weight = packed(&mut rng, 37, 896, layout).into();
+    let x = normal(&mut rng, 12 * 896);
+    for device in devices() {
+        let mut all = vec![0.0; 12 * 37];
+        device.linear(&x, &w, None, &mut all);
+        for n in [1, 2, 5] {
+            for t in 0..12 - n {
+                let mut some = vec![0.0; n * 20];
+                device.linear_rows(&x[t * 896..(t + n) * 896], &w, None, 9..29, &mut some);
+                for (k, row) in some.chunks(20).enumerate() {
+                    assert_eq!(row, &all[(t + k) * 37 + 9..(t + k) * 37 + 29], "{} {n} tokens from {t}", device.name());
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn activations_that_are_not_numbers_stay_so() {
+    let mut rng = Rng::new(15);
+    let layout = Layout { bits: Bits::Two, group: Group::Inputs(64), symmetric: false };
+    let w: Weight = packed(&mut rng, 4, 200, layout).into();
+    for (device, poison) in devices().into_iter().flat_map(|d| [(Arc::clone(&d), f32::NAN), (d, f32::INFINITY)]) {
+        let mut x = normal(&mut rng, 200);
+        x[150] = poison;
+        let mut y = vec![0.0; 4];
+        device.linear(&x, &w, None, &mut y);
+        assert!(y.iter().all(|y| y.is_nan()), "{}: {y:?}", device.name());
+        // Denormal activations are as good as zero.
+        device.linear(&[1e-40; 200], &w, None, &mut y);
+        assert!(y.iter().all(|y| y.abs() < 1e-30), "{}: {y:?}", device.name());
+    }
+}
