@@ -13,7 +13,7 @@ use tailorq_quant::{AlignedSettings, Clip, DriftCorrection, TokenWeight};
 use tailorq_tensor::{Bits, Group, Layout};
 
 /// Bumped when an old recipe no longer means the same bytes.
-pub const RECIPE_SCHEMA: u32 = 3;
+pub const RECIPE_SCHEMA: u32 = 4;
 
 /// A quantization run, repeatable byte for byte. Threads, output directory and times are not part of it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -70,17 +70,23 @@ pub enum LossKind {
     Completion,
     /// All tokens, the prompt's too.
     Full,
+    /// No label at all: how far the predictions of the model, rounded to nearest on the grid of these settings, are from the
+    /// original's (Kullback-Leibler), for each token of a completion, or of the original's own greedy answer to an item
+    /// without one. At the original itself this has no gradient; at the rounded model, `gradient * (rounded - original)` sums
+    /// to twice the divergence, to second order.
+    Kl,
 }
 
 impl LossKind {
     /// Every kind.
-    pub const ALL: [LossKind; 2] = [LossKind::Completion, LossKind::Full];
+    pub const ALL: [LossKind; 3] = [LossKind::Completion, LossKind::Full, LossKind::Kl];
 
     /// As in recipes and on the command line.
     pub fn name(self) -> &'static str {
         match self {
             LossKind::Completion => "completion",
             LossKind::Full => "full",
+            LossKind::Kl => "kl",
         }
     }
 }

@@ -251,12 +251,17 @@ fn read_item(object: &Map<String, Value>) -> Result<(&'static str, Item), String
             Item::Messages(vec![turn("user", prompt), turn("assistant", completion)]),
         ));
     }
+    // A prompt by itself is one without an answer; beside other texts one of them may be the answer under another name.
+    let n_texts = object.values().filter(|v| v.is_string()).count();
+    if let (Some(prompt), 1) = (string(&PROMPT_KEYS), n_texts) {
+        return Ok(("prompt", Item::Messages(vec![ChatMessage { role: "user".into(), content: prompt }])));
+    }
     if let Some(text) = string(&["text"]) {
         return Ok(("text", Item::Text(text)));
     }
     let found: Vec<_> = object.keys().map(String::as_str).collect();
     Err(format!(
-        "has the fields [{}]: an item needs \"prompt\" and \"completion\", or \"messages\", or \"text\"",
+        "has the fields [{}]: an item needs \"prompt\" and \"completion\", or \"prompt\" alone, or \"messages\", or \"text\"",
         found.join(", ")
     ))
 }
@@ -279,13 +284,17 @@ fn render(opened: &OpenedModel, item: Item, templated: &mut bool) -> Result<Rend
         Some((last, before)) if last.role == "assistant" && !before.is_empty() => Some(before),
         _ => None,
     };
+    // A conversation that waits for an answer is read up to where the answer begins.
+    let waits = messages.last().is_some_and(|last| last.role == "user");
     let Some(template) = &opened.template else {
         let lines = |turns: &[ChatMessage]| turns.iter().map(|m| m.content.as_str()).collect::<Vec<_>>().join("\n");
-        return Ok(Rendered { text: lines(&messages), special: true, prompt: before.map(|b| lines(b) + "\n") });
+        let end = if waits { "\n" } else { "" };
+        let text = lines(&messages) + end;
+        return Ok(Rendered { text, special: true, prompt: before.map(|b| lines(b) + "\n") });
     };
     *templated = true;
     let prompt = before.map(|b| template.render_at(b, true, TEMPLATE_TIME)).transpose()?;
-    Ok(Rendered { text: template.render_at(&messages, false, TEMPLATE_TIME)?, special: false, prompt })
+    Ok(Rendered { text: template.render_at(&messages, waits, TEMPLATE_TIME)?, special: false, prompt })
 }
 
 fn load_windows(opened: &OpenedModel, input: &CalibrationInput, text: &str) -> Result<Samples, PipelineError> {
@@ -328,7 +337,14 @@ mod tests {
         assert_eq!(item(r#"{"question":"a","answer":"b","idx":3}"#).ok().unwrap().0, "prompt and completion");
         assert_eq!(item(r#"{"messages":[{"role":"user","content":"a"}]}"#).ok().unwrap().0, "messages");
         assert_eq!(item(r#"{"text":"a"}"#).ok().unwrap().0, "text");
-        for bad in [r#"{"foo":1}"#, r#"{"messages":[]}"#, r#"{"messages":"x"}"#, r#"{"prompt":"a"}"#, r#"{"text":3}"#] {
+        assert_eq!(item(r#"{"id":3,"prompt":"a"}"#).ok().unwrap().0, "prompt");
+        for bad in [
+            r#"{"foo":1}"#,
+            r#"{"messages":[]}"#,
+            r#"{"messages":"x"}"#,
+            r#"{"prompt":"a","completions":"b"}"#,
+            r#"{"text":3}"#,
+        ] {
             assert!(item(bad).is_err(), "{bad}");
         }
     }

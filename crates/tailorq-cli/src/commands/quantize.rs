@@ -33,6 +33,7 @@ use tailorq::{
 Calibration: a text file (cut into windows of --sequence-length), or JSONL with one object a line:
   {\"prompt\": \"...\", \"completion\": \"...\"}   rendered with the model's chat template
   {\"messages\": [{\"role\": ..., \"content\": ...}]}   likewise
+  {\"prompt\": \"...\"}                          likewise, without an answer
   {\"text\": \"...\"}                            as it stands")]
 pub struct QuantizeArgs {
     /// Directory, GGUF file or hub id (org/name[@revision]); with --recipe, overrides the recipe's checkpoint
@@ -247,8 +248,9 @@ struct CircuitArgs {
     /// Quantized weights that signals compare with: rounded (rtn), or a whole run before this one (gptq)
     #[arg(long, value_name = "rtn|gptq", value_parser = parse_reference)]
     reference: Option<tailorq::Reference>,
-    /// Tokens that the loss behind gradients counts: those of the completion, or all (full) [default: completion]
-    #[arg(long, value_name = "completion|full")]
+    /// What gradients are of: the loss of the completions' tokens, of all tokens (full), or without labels the divergence of
+    /// the rounded model from the original, on the original's own answers where items have none (kl) [default: completion]
+    #[arg(long, value_name = "completion|full|kl")]
     loss: Option<tailorq::LossKind>,
     /// For --signal random
     #[arg(long, value_name = "N")]
@@ -347,7 +349,7 @@ fn preset_names() -> clap::builder::PossibleValuesParser {
     PRESETS.iter().map(|p| clap::builder::PossibleValue::new(p.name).help(p.about)).collect::<Vec<_>>().into()
 }
 
-fn parse_bits(s: &str) -> Result<tailorq::Bits, String> {
+pub(super) fn parse_bits(s: &str) -> Result<tailorq::Bits, String> {
     s.parse::<u32>().map_err(|e| e.to_string())?.try_into()
 }
 

@@ -1,6 +1,6 @@
 //! `tailorq survey`: what a task's data and gradients say of every weight, gathered once for many plans.
 
-use super::quantize::DataArgs;
+use super::quantize::{DataArgs, parse_bits};
 use crate::console::Console;
 use crate::observer::ConsoleObserver;
 use anyhow::Context;
@@ -8,7 +8,7 @@ use clap::Args;
 use serde_json::json;
 use std::path::PathBuf;
 use std::time::Instant;
-use tailorq::{LossKind, Needs, SurveyRequest};
+use tailorq::{Bits, Clip, Group, LossKind, Needs, PipelineError, QuantizeSettings, SurveyRequest};
 
 /// Run a task's data forward and backward through a model once, for many quantizations
 ///
@@ -33,9 +33,43 @@ pub struct SurveyArgs {
     #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "absolute,tokens",
           value_parser = ["absolute", "square", "tokens", "inputs"])]
     gather: Vec<String>,
-    /// Tokens that the loss counts: those of the completion, or all (full)
-    #[arg(long, value_name = "completion|full", default_value = "completion")]
+    /// What is differentiated: the loss of the completions' tokens, of all tokens (full), or without labels the divergence from
+    /// the original's predictions (kl), measured at the model rounded to nearest, because at the original it has no
+    /// gradient; items without a completion get the original's own greedy answer of up to 64 tokens
+    #[arg(long, value_name = "completion|full|kl", default_value = "completion")]
     loss: LossKind,
+    /// For --loss kl: bits of the rounded model, as of the quantization that will read the survey [default: 3]
+    #[arg(short, long, value_name = "N", value_parser = parse_bits)]
+    bits: Option<Bits>,
+    /// For --loss kl: inputs that share a scale, likewise [default: 128]
+    #[arg(short, long, value_name = "32|64|128|row", visible_alias = "group-size")]
+    group: Option<Group>,
+    /// For --loss kl: how each group's range is found, likewise [default: magnitude]
+    #[arg(long, value_name = "none|magnitude|hessian")]
+    clip: Option<Clip>,
+    /// For --loss kl: a symmetric grid, likewise
+    #[arg(long)]
+    sym: bool,
+}
+
+impl SurveyArgs {
+    fn settings(&self) -> anyhow::Result<QuantizeSettings> {
+        let has_grid = self.bits.is_some() || self.group.is_some() || self.clip.is_some() || self.sym;
+        if has_grid && self.loss != LossKind::Kl {
+            let problem =
+                "gradients of labels are those of the original: --bits, --group, --clip and --sym belong to --loss kl";
+            return Err(PipelineError::Settings(problem.into()).into());
+        }
+        let usual = QuantizeSettings::default();
+        Ok(QuantizeSettings {
+            loss: self.loss,
+            bits: self.bits.unwrap_or(usual.bits),
+            group: self.group.unwrap_or(usual.group),
+            clip: self.clip.unwrap_or(usual.clip),
+            symmetric: self.sym,
+            ..usual
+        })
+    }
 }
 
 /// Runs the command.
@@ -49,7 +83,7 @@ pub fn execute(args: &SurveyArgs, console: &Console) -> anyhow::Result<()> {
         ..Needs::default()
     };
     let calibration = args.data.request().context("a survey needs the task's data: give --task-data FILE")?;
-    let request = SurveyRequest { model: args.model.clone(), calibration, loss: args.loss, needs };
+    let request = SurveyRequest { model: args.model.clone(), calibration, settings: args.settings()?, needs };
     let device = tailorq::cpu();
     let observer = ConsoleObserver::new(console);
     let start = Instant::now();
@@ -59,6 +93,10 @@ pub fn execute(args: &SurveyArgs, console: &Console) -> anyhow::Result<()> {
     let bytes = std::fs::metadata(&args.output)?.len();
     console.object(&json!({ "output": args.output, "bytes": bytes, "loss": loss, "seconds": seconds }))?;
     let mib = bytes as f64 / super::MIB;
-    let loss = loss.map_or(String::new(), |loss| format!("; the data's loss is {loss:.4} nats a token"));
+    let what = match args.loss {
+        LossKind::Kl => "the rounded model diverges by",
+        LossKind::Completion | LossKind::Full => "the data's loss is",
+    };
+    let loss = loss.map_or(String::new(), |loss| format!("; {what} {loss:.4} nats a token"));
     console.text(&format!("wrote {} in {seconds:.0} s: {mib:.1} MiB{loss}\n", args.output.display()))
 }

@@ -9,11 +9,12 @@ use crate::recipe::{CalibrationInput, LossKind};
 use crate::task::allocation::AllocationSettings;
 use crate::task::score::{ScoreRequest, score};
 use crate::task::scores::at_width;
-use crate::task::survey::{SurveyRequest, survey};
+use crate::task::survey::{SurveyRequest, rounding, survey};
 use crate::task::survey_needs;
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 use tailorq_kernels::Device;
+use tailorq_quant::LayerSettings;
 use tailorq_quant::survey::Needs;
 
 /// Files between arms.
@@ -26,8 +27,10 @@ pub(super) struct Shared<'a> {
 }
 
 /// What decides a survey, beside what it gathers.
-fn data_of(arm: &Arm) -> (Option<CalibrationInput>, LossKind) {
-    (arm.recipe.calibration.as_ref().map(CalibrationInput::without_paths), arm.recipe.quantize.loss)
+fn data_of(arm: &Arm) -> (Option<CalibrationInput>, LossKind, Option<LayerSettings>) {
+    let (quantize, calibration) = (&arm.recipe.quantize, arm.recipe.calibration.as_ref());
+    let rounded = (quantize.loss == LossKind::Kl).then(|| rounding(quantize));
+    (calibration.map(CalibrationInput::without_paths), quantize.loss, rounded)
 }
 
 fn name_of(parts: &impl Serialize) -> String {
@@ -61,7 +64,8 @@ impl Shared<'_> {
         let name = name_of(&(&arm.recipe.tailorq, &arm.recipe.model.sha256, &data, gathered));
         let path = self.folder("surveys")?.join(format!("{name}.safetensors"));
         if !path.exists() {
-            let made = SurveyRequest { needs, ..SurveyRequest::of(&arm.request) };
+            let made =
+                SurveyRequest { needs, settings: arm.recipe.quantize.clone(), ..SurveyRequest::of(&arm.request) };
             survey(self.device, &made, &path, observer)?;
         }
         Ok(path)

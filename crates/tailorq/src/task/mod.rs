@@ -4,6 +4,7 @@
 pub(crate) mod allocation;
 pub(crate) mod answers;
 pub(crate) mod circuit;
+pub(crate) mod continuations;
 pub(crate) mod plan;
 pub(crate) mod planning;
 pub(crate) mod retention;
@@ -16,7 +17,8 @@ pub(crate) mod uniform;
 use crate::blocks::{Run, layer_settings, packed_block, quantize_blocks};
 use crate::error::PipelineError;
 use crate::inputs::QuantizeRequest;
-use crate::recipe::{QuantizeSettings, Recipe};
+use crate::observer::Observer;
+use crate::recipe::{LossKind, QuantizeSettings, Recipe};
 use crate::task::circuit::{CircuitSettings, Evidence, Reference, choose_circuit};
 use crate::task::plan::{Exceptions, PlanFile};
 use crate::task::planning::{allocate_widths, counts};
@@ -72,7 +74,7 @@ pub(crate) fn gather_task(
     request: &QuantizeRequest,
 ) -> Result<Task, PipelineError> {
     let survey = match survey_needs(run.recipe) {
-        Some(needs) => Some(open_survey(run, &opened.model, &needs, request.survey.as_deref())?),
+        Some(needs) => Some(open_survey(run, opened, &needs, request.survey.as_deref())?),
         None => None,
     };
     let mut task = Task { survey, plan: None };
@@ -83,11 +85,11 @@ pub(crate) fn gather_task(
         if let Some(circuit) = circuit {
             // A circuit is chosen around these widths, which a file of their own keeps for the next run.
             let widths = run.output.extra("widths.safetensors");
-            exceptions.write(&widths, sha256)?;
+            exceptions.write(&widths, sha256, &run.recipe.tailorq)?;
             task.plan = Some(PlanFile::open(&widths, sha256)?);
             exceptions.kept = circuit_of(run, (&opened.model, model), &task, circuit)?;
         }
-        exceptions.write(&path, sha256)?;
+        exceptions.write(&path, sha256, &run.recipe.tailorq)?;
     }
     if path.exists() {
         task.plan = Some(PlanFile::open(&path, sha256)?);
@@ -100,6 +102,7 @@ fn widths_of(run: &Run<'_>, opened: &OpenedModel, request: &QuantizeRequest) -> 
     if let Some(given) = &run.recipe.plan {
         let plan = PlanFile::open(&given.file, &run.recipe.model.sha256)?;
         plan.check_names(&opened.model)?;
+        note_version(&given.file, plan.made_by(), run.observer);
         let base = at_width(layer_settings(&run.recipe.quantize), 2);
         let differs = |s: &LayerSettings| !s.half && at_width(*s, 2) != base;
         if let Some((name, _)) = plan.layers().iter().find(|(_, s)| differs(s)) {
@@ -137,6 +140,7 @@ fn widths_of(run: &Run<'_>, opened: &OpenedModel, request: &QuantizeRequest) -> 
     // Read back even when just written: the same numbers as a run that resumes here.
     let scores = Scores::read(&path)?;
     scores.check_origin(run.recipe, (&allocation.score, base), &path)?;
+    note_version(&path, Some(&scores.tailorq), run.observer);
     let reserved = run.recipe.circuit.as_ref().map_or(0, |c| circuit_bytes(&opened.model, c));
     let planned = allocate_widths(&scores, &allocation.rule, reserved)?;
     let summary = &planned.summary;
@@ -177,13 +181,14 @@ fn circuit_of(
 
 fn open_survey(
     run: &Run<'_>,
-    model: &Model,
+    opened: &OpenedModel,
     needs: &Needs,
     existing: Option<&Path>,
 ) -> Result<SurveyFile, PipelineError> {
     if let Some(path) = existing {
         let survey = SurveyFile::open(path, run.recipe)?;
-        if survey.has(model, needs) {
+        if survey.has(&opened.model, needs) {
+            note_version(path, survey.made_by(), run.observer);
             return Ok(survey);
         }
         let problem =
@@ -193,9 +198,25 @@ fn open_survey(
     let path = run.output.extra("survey.safetensors");
     if !path.exists() {
         let samples = run.samples.expect("a recipe with a survey has calibration");
-        if let Some(loss) = write_survey(run.device, model, (run.recipe, samples), needs, &path, run.observer)? {
-            run.observer.note(&format!("the task's loss before quantization: {loss:.4} nats a token"));
+        if let Some(loss) = write_survey(run.device, opened, (run.recipe, samples), needs, &path, run.observer)? {
+            let what = match run.recipe.quantize.loss {
+                LossKind::Kl => "the divergence of the rounded model, at which gradients were taken",
+                LossKind::Completion | LossKind::Full => "the task's loss before quantization",
+            };
+            run.observer.note(&format!("{what}: {loss:.4} nats a token"));
         }
     }
     SurveyFile::open(&path, run.recipe)
+}
+
+/// Tells that a file is another version's. Its schema is this version's, so it can be read; what that version counted as
+/// the same numbers may differ from what this one would.
+fn note_version(path: &Path, made_by: Option<&str>, observer: &dyn Observer) {
+    let (here, there) = (env!("CARGO_PKG_VERSION"), made_by.filter(|v| !v.is_empty()).unwrap_or("before 0.1.0"));
+    if there != here {
+        observer.note(&format!(
+            "{} was made by tailorq {there}, this is {here}: make it again if results are to be repeated from the start",
+            path.display()
+        ));
+    }
 }

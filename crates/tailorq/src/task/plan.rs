@@ -28,9 +28,10 @@ pub(crate) struct Exceptions {
 
 impl Exceptions {
     /// Writes them to `path`, whole or not at all. `model` is the checkpoint's SHA-256.
-    pub(crate) fn write(&self, path: &Path, model: &str) -> Result<(), PipelineError> {
+    /// `made_by` is the version of tailorq whose numbers decided the plan.
+    pub(crate) fn write(&self, path: &Path, model: &str, made_by: &str) -> Result<(), PipelineError> {
         let layers = serde_json::to_string(&self.layers).expect("plain data");
-        let metadata = [("tailorq_plan", PLAN_SCHEMA), ("model", model), ("layers", &layers)];
+        let metadata = [("tailorq_plan", PLAN_SCHEMA), ("tailorq", made_by), ("model", model), ("layers", &layers)];
         let tensor = |(name, indices): (&String, &Vec<u32>)| -> TensorData {
             let spec = TensorSpec::new(format!("kept.{name}"), StoredType::U32, &[indices.len()]);
             (spec, SharedBytes::from_vec(indices.clone()))
@@ -44,6 +45,11 @@ impl PlanFile {
     /// Whether some layer keeps elements at 16 bits.
     pub(crate) fn keeps_elements(&self) -> bool {
         self.file.names().any(|name| name.starts_with("kept."))
+    }
+
+    /// The version of tailorq whose numbers decided the plan, where it was told.
+    pub(crate) fn made_by(&self) -> Option<&str> {
+        self.file.metadata().get("tailorq").map(String::as_str)
     }
 
     /// Settings of single layers, for another plan to start from.

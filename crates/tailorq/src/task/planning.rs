@@ -39,7 +39,11 @@ pub fn plan(scores: &Path, rule: &RuleSettings, output: &Path) -> Result<PlanSum
     if let Some(dir) = output.parent().filter(|d| !d.as_os_str().is_empty() && !d.is_dir()) {
         return Err(output_error(dir, &std::io::Error::from(std::io::ErrorKind::NotFound)));
     }
-    Exceptions { layers: planned.layers, ..Exceptions::default() }.write(output, &scores.model.sha256)?;
+    Exceptions { layers: planned.layers, ..Exceptions::default() }.write(
+        output,
+        &scores.model.sha256,
+        &scores.tailorq,
+    )?;
     Ok(planned.summary)
 }
 

@@ -21,6 +21,9 @@ pub const SCORES_SCHEMA: u32 = 1;
 pub struct Scores {
     /// Another number means another format.
     pub tailorq_scores: u32,
+    /// Version of tailorq that measured them; empty where that was not yet told.
+    #[serde(default)]
+    pub tailorq: String,
     /// The checkpoint.
     pub model: ModelInput,
     /// The data; absent for signals that read none.

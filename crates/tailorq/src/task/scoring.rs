@@ -8,6 +8,7 @@ use crate::samples::Samples;
 use crate::spill::SpillFile;
 use crate::task::allocation::{AllocationSignal, HALF, MeasureKind, ScoreSettings, Span};
 use crate::task::answers::AnswerMetric;
+use crate::task::continuations::continue_prompts;
 use crate::task::scores::{SCORES_SCHEMA, ScoredCandidate, ScoredUnit, Scores, at_width, units_of};
 use crate::task::survey::TAPE_BYTES;
 use std::ops::ControlFlow;
@@ -18,7 +19,6 @@ use tailorq_quant::allocate::UnitId;
 use tailorq_quant::signals::{Sampling, information_stability};
 use tailorq_quant::survey::{DamageSurvey, Judged, Measure, NoiseSurvey, StabilitySurvey, SurveySample};
 use tailorq_quant::{LayerSettings, QuantError};
-use tailorq_runtime::{BatchOptions, CompletionRequest, FinishReason, RuntimeError, generate_batch};
 use tailorq_tensor::{Rng, Slot};
 
 /// Tokens of the model's own continuation of a prompt.
@@ -68,6 +68,7 @@ impl Scoring<'_> {
         let shapes = self.opened.model.blocks.iter().flat_map(|b| &b.linears);
         Ok(Scores {
             tailorq_scores: SCORES_SCHEMA,
+            tailorq: env!("CARGO_PKG_VERSION").into(),
             model: self.recipe.model.clone(),
             calibration: self.recipe.calibration.clone().filter(|_| self.settings.reads_data()),
             score: self.settings.clone(),
@@ -234,24 +235,8 @@ impl Scoring<'_> {
 
     /// The prompts with the model's own greedy continuations, which are what is scored.
     fn continuations(&self) -> Result<Vec<SurveySample>, PipelineError> {
-        let (model, tokenizer) = (&self.opened.model, &self.opened.tokenizer);
-        let room = model.config.max_positions.saturating_sub(1).min(CONTINUATION_TOKENS);
         let prompts: Vec<Vec<u32>> = self.prompts().into_iter().map(|p| p.ids).filter(|ids| !ids.is_empty()).collect();
-        let request = |p: &Vec<u32>| CompletionRequest { prompt: p.clone(), max_tokens: room, stop: Vec::new() };
-        let requests: Vec<CompletionRequest> = prompts.iter().map(request).collect();
-        self.observer.stage("continuing the prompts", requests.len() as u64);
-        let found = generate_batch(model, tokenizer, self.device, &requests, &BatchOptions::default(), &mut |p| {
-            self.watch(p.done)
-        });
-        let whole = |(prompt, done): (Vec<u32>, tailorq_runtime::Completion)| {
-            let mut ids = prompt[done.cut_tokens..].to_vec();
-            let n_prompt = ids.len();
-            ids.extend(done.tokens);
-            // That the model stops is a prediction as well.
-            ids.extend(tokenizer.eos.first().filter(|_| done.finish == FinishReason::EndOfSequence));
-            SurveySample { scored: Some((0..ids.len()).map(|t| t >= n_prompt).collect()), ids }
-        };
-        Ok(prompts.into_iter().zip(found.map_err(runtime_error)?).map(whole).collect())
+        continue_prompts((self.device, self.opened), &prompts, CONTINUATION_TOKENS, self.observer)
     }
 }
 
@@ -272,12 +257,5 @@ fn interruptible<T>(result: Result<T, QuantError>) -> Result<T, PipelineError> {
     match result {
         Err(QuantError::Interrupted) => Err(PipelineError::Cancelled),
         other => Ok(other?),
-    }
-}
-
-pub(crate) fn runtime_error(error: RuntimeError) -> PipelineError {
-    match error {
-        RuntimeError::Interrupted => PipelineError::Cancelled,
-        other => PipelineError::Settings(format!("the prompts could not be continued: {other}")),
     }
 }

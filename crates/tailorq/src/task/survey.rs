@@ -3,6 +3,7 @@
 //! Statistics are stored as bfloat16 (their size matters, not their last digits) under `KIND.NAME`, and the header names
 //! the inputs they were made from, so that nobody plans with the survey of another model or task.
 
+use crate::blocks::layer_settings;
 use crate::error::PipelineError;
 use crate::inputs::{CalibrationRequest, QuantizeRequest, announce, resolve};
 use crate::observer::Observer;
@@ -10,18 +11,22 @@ use crate::recipe::{LossKind, QuantizeSettings, Recipe};
 use crate::samples::Samples;
 use crate::spill::SpillFile;
 use crate::task::circuit::CircuitSettings;
+use crate::task::continuations::continue_prompts;
 use serde::Serialize;
 use std::ops::ControlFlow;
 use std::path::Path;
 use tailorq_format::{AtomicFile, SafetensorsFile, SafetensorsWriter, TensorSpec};
 use tailorq_kernels::Device;
-use tailorq_model::Model;
-use tailorq_quant::QuantError;
+use tailorq_model::{Model, OpenedModel};
 use tailorq_quant::survey::{BlockStats, Loss, Needs, Survey, SurveySample};
+use tailorq_quant::{LayerPlan, LayerSettings, LayerStats, QuantError};
 use tailorq_tensor::{DType, InputGroup, LayerId, Matrix, Slot};
 
 /// Schema of survey files.
 const SURVEY_SCHEMA: &str = "1";
+
+/// Tokens of the model's own answer to an item without a completion, for [`LossKind::Kl`].
+const ANSWER_TOKENS: usize = 64;
 
 /// Block inputs and gradients held in memory; what is beyond goes to a file beside the survey.
 pub(crate) const TAPE_BYTES: usize = 1 << 30;
@@ -44,8 +49,8 @@ pub struct SurveyRequest {
     pub model: String,
     /// The task's data.
     pub calibration: CalibrationRequest,
-    /// Which tokens the loss counts.
-    pub loss: LossKind,
+    /// What is differentiated: the loss and, for [`LossKind::Kl`], the grid of the rounded model. All else is ignored.
+    pub settings: QuantizeSettings,
     /// What to gather.
     pub needs: Needs,
 }
@@ -57,7 +62,7 @@ impl SurveyRequest {
         SurveyRequest {
             model: request.model.clone(),
             calibration: request.calibration.clone().expect("a survey needs data"),
-            loss: request.settings.loss,
+            settings: request.settings.clone(),
             needs: needs.union(&request.settings.survey_needs()),
         }
     }
@@ -72,14 +77,15 @@ pub fn survey(
     observer: &dyn Observer,
 ) -> Result<Option<f64>, PipelineError> {
     let opened = tailorq_model::open(&request.model)?;
-    let settings = QuantizeSettings { loss: request.loss, ..QuantizeSettings::default() };
+    // The method and what is its own do not matter, but it must be one that reads data.
+    let settings = QuantizeSettings { method: "gptq".into(), aligned: None, ..request.settings.clone() };
     let calibration = Some(request.calibration.clone());
     let inputs = QuantizeRequest { settings, calibration, ..QuantizeRequest::new(&request.model, path) };
     inputs.check()?;
     let (recipe, samples) = resolve(&opened, &inputs, observer)?;
     let samples = samples.expect("GPTQ's defaults read calibration");
     announce(&samples, observer);
-    write_survey(device, &opened.model, (&recipe, &samples), &request.needs, path, observer)
+    write_survey(device, &opened, (&recipe, &samples), &request.needs, path, observer)
 }
 
 /// Everything that decides the numbers of a survey, as one line for its header.
@@ -93,6 +99,15 @@ struct Origin<'a> {
     drop_calculator_marks: bool,
     general: Option<(&'a str, f64)>,
     loss: LossKind,
+    /// Where a divergence is measured: the grid of the rounded model, and the tokens of its own answers.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    rounded: Option<(LayerSettings, usize)>,
+}
+
+/// The grid of a recipe for rounding to nearest, which reads nothing of a method's own.
+pub(crate) fn rounding(settings: &QuantizeSettings) -> LayerSettings {
+    let plain = layer_settings(&QuantizeSettings::default());
+    LayerSettings { damping: plain.damping, act_order: false, half: false, aligned: None, ..layer_settings(settings) }
 }
 
 fn origin(recipe: &Recipe) -> Result<String, PipelineError> {
@@ -108,6 +123,7 @@ fn origin(recipe: &Recipe) -> Result<String, PipelineError> {
         drop_calculator_marks: calibration.drop_calculator_marks,
         general: calibration.general.as_ref().map(|g| (g.sha256.as_str(), g.mix)),
         loss: recipe.quantize.loss,
+        rounded: (recipe.quantize.loss == LossKind::Kl).then(|| (rounding(&recipe.quantize), ANSWER_TOKENS)),
     };
     Ok(serde_json::to_string(&origin).expect("plain data"))
 }
@@ -147,25 +163,39 @@ fn specs(model: &Model, needs: &Needs, n_tokens: usize) -> Vec<TensorSpec> {
 /// of the data in nats a token, where gradients were needed. The file appears when it is whole.
 pub(crate) fn write_survey(
     device: &dyn Device,
-    model: &Model,
+    opened: &OpenedModel,
     (recipe, samples): (&Recipe, &Samples),
     needs: &Needs,
     path: &Path,
     observer: &dyn Observer,
 ) -> Result<Option<f64>, PipelineError> {
+    let original = &opened.model;
+    let is_divergence = recipe.quantize.loss == LossKind::Kl && needs.gradients();
+    if is_divergence && needs.token_energies && samples.completions.iter().any(Option::is_none) {
+        let problem = "with --loss kl, items without a completion are answered by the model itself, and weights of their tokens would \
+                       be those of other sequences than the calibration's: give items with completions, or use --token-weight uniform";
+        return Err(PipelineError::Settings(problem.into()));
+    }
+    let rounded;
+    let (model, loss) = if is_divergence {
+        rounded = rounded_model(device, original, rounding(&recipe.quantize), observer)?;
+        (&rounded, Loss::Divergence(original))
+    } else {
+        (original, Loss::CrossEntropy)
+    };
+    let survey_samples = survey_samples((device, opened), samples, recipe.quantize.loss, observer)?;
     let n_blocks = model.blocks.len();
     let specs = specs(model, needs, samples.tokens());
     let bytes: usize = specs.iter().filter_map(TensorSpec::bytes).sum();
     observer.note(&format!("the survey will have {:.1} MiB: {}", bytes as f64 / f64::from(1 << 20), path.display()));
     observer.stage("surveying the task", n_blocks as u64);
-    let metadata = [("tailorq_survey", SURVEY_SCHEMA), ("origin", &origin(recipe)?)];
+    let metadata = [("tailorq_survey", SURVEY_SCHEMA), ("tailorq", &recipe.tailorq), ("origin", &origin(recipe)?)];
     let mut file = SafetensorsWriter::create(path, &specs, &metadata)?;
     let dir = path.parent().unwrap_or(Path::new("."));
     let mut spill = SpillFile::create(dir).map_err(|e| crate::error::output_error(dir, &e))?;
-    let survey = Survey { device, model, loss: Loss::CrossEntropy, needs, tape_bytes: TAPE_BYTES };
-    let samples = survey_samples(samples, recipe.quantize.loss);
+    let survey = Survey { device, model, loss, needs, tape_bytes: TAPE_BYTES };
     let (mut failed, mut n_done) = (None, 0);
-    let summary = survey.run(&samples, Some(&mut spill), &mut |stats| {
+    let summary = survey.run(&survey_samples, Some(&mut spill), &mut |stats| {
         failed = write_block(&mut file, model, &stats).err();
         n_done += 1;
         observer.progress(n_done, &format!("block {}", stats.block_idx));
@@ -179,8 +209,8 @@ pub(crate) fn write_survey(
         Err(QuantError::Interrupted) => return Err(PipelineError::Cancelled),
         other => other?,
     };
-    if needs.token_energies && summary.n_samples < samples.len() {
-        let n = samples.len() - summary.n_samples;
+    if needs.token_energies && summary.n_samples < survey_samples.len() {
+        let n = survey_samples.len() - summary.n_samples;
         return Err(PipelineError::Settings(format!(
             "{n} calibration items have no completion within the sequence length: raise --sequence-length, or use --loss full"
         )));
@@ -192,11 +222,59 @@ pub(crate) fn write_survey(
     Ok(summary.mean_loss)
 }
 
-/// The samples with the flags of the tokens that the loss counts.
-fn survey_samples(samples: &Samples, loss: LossKind) -> Vec<SurveySample> {
-    let scored = |flags: &Option<Vec<bool>>| flags.clone().filter(|_| loss == LossKind::Completion);
+/// The samples with the flags of the tokens that the loss counts; for a divergence those without a completion get the
+/// original's own answer.
+fn survey_samples(
+    model: (&dyn Device, &OpenedModel),
+    samples: &Samples,
+    loss: LossKind,
+    observer: &dyn Observer,
+) -> Result<Vec<SurveySample>, PipelineError> {
+    let scored = |flags: &Option<Vec<bool>>| flags.clone().filter(|_| loss != LossKind::Full);
     let pairs = samples.sequences.iter().zip(&samples.completions);
-    pairs.map(|(ids, flags)| SurveySample { ids: ids.clone(), scored: scored(flags) }).collect()
+    let mut found: Vec<SurveySample> =
+        pairs.map(|(ids, flags)| SurveySample { ids: ids.clone(), scored: scored(flags) }).collect();
+    let open: Vec<usize> = match loss {
+        LossKind::Kl => (0..found.len()).filter(|&i| found[i].scored.is_none()).collect(),
+        LossKind::Completion | LossKind::Full => Vec::new(),
+    };
+    if !open.is_empty() {
+        observer.note(&format!("{} items have no completion and get the original's own answers", open.len()));
+        let prompts: Vec<Vec<u32>> = open.iter().map(|&i| found[i].ids.clone()).collect();
+        let answered = continue_prompts(model, &prompts, ANSWER_TOKENS, observer)?;
+        open.into_iter().zip(answered).for_each(|(i, sample)| found[i] = sample);
+    }
+    Ok(found)
+}
+
+/// The model with all linears rounded to nearest.
+fn rounded_model(
+    device: &dyn Device,
+    original: &Model,
+    settings: LayerSettings,
+    observer: &dyn Observer,
+) -> Result<Model, PipelineError> {
+    let rtn = tailorq_quant::find("rtn").expect("rtn is a registered method");
+    let plan = LayerPlan::from(settings);
+    let mut model = original.clone();
+    observer.stage("rounding the model to diverge from", model.blocks.len() as u64);
+    for (block_idx, block) in model.blocks.iter_mut().enumerate() {
+        if observer.cancelled() {
+            return Err(PipelineError::Cancelled);
+        }
+        for slot in Slot::ALL {
+            let linear = block.linear_mut(slot);
+            let found = rtn.quantize(device, &linear.weight.to_matrix(), &LayerStats::default(), &plan);
+            let named = |source: QuantError| QuantError::Layer {
+                layer: LayerId { block_idx, slot },
+                tensor: format!("{}.weight", linear.name),
+                source: Box::new(source),
+            };
+            linear.weight = found.map_err(named)?.weight.into();
+        }
+        observer.progress(block_idx as u64 + 1, "");
+    }
+    Ok(model)
 }
 
 fn write_block(
@@ -240,7 +318,7 @@ impl SurveyFile {
         }
         if found("origin") != Some(&origin(recipe)?) {
             return fail(
-                "was made from another model, data, choice of items or loss: repeat those, or make a new survey",
+                "was made from another model, data, choice of items or loss (or, with --loss kl, for another grid): repeat those, or make a new survey",
             );
         }
         Ok(SurveyFile { file })
@@ -249,6 +327,11 @@ impl SurveyFile {
     /// Whether it holds all that `needs` asks for of this model's first linear.
     pub(crate) fn has(&self, model: &Model, needs: &Needs) -> bool {
         specs(model, needs, 0).iter().all(|spec| self.file.get(&spec.name).is_some())
+    }
+
+    /// The version of tailorq that made it, where it was told.
+    pub(crate) fn made_by(&self) -> Option<&str> {
+        self.file.metadata().get("tailorq").map(String::as_str)
     }
 
     fn require(&self, name: &str) -> Result<tailorq_format::TensorView<'_>, PipelineError> {
