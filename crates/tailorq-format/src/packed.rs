@@ -3,18 +3,24 @@
 use crate::error::DAMAGED;
 use crate::{FormatError, Result, StoredType, TensorSet, TensorSpec};
 use tailorq_tensor::{
-    Bits, ElementCorrections, ElementParts, Mean4, PackError, PackedMatrix, PackedParts, PackedSpec, SharedBytes, TILE,
-    TileBits, TileCorrections, TileMap, TileParts, TileSpec,
+    Bits, ElementCorrections, ElementParts, InputTransform, Mean4, PackError, PackedMatrix, PackedParts, PackedSpec,
+    SharedBytes, TILE, TileBits, TileCorrections, TileMap, TileParts, TileSpec,
 };
 
-/// The newest version of the tensors that [`packed_specs`] names, and the first that has corrections. A configuration
-/// carries the version, and readers refuse those above their own.
-pub const FORMAT_VERSION: u32 = 2;
+/// The newest version of the tensors that [`packed_specs`] names. A configuration carries the version, and readers refuse
+/// those above their own.
+pub const FORMAT_VERSION: u32 = 3;
 
-/// The version that a configuration of `matrices` carries: 1 while all of them are nothing but a base, so that readers
-/// which know nothing of corrections go on reading them, and refuse the others.
+/// The version that a configuration of `matrices` carries, the lowest that has all they need, so that readers which know
+/// nothing of the rest go on reading them, and refuse the others: 1 for nothing but a base, 2 with corrections, 3 with an input
+/// transform.
 pub fn format_version<'a>(matrices: impl IntoIterator<Item = &'a PackedSpec>) -> u32 {
-    if matrices.into_iter().all(|m| m.corrections.is_none()) { 1 } else { FORMAT_VERSION }
+    let needed = |m: &PackedSpec| match (m.transform, m.corrections.is_none()) {
+        (Some(_), _) => 3,
+        (None, false) => 2,
+        (None, true) => 1,
+    };
+    matrices.into_iter().map(needed).max().unwrap_or(1)
 }
 
 /// Every part that a packed matrix may have.
@@ -48,7 +54,7 @@ const PARTS: [&str; 11] = [
 /// | `element_cols` | as `element_counts` | `[elements]` | element corrections |
 /// | `element_values` | F16 | `[elements]` | element corrections |
 pub fn packed_specs(layer: &str, spec: &PackedSpec) -> Vec<TensorSpec> {
-    let &PackedSpec { layout, rows, cols, corrections } = spec;
+    let &PackedSpec { layout, rows, cols, corrections, transform: _ } = spec;
     let tiles = cols.div_ceil(TILE);
     // A hostile width must end as a wrong shape, not as an overflow.
     let words = tiles.saturating_mul(layout.bits.words_per_tile());
@@ -146,6 +152,9 @@ fn assemble(spec: &PackedSpec, parts: &Parts) -> Result<PackedMatrix, PackError>
         zeros: parts.find("zeros"),
     };
     let mut matrix = PackedMatrix::new(spec.rows, spec.cols, spec.layout, base)?;
+    if let Some(transform) = spec.transform {
+        matrix = matrix.with_transform(InputTransform::new(spec.cols, transform)?)?;
+    }
     if spec.corrections.mean4.is_some() {
         let (map, scales) = (parts.get("tilemap"), parts.get("mean_scales"));
         matrix = matrix.with_mean4(Mean4::new(spec.rows, spec.cols, spec.layout.group, map, scales)?)?;

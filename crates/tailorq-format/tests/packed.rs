@@ -8,8 +8,8 @@ use tailorq_format::{
     SafetensorsWriter, StoredType, TensorSet, TensorSpec, format_version, packed_specs, packed_tensors, read_packed,
 };
 use tailorq_tensor::{
-    Bits, CorrectionSpec, ElementCorrections, Group, Layout, MeanTile, PackedMatrix, PackedSpec, ReadRows, Rng, TILE,
-    TileBits, TileCorrection, TileCorrections, TileSpec,
+    Bits, CorrectionSpec, ElementCorrections, Group, InputTransform, Layout, MeanTile, PackedMatrix, PackedSpec,
+    ReadRows, Rng, TILE, TileBits, TileCorrection, TileCorrections, TileSpec,
 };
 
 fn random(rows: usize, cols: usize, layout: Layout, seed: u64) -> PackedMatrix {
@@ -44,10 +44,12 @@ enum Beside {
     TilesAndElements,
     Means,
     MeansAndElements,
+    Rotated,
+    RotatedAndElements,
 }
 
 impl Beside {
-    const ALL: [Beside; 7] = [
+    const ALL: [Beside; 9] = [
         Beside::Nothing,
         Beside::Elements,
         Beside::Tiles(TileBits::Four),
@@ -55,14 +57,19 @@ impl Beside {
         Beside::TilesAndElements,
         Beside::Means,
         Beside::MeansAndElements,
+        Beside::Rotated,
+        Beside::RotatedAndElements,
     ];
 
     /// Means need two bits; another matrix goes without them.
     fn add_to(self, matrix: PackedMatrix, seed: u64) -> PackedMatrix {
         let (rows, cols) = (matrix.rows(), matrix.cols());
         let with_elements = |m: PackedMatrix| m.with_elements(elements(rows, cols, seed)).unwrap();
+        let rotated = |m: PackedMatrix| m.with_transform(InputTransform::hadamard(cols, seed).unwrap()).unwrap();
         match self {
             Beside::Nothing => matrix,
+            Beside::Rotated => rotated(matrix),
+            Beside::RotatedAndElements => with_elements(rotated(matrix)),
             Beside::Elements => with_elements(matrix),
             Beside::Tiles(bits) => matrix.with_tiles(tiles(rows, cols, bits, seed)).unwrap(),
             Beside::TilesAndElements => {
@@ -151,7 +158,9 @@ proptest! {
         let spec = matrix.spec();
         let specs = packed_specs("w", &spec);
         prop_assert_eq!(specs.iter().map(|s| s.bytes().unwrap()).sum::<usize>(), matrix.bytes());
-        prop_assert_eq!(format_version([&spec]), if spec.corrections.is_none() { 1 } else { 2 });
+        let version = if spec.transform.is_some() { 3 } else { 1 + u32::from(!spec.corrections.is_none()) };
+        prop_assert_eq!(format_version([&spec]), version);
+        prop_assert_eq!(format_version([&spec, &PackedSpec::base(1, 1, layout)]), version);
         let json = serde_json::to_string(&spec).unwrap();
         prop_assert_eq!(serde_json::from_str::<PackedSpec>(&json).unwrap(), spec);
         let dir = tempfile::tempdir().unwrap();
@@ -164,6 +173,38 @@ proptest! {
             prop_assert!(part.is_empty() || (part.as_ptr() as usize).is_multiple_of(64), "{}", spec.name);
         }
     }
+}
+
+#[test]
+fn transforms_that_no_matrix_has_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let layout = Layout { bits: Bits::Two, group: Group::Inputs(32), symmetric: true };
+    let set = write(dir.path(), &tensors(&random(2, 40, layout, 1)));
+    let spec = |transform: &str| {
+        let text = format!(
+            "{{\"bits\": 2, \"group\": 32, \"symmetric\": true, \"rows\": 2, \"cols\": 40, \"transform\": {transform}}}"
+        );
+        serde_json::from_str::<PackedSpec>(&text)
+    };
+    let good = spec("{\"kind\": \"hadamard\", \"seed\": 18446744073709551615, \"block\": 8}").unwrap();
+    assert_eq!(read_packed(&set, "w", &good).unwrap().spec(), good);
+    for block in ["0", "3", "64", "18446744073709551615"] {
+        let bad = spec(&format!("{{\"kind\": \"hadamard\", \"seed\": 1, \"block\": {block}}}")).unwrap();
+        let text = read_packed(&set, "w", &bad).unwrap_err().to_string();
+        assert!(text.contains("transform") && text.contains(dir.path().to_str().unwrap()), "{text}");
+    }
+    for bad in [
+        "{\"kind\": \"cosine\", \"seed\": 1, \"block\": 8}",
+        "{\"kind\": \"hadamard\", \"seed\": -1, \"block\": 8}",
+        "{\"kind\": \"hadamard\", \"seed\": 1, \"block\": 8, \"more\": 1}",
+        "{\"kind\": \"hadamard\", \"block\": 8}",
+    ] {
+        assert!(spec(bad).is_err(), "{bad}");
+    }
+    // No rows have no codes whose size would tell a width that is only claimed.
+    let wide = "{\"bits\": 2, \"group\": \"row\", \"symmetric\": true, \"rows\": 0, \"cols\": 4611686018427387904, \
+                \"transform\": {\"kind\": \"hadamard\", \"seed\": 1, \"block\": 1}}";
+    assert!(read_packed(&set, "w", &serde_json::from_str(wide).unwrap()).is_err());
 }
 
 #[test]

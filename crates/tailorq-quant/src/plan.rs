@@ -5,7 +5,7 @@ use crate::quantize::AlignedSettings;
 use serde::{Deserialize, Serialize};
 use std::str::FromStr;
 use std::sync::Arc;
-use tailorq_tensor::{Bits, Group, Layout};
+use tailorq_tensor::{Bits, Group, Layout, TransformKind, TransformSpec};
 
 /// How the range of a group, and with it scale and zero point, is found.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -53,6 +53,34 @@ impl FromStr for Clip {
     }
 }
 
+/// The input transform of a linear: what [`TransformSpec`] becomes for its width.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TransformSettings {
+    /// Its kind.
+    pub kind: TransformKind,
+    /// Of the signs; the same for all linears, so that those of one input share its rotation.
+    #[serde(default)]
+    pub seed: u64,
+    /// Inputs that are mixed with each other, a power of two up to the width; by the width when it is not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub block: Option<usize>,
+}
+
+impl TransformSettings {
+    /// The Hadamard transform with the blocks that fit each width.
+    pub fn hadamard(seed: u64) -> Self {
+        TransformSettings { kind: TransformKind::Hadamard, seed, block: None }
+    }
+
+    /// The transform for rows of `width` inputs.
+    pub fn spec(&self, width: usize) -> TransformSpec {
+        let TransformKind::Hadamard = self.kind;
+        let by_width = TransformSpec::hadamard(width, self.seed);
+        TransformSpec { block: self.block.unwrap_or(by_width.block), ..by_width }
+    }
+}
+
 /// How one linear is quantized. Written to recipes and artifacts, so the field names are part of the file format.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -72,6 +100,10 @@ pub struct LayerSettings {
     /// how a plan says 16 where other layers have 2, 3, 4 or 8.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub half: bool,
+    /// What is done to the inputs before they meet the packed base; for methods that can
+    /// ([`Quantizer::rotates`](crate::Quantizer::rotates)).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub transform: Option<TransformSettings>,
     /// Salient tiles, for the method `aligned`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub aligned: Option<AlignedSettings>,
@@ -91,6 +123,7 @@ impl LayerSettings {
             damping: default_damping(),
             act_order: false,
             half: false,
+            transform: None,
             aligned: None,
         }
     }

@@ -18,6 +18,7 @@ mod rng;
 mod spec;
 mod tilemap;
 mod tiles;
+mod transform;
 mod weight;
 
 pub use bytes::SharedBytes;
@@ -33,4 +34,5 @@ pub use rng::Rng;
 pub use spec::{CorrectionSpec, PackedSpec, TileSpec};
 pub use tilemap::TileMap;
 pub use tiles::{TileBits, TileCorrection, TileCorrections, TileParts};
+pub use transform::{InputTransform, TransformKind, TransformSpec};
 pub use weight::{DenseRows, ReadRows, RowOrder, Weight};

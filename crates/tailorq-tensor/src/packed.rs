@@ -2,8 +2,8 @@
 
 use crate::layout::{Bits, Layout, TILE};
 use crate::{
-    CorrectionSpec, ElementCorrections, Mean4, MeanTile, PackError, PackedSpec, ReadRows, SharedBytes, TileCorrections,
-    TileSpec,
+    CorrectionSpec, ElementCorrections, InputTransform, Mean4, MeanTile, PackError, PackedSpec, ReadRows, SharedBytes,
+    TileCorrections, TileSpec,
 };
 use half::f16;
 
@@ -21,13 +21,15 @@ pub struct PackedParts {
 }
 
 /// A `[rows, cols]` weight matrix at 2, 3, 4 or 8 bits, `value = (code - zero) * scale`, plus the corrections of tiles and of
-/// single elements where there are any.
+/// single elements where there are any. With an input transform `T` the base `B` of these values belongs to rotated inputs, and
+/// the weights are `B T + C` with the corrections `C`.
 #[derive(Clone, Debug)]
 pub struct PackedMatrix {
     rows: usize,
     cols: usize,
     layout: Layout,
     parts: PackedParts,
+    transform: Option<InputTransform>,
     mean4: Option<Mean4>,
     tiles: Option<TileCorrections>,
     elements: Option<ElementCorrections>,
@@ -60,7 +62,20 @@ impl PackedMatrix {
         if let Some(index) = scales.iter().position(|s| !s.is_finite() || s.to_f32() < 0.0) {
             return Err(PackError::Scale { index, value: scales[index].to_f32() });
         }
-        Ok(PackedMatrix { rows, cols, layout, parts, mean4: None, tiles: None, elements: None })
+        Ok(PackedMatrix { rows, cols, layout, parts, transform: None, mean4: None, tiles: None, elements: None })
+    }
+
+    /// This matrix with its base read as one of rotated inputs; corrections stay where they are. Not with means, which replace
+    /// tiles of the weights themselves.
+    pub fn with_transform(self, transform: InputTransform) -> Result<Self, PackError> {
+        let problem = if transform.width() != self.cols {
+            format!("is for rows of {}, not of {}", transform.width(), self.cols)
+        } else if self.mean4.is_some() {
+            "does not go with means of four".into()
+        } else {
+            return Ok(PackedMatrix { transform: Some(transform), ..self });
+        };
+        Err(PackError::Transform(problem))
     }
 
     /// This matrix with `elements` added to it, instead of those that it may have had.
@@ -81,7 +96,8 @@ impl PackedMatrix {
     /// This matrix with the words of some tiles read as means, which is what its codes must hold there.
     pub fn with_mean4(self, mean4: Mean4) -> Result<Self, PackError> {
         self.belongs((mean4.rows(), mean4.cols()))?;
-        if self.layout.bits != Bits::Two || self.layout.group != mean4.group() || self.tiles.is_some() {
+        let is_alone = self.tiles.is_none() && self.transform.is_none();
+        if self.layout.bits != Bits::Two || self.layout.group != mean4.group() || !is_alone {
             return Err(PackError::Mean4(self.spec().to_string()));
         }
         mean4.check(self.parts.codes.cast().expect("checked at the door"))?;
@@ -132,11 +148,13 @@ impl PackedMatrix {
         PackedMatrix::new(rows, cols, layout, parts)
     }
 
-    /// The rows of all `panels` (same columns, same layout, tile codes of one width), one under the other. Panics when they
+    /// The rows of all `panels` (same columns, layout and transform, tile codes of one width), one under the other. Panics when they
     /// differ or when there are none. What only some panels have, the others have none of.
     pub fn stack(panels: &[PackedMatrix]) -> Self {
         let first = &panels[0];
-        assert!(panels.iter().all(|p| p.cols == first.cols && p.layout == first.layout), "panels of one matrix");
+        let alike =
+            |p: &PackedMatrix| (p.cols, p.layout) == (first.cols, first.layout) && p.transform == first.transform;
+        assert!(panels.iter().all(alike), "panels of one matrix");
         let parts = PackedParts {
             codes: stack_part::<u32>(panels, |p| Some(&p.codes)).expect("every layout has codes"),
             codes_high: stack_part::<u16>(panels, |p| p.codes_high.as_ref()),
@@ -148,6 +166,7 @@ impl PackedMatrix {
         let elements: Vec<_> = panels.iter().map(|p| (p.rows, p.elements.as_ref())).collect();
         let mean4: Vec<_> = panels.iter().map(|p| (p.rows, p.mean4.as_ref())).collect();
         let stacked = PackedMatrix {
+            transform: first.transform.clone(),
             mean4: Mean4::stack(first.cols, &mean4),
             tiles: TileCorrections::stack(first.cols, &tiles),
             elements: ElementCorrections::stack(first.cols, &elements),
@@ -173,19 +192,25 @@ impl PackedMatrix {
         self.layout
     }
 
-    /// Shape, layout and corrections.
+    /// Shape, layout, transform and corrections.
     pub fn spec(&self) -> PackedSpec {
         let corrections = CorrectionSpec {
             mean4: self.mean4.as_ref().map(Mean4::len),
             tiles: self.tiles.as_ref().map(|t| TileSpec { bits: t.bits(), count: t.len() }),
             elements: self.elements.as_ref().map(ElementCorrections::len),
         };
-        PackedSpec { layout: self.layout, rows: self.rows, cols: self.cols, corrections }
+        let transform = self.transform.as_ref().map(InputTransform::spec);
+        PackedSpec { layout: self.layout, rows: self.rows, cols: self.cols, transform, corrections }
     }
 
     /// The parts of the base as they lie in a file.
     pub fn parts(&self) -> &PackedParts {
         &self.parts
+    }
+
+    /// What is done to inputs before they meet the base, if anything is.
+    pub fn transform(&self) -> Option<&InputTransform> {
+        self.transform.as_ref()
     }
 
     /// The tiles whose words hold means instead of codes, if there are any.
@@ -259,7 +284,8 @@ impl PackedMatrix {
         })
     }
 
-    /// Weight `(r, c)` of the base: `(code - zero) * scale`, or its mean where the tile holds means; exact in f32.
+    /// Number `(r, c)` of the base: `(code - zero) * scale`, or its mean where the tile holds means; exact in f32. With a
+    /// transform it belongs to rotated input `c`.
     pub fn base_value(&self, r: usize, c: usize) -> f32 {
         if let Some(mean) = self.mean4.as_ref().and_then(|m| m.get(r, c, self.code_words(r))) {
             return mean;
@@ -268,16 +294,29 @@ impl PackedMatrix {
         f32::from(i16::from(self.code(r, c)) - i16::from(self.zero(r, g))) * self.scales(r)[g].to_f32()
     }
 
-    /// Weight `(r, c)`: the base, plus its tile's correction, plus its own, each sum rounded to f32.
+    /// Weight `(r, c)`: the base, rotated back where it has a transform (which takes a look at the whole row), plus its tile's
+    /// correction, plus its own, each sum rounded to f32.
     pub fn value(&self, r: usize, c: usize) -> f32 {
         let tile = self.tiles.as_ref().and_then(|t| t.get(r, c));
         let element = self.elements.as_ref().and_then(|e| e.get(r, c));
-        [tile, element].into_iter().flatten().fold(self.base_value(r, c), |value, correction| value + correction)
+        let base = match &self.transform {
+            None => self.base_value(r, c),
+            Some(transform) => {
+                let mut row = vec![0.0; self.cols];
+                self.unpack_base(r, &mut row);
+                transform.backward(&mut row);
+                row[c]
+            }
+        };
+        [tile, element].into_iter().flatten().fold(base, |value, correction| value + correction)
     }
 
     /// Row `r` as f32, the same values as [`PackedMatrix::value`].
     pub fn unpack_row(&self, r: usize, out: &mut [f32]) {
         self.unpack_base(r, out);
+        if let Some(transform) = &self.transform {
+            transform.backward(out);
+        }
         if let Some(mean4) = &self.mean4 {
             mean4.write_to_row(r, self.code_words(r), out);
         }

@@ -1,6 +1,6 @@
-//! What a configuration records of a packed matrix: shape, layout and corrections, which together fix every size.
+//! What a configuration records of a packed matrix: shape, layout, transform and corrections, which together fix every size.
 
-use crate::{ElementCorrections, Layout, TileBits, TileMap};
+use crate::{ElementCorrections, Layout, TileBits, TileMap, TransformSpec};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
@@ -44,6 +44,9 @@ pub struct PackedSpec {
     pub rows: usize,
     /// Inputs.
     pub cols: usize,
+    /// What is done to the inputs before they meet the base, see [`crate::InputTransform`]; takes no bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub transform: Option<TransformSpec>,
     /// What lies beside the base.
     #[serde(flatten)]
     pub corrections: CorrectionSpec,
@@ -52,12 +55,12 @@ pub struct PackedSpec {
 impl PackedSpec {
     /// A `[rows, cols]` matrix that is nothing but a base.
     pub fn base(rows: usize, cols: usize, layout: Layout) -> Self {
-        PackedSpec { layout, rows, cols, corrections: CorrectionSpec::default() }
+        PackedSpec { layout, rows, cols, transform: None, corrections: CorrectionSpec::default() }
     }
 
     /// Bytes of all parts.
     pub fn bytes(&self) -> usize {
-        let &PackedSpec { layout, rows, cols, corrections } = self;
+        let &PackedSpec { layout, rows, cols, corrections, transform: _ } = self;
         let map = rows * TileMap::row_bytes(cols);
         let mean4 = corrections.mean4.map_or(0, |_| map + 2 * rows * layout.group.count(cols));
         let tiles = corrections.tiles.map_or(0, |t| map + t.count * (t.bits.tile_bytes() + 2));
@@ -70,6 +73,9 @@ impl PackedSpec {
 impl fmt::Display for PackedSpec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.layout)?;
+        if let Some(transform) = self.transform {
+            write!(f, ", {transform}")?;
+        }
         let CorrectionSpec { mean4, tiles, elements } = self.corrections;
         let parts = [(mean4.is_some(), " + means"), (tiles.is_some(), " + tiles"), (elements.is_some(), " + elements")];
         parts.iter().filter(|p| p.0).try_for_each(|p| f.write_str(p.1))

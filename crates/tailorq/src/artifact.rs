@@ -225,7 +225,8 @@ fn model_card(opened: &OpenedModel, report: &Report) -> String {
                 (None, None) => q.bits.count().to_string(),
                 _ => format!("{:.2}", size.linear_bits_per_weight),
             };
-            (bits.clone(), format!("{bits} bits, group {}, {sym}", q.group))
+            let rotated = if q.transform.is_some() { ", inputs rotated" } else { "" };
+            (bits.clone(), format!("{bits} bits, group {}, {sym}{rotated}", q.group))
         }
     };
     let (model_type, mib) = (opened.model.config.architecture, 1024.0 * 1024.0);

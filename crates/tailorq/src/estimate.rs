@@ -149,7 +149,9 @@ pub(crate) fn peak_memory(model: &Model, recipe: &Recipe, tokens: usize, longest
     // The Hessian, its damped copy that becomes the factor, and the factorization's own copy; two more for a method that
     // chooses, and one for each linear of an input whose gradients weigh the tokens.
     let chooses = tailorq_quant::find(&settings.method).is_some_and(|q| q.needs().held_out);
-    let more = 8 * usize::from(chooses) + 8 * usize::from(settings.token_weight.reads_gradients());
+    // A transform has the whole Hessian and the rotated one beside the original.
+    let more = 8 * usize::from(settings.transform.is_some());
+    let more = more + 8 * usize::from(chooses) + 8 * usize::from(settings.token_weight.reads_gradients());
     let hessian = if tokens == 0 { 0 } else { (12 + more + 8 * (beside - 1)) * widest * widest };
     // Weights as f32, their working copy, codes.
     let weights = 9 * largest;

@@ -291,7 +291,9 @@ impl Output {
 mod tests {
     use super::*;
     use half::f16;
-    use tailorq_tensor::{Bits, CorrectionSpec, ElementCorrections, Group, Layout, Matrix, PackedMatrix};
+    use tailorq_tensor::{
+        Bits, CorrectionSpec, ElementCorrections, Group, InputTransform, Layout, Matrix, PackedMatrix,
+    };
 
     /// A part with corrections is found again by a resumed run, and counted with them.
     #[test]
@@ -306,12 +308,14 @@ mod tests {
         let base = PackedMatrix::pack(2, 20, layout, &[1; 40], &[f16::ONE; 2], &[]).unwrap();
         let rows = [vec![(3, f16::from_f32(0.25))], vec![(0, f16::ONE), (19, f16::ONE)]];
         let matrix = base.clone().with_elements(ElementCorrections::from_rows(20, &rows).unwrap()).unwrap();
+        let matrix = matrix.with_transform(InputTransform::hadamard(20, u64::MAX).unwrap()).unwrap();
         let report = LayerReport {
             name: "w".into(),
             rows: 2,
             cols: 20,
             layout: Some(layout),
             dtype: None,
+            transform: matrix.spec().transform,
             corrections: matrix.spec().corrections,
             bytes: matrix.bytes(),
             relative_error: 0.5,
@@ -352,6 +356,7 @@ mod tests {
             cols: weight.reader().cols(),
             layout: weight.packed().map(PackedMatrix::layout),
             dtype: weight.packed().is_none().then(|| weight.reader().encoding()),
+            transform: None,
             corrections: CorrectionSpec::default(),
             bytes: weight.reader().bytes(),
             relative_error: 0.25,

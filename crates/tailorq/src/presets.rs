@@ -6,7 +6,7 @@ use crate::task::allocation::{
 };
 use crate::task::circuit::{CircuitSettings, Reference};
 use tailorq_quant::quantize::Salient;
-use tailorq_quant::{AlignedSettings, CircuitSignal, Clip};
+use tailorq_quant::{AlignedSettings, CircuitSignal, Clip, TransformSettings};
 use tailorq_tensor::{Bits, Group};
 
 /// A name for settings.
@@ -35,6 +35,11 @@ pub const PRESETS: &[Preset] = &[
     Preset { name: "rtn", about: "round to nearest; no calibration", settings: rtn },
     Preset { name: "gptq", about: "GPTQ: error feedback through the Hessian of the inputs", settings: gptq },
     Preset {
+        name: "gptq-hadamard",
+        about: "GPTQ after a random rotation of the inputs, which leaves no outliers to the grid",
+        settings: || rotated(gptq()),
+    },
+    Preset {
         name: "best",
         about: "per matrix the best of rounding and several GPTQs, judged on held-out items",
         settings: || baseline("best", |s| s.true_sequential = true),
@@ -44,6 +49,11 @@ pub const PRESETS: &[Preset] = &[
         name: "tacq",
         about: "GPTQ around the weights that carry the task, which stay at 16 bits",
         settings: tacq,
+    },
+    Preset {
+        name: "tacq-hadamard",
+        about: "the same after a rotation of the other weights",
+        settings: || rotated(tacq()),
     },
     Preset {
         name: "aligned",
@@ -150,6 +160,12 @@ fn rtn() -> Method {
 
 fn gptq() -> Method {
     Method::default()
+}
+
+/// The method with its base in the rotated domain.
+fn rotated(method: Method) -> Method {
+    let quantize = QuantizeSettings { transform: Some(TransformSettings::hadamard(0)), ..method.quantize };
+    Method { quantize, ..method }
 }
 
 fn half() -> Method {

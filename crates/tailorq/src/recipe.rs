@@ -9,7 +9,7 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use tailorq_quant::survey::Needs;
-use tailorq_quant::{AlignedSettings, Clip, DriftCorrection, TokenWeight};
+use tailorq_quant::{AlignedSettings, Clip, DriftCorrection, TokenWeight, TransformSettings};
 use tailorq_tensor::{Bits, Group, Layout};
 
 /// Bumped when an old recipe no longer means the same bytes.
@@ -141,6 +141,9 @@ pub struct QuantizeSettings {
     pub embedding_bits: u32,
     /// Code width of an untied head: 4, 8, or 16 for half precision.
     pub head_bits: u32,
+    /// What is done to the inputs of linears before they meet their packed base, for methods that can; nothing when absent.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub transform: Option<TransformSettings>,
     /// Salient tiles, for the methods `aligned` and `aligned-task` alone.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub aligned: Option<AlignedSettings>,
@@ -164,6 +167,7 @@ impl Default for QuantizeSettings {
             true_sequential: true,
             embedding_bits: 8,
             head_bits: 8,
+            transform: None,
             aligned: None,
         }
     }
@@ -195,9 +199,18 @@ impl QuantizeSettings {
     /// Refuses settings that no layout or method has.
     pub fn check(&self) -> Result<(), PipelineError> {
         let fail = |message: String| Err(PipelineError::Settings(message));
-        if tailorq_quant::find(&self.method).is_none() {
+        let Some(method) = tailorq_quant::find(&self.method) else {
             let names: Vec<_> = tailorq_quant::quantize::ALL.iter().map(|q| q.name()).collect();
             return fail(format!("there is no method '{}': use one of {}", self.method, names.join(", ")));
+        };
+        match self.transform {
+            Some(_) if !method.rotates() => {
+                return fail(format!("{} knows no input transform: leave it out, or use rtn or gptq", self.method));
+            }
+            Some(transform) if i64::try_from(transform.seed).is_err() => {
+                return fail(format!("the seed of the transform is {}: use one below 2^63", transform.seed));
+            }
+            _ => {}
         }
         if !(self.damping.is_finite() && (0.0..=100.0).contains(&self.damping)) {
             return fail(format!("damping is {}: use a share of the mean diagonal from 0 to 100", self.damping));
@@ -386,7 +399,10 @@ mod tests {
             schema: RECIPE_SCHEMA,
             tailorq: "0.1.0".into(),
             model: ModelInput { source: "org/name".into(), sha256: "00".into() },
-            quantize: QuantizeSettings::default(),
+            quantize: QuantizeSettings {
+                transform: Some(TransformSettings::hadamard(3)),
+                ..QuantizeSettings::default()
+            },
             calibration: Some(CalibrationInput {
                 file: "a.jsonl".into(),
                 sha256: "11".into(),
@@ -430,6 +446,8 @@ mod tests {
             |s| s.damping = f64::NAN,
             |s| s.damping = -1.0,
             |s| s.head_bits = 5,
+            |s| (s.method, s.transform) = ("awq".into(), Some(TransformSettings::hadamard(0))),
+            |s| s.transform = Some(TransformSettings::hadamard(u64::MAX)),
         ] {
             let mut settings = QuantizeSettings::default();
             change(&mut settings);

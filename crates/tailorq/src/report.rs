@@ -11,7 +11,7 @@ use tailorq_eval::CalibrationItems;
 use tailorq_model::OpenedModel;
 use tailorq_model::arch::{EMBEDDING, HEAD};
 use tailorq_quant::QuantizedLayer;
-use tailorq_tensor::{CorrectionSpec, Layout, PackedMatrix, PackedSpec};
+use tailorq_tensor::{CorrectionSpec, Layout, PackedMatrix, PackedSpec, TransformSpec};
 
 /// One quantized matrix of the artifact.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -28,6 +28,9 @@ pub struct LayerReport {
     /// Element type of a matrix that is stored at 16 bits: `BF16` or `F16`.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub dtype: Option<String>,
+    /// What is done to the inputs before they meet a packed base.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub transform: Option<TransformSpec>,
     /// What lies beside the base, counted.
     #[serde(flatten, default)]
     pub corrections: CorrectionSpec,
@@ -132,6 +135,7 @@ impl LayerReport {
             cols,
             layout: packed.map(PackedMatrix::layout),
             dtype: packed.is_none().then(|| reader.encoding()),
+            transform: packed.and_then(|m| m.spec().transform),
             corrections: packed.map_or_else(CorrectionSpec::default, |m| m.spec().corrections),
             bytes: reader.bytes(),
             simulated: layer.counted_bits.is_some(),
@@ -144,8 +148,8 @@ impl LayerReport {
 
     /// What the configuration records of a packed matrix; `None` for one at 16 bits.
     pub fn spec(&self) -> Option<PackedSpec> {
-        let &LayerReport { layout, rows, cols, corrections, .. } = self;
-        layout.map(|layout| PackedSpec { layout, rows, cols, corrections })
+        let &LayerReport { layout, rows, cols, transform, corrections, .. } = self;
+        layout.map(|layout| PackedSpec { layout, rows, cols, transform, corrections })
     }
 
     /// The notes, each with the layer's name.

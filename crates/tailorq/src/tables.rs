@@ -23,6 +23,7 @@ pub fn pack_table(
         damping: 0.0,
         act_order: false,
         half: false,
+        transform: None,
         aligned: None,
     };
     let (mut panels, mut notes) = (Vec::new(), Vec::new());
@@ -45,6 +46,7 @@ pub fn pack_table(
         cols: matrix.cols(),
         layout: Some(layout),
         dtype: None,
+        transform: None,
         corrections: matrix.spec().corrections,
         bytes: matrix.bytes(),
         relative_error: rounded(if squares > 0.0 { (lost / squares).sqrt() } else { 0.0 }),

@@ -12,7 +12,7 @@ use std::time::Instant;
 use tailorq::{
     AllocationSettings, AllocationSignal, CalibrationReport, CalibrationRequest, Estimate, Method, Outcome, OutputMode,
     PRESETS, PipelineError, Preset, QuantizeRequest, QuantizeSettings, Recipe, Report, RetainRequest, Rule,
-    RuleSettings, ScoreSettings,
+    RuleSettings, ScoreSettings, TransformSettings,
 };
 
 /// Quantize a model to 2, 3, 4 or 8 bits a weight
@@ -83,6 +83,13 @@ pub(super) struct GridArgs {
     /// Symmetric grid: no zero points are stored
     #[arg(long)]
     sym: bool,
+    /// Rotate the inputs of linears before they meet their codes: by a random Hadamard matrix, or not at all
+    /// (rtn, gptq, best, tacq) [default: none; gptq-hadamard and tacq-hadamard: hadamard]
+    #[arg(long, value_name = "none|hadamard", value_parser = parse_transform)]
+    transform: Option<Transform>,
+    /// Chooses the rotation's signs [default: 0]
+    #[arg(long, value_name = "N", requires = "transform")]
+    transform_seed: Option<u64>,
     /// How each group's range is found: as it is (none), by the least error of its weights (magnitude), or by the least
     /// error of the layer's output (hessian; rtn has no Hessian and searches by magnitude) [default: magnitude]
     #[arg(long, value_name = "none|magnitude|hessian")]
@@ -133,6 +140,10 @@ impl GridArgs {
         set(&mut settings.token_weight, self.token_weight.as_ref());
         set(&mut settings.embedding_bits, self.embedding_bits.as_ref());
         set(&mut settings.head_bits, self.head_bits.as_ref());
+        if let Some(Transform(transform)) = self.transform {
+            settings.transform =
+                transform.map(|t| TransformSettings { seed: self.transform_seed.unwrap_or(t.seed), ..t });
+        }
         if let Some((inputs, residual)) = self.drift {
             (settings.drift_inputs, settings.drift_residual) = (inputs, residual);
         }
@@ -351,6 +362,18 @@ fn preset_names() -> clap::builder::PossibleValuesParser {
 
 pub(super) fn parse_bits(s: &str) -> Result<tailorq::Bits, String> {
     s.parse::<u32>().map_err(|e| e.to_string())?.try_into()
+}
+
+/// A transform as asked for: one, or none at all.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Transform(Option<TransformSettings>);
+
+fn parse_transform(s: &str) -> Result<Transform, String> {
+    match s {
+        "none" => Ok(Transform(None)),
+        "hadamard" => Ok(Transform(Some(TransformSettings::hadamard(0)))),
+        _ => Err("use none or hadamard".into()),
+    }
 }
 
 fn parse_tile_bits(s: &str) -> Result<tailorq::TileBits, String> {

@@ -29,6 +29,9 @@ fn unpack_body<S: Simd>(simd: S, m: &PackedMatrix, r: usize, out: &mut [f32]) {
         Bits::Four => unpack_tiles::<S, 4>(simd, m, r, out),
         Bits::Eight => unpack_tiles::<S, 8>(simd, m, r, out),
     }
+    if let Some(transform) = m.transform() {
+        transform.backward(out);
+    }
     if let Some(mean4) = m.mean4() {
         mean4.write_to_row(r, m.code_words(r), out);
     }
@@ -129,7 +132,7 @@ fn zero_point(bits: Bits, zeros: Option<&[u8]>, g: usize) -> u8 {
 mod tests {
     use super::*;
     use half::f16;
-    use tailorq_tensor::{ElementCorrections, Group, Layout, MeanTile, Rng, TileCorrection};
+    use tailorq_tensor::{ElementCorrections, Group, InputTransform, Layout, MeanTile, Rng, TileCorrection};
 
     fn base(rng: &mut Rng, rows: usize, cols: usize, layout: Layout) -> PackedMatrix {
         let levels = usize::from(layout.bits.max_code()) + 1;
@@ -209,6 +212,10 @@ mod tests {
                         check(&tiled);
                         check(&tiled.with_elements(elements(&mut rng, 3, cols)).unwrap());
                     }
+                    let rotated = m.clone().with_transform(InputTransform::hadamard(cols, 7).unwrap()).unwrap();
+                    check(&rotated);
+                    let rotated = rotated.with_tiles(tiles(&mut rng, 3, cols, TileBits::Four)).unwrap();
+                    check(&rotated.with_elements(elements(&mut rng, 3, cols)).unwrap());
                     if layout.bits == Bits::Two {
                         let means = means(&mut rng, m);
                         check(&means);

@@ -129,8 +129,8 @@ impl Quantization {
         let needed = format_version(layers.values());
         if version < u64::from(needed) {
             return Err(problem(format!(
-                "format_version of the quantization is {version}, but its layers have corrections, which came with version \
-                 {needed}; the file was changed after it was written: fetch or write the model again"
+                "format_version of the quantization is {version}, but its layers have corrections or other parts that came \
+                 with version {needed}; the file was changed after it was written: fetch or write the model again"
             )));
         }
         Ok(Quantization { layers })

@@ -32,7 +32,7 @@ pub use settings::{AlignedSettings, Saliency, Salient, Scope, Unit};
 use super::feedback::{BLOCK, Factor, check_hessian};
 use super::grid::{Grid, GridRule, Line, ScaleOverflow};
 use super::rows::{ROWS_PER_TASK, Rows, assemble, at_group, check_finite, check_mask, fit_without, kept_within};
-use super::{LayerStats, Needs, Quantized, Quantizer, Rtn, check_settings};
+use super::{LayerStats, Needs, Quantized, Quantizer, Rtn, check_settings, refuse_transform};
 use crate::simd::Simd;
 use crate::{Clip, ElementMask, LayerPlan, LayerSettings, QuantError};
 use columns::{BYTE_MAX, FactorBlock, RUN, Rounding, RowBlock, scale_for};
@@ -72,6 +72,7 @@ impl Quantizer for Aligned {
     ) -> Result<Quantized, QuantError> {
         let settings = &plan.settings;
         check_settings(settings)?;
+        refuse_transform(self.name(), settings)?;
         check_mask(weights, plan)?;
         let aligned = settings.aligned.unwrap_or_default();
         aligned.check(settings.layout)?;
@@ -499,7 +500,7 @@ impl<'a> Job<'a> {
         }
         let elements = self.kept.map(ElementMask::len);
         let corrections = CorrectionSpec { elements, ..CorrectionSpec::default() };
-        let base = 8 * PackedSpec { layout, rows, cols, corrections }.bytes();
+        let base = 8 * PackedSpec { layout, rows, cols, transform: None, corrections }.bytes();
         let bitmap = 8 * rows * cols.div_ceil(unit.weights()).div_ceil(8);
         let finer = n_salient * unit.weights() * (8 - layout.bits.count() as usize);
         Some((base + bitmap + finer + 16 * rows * layout.group.count(cols)) as u64)

@@ -27,6 +27,10 @@ impl Quantizer for Best {
         Needs { hessian: true, held_out: true, ..Needs::default() }
     }
 
+    fn rotates(&self) -> bool {
+        true
+    }
+
     fn quantize(
         &self,
         device: &dyn Device,

@@ -8,6 +8,7 @@
 
 use super::feedback::{BLOCK, Factor, Feedback, FeedbackRows, RoundColumn, RowBlock, check_hessian, original};
 use super::grid::{Grid, GridRule, Line};
+use super::rotated::in_rotation;
 use super::rows::{Rows, at_group, check_mask, corrected, fit_without, kept_within, quantize_rows};
 use super::{LayerStats, Needs, Quantized, Quantizer, Rtn, check_settings};
 use crate::simd::round_within;
@@ -30,6 +31,10 @@ impl Quantizer for Gptq {
         Needs { hessian: true, ..Needs::default() }
     }
 
+    fn rotates(&self) -> bool {
+        true
+    }
+
     fn quantize(
         &self,
         device: &dyn Device,
@@ -41,6 +46,10 @@ impl Quantizer for Gptq {
         check_settings(settings)?;
         check_mask(weights, plan)?;
         let hessian = stats.hessian.ok_or(QuantError::HessianMissing { quantizer: self.name() })?;
+        if let Some(transform) = settings.transform {
+            let rotated = |w: &Matrix, s: &LayerStats<'_>, p: &LayerPlan| self.quantize(device, w, s, p);
+            return in_rotation(device, (weights, stats, plan), (transform, true), rotated);
+        }
         let cols = weights.cols();
         assert_eq!((hessian.rows(), hessian.cols()), (cols, cols), "the Hessian belongs to another input");
         check_hessian(hessian)?;

@@ -13,6 +13,7 @@ mod grid;
 mod keep_half;
 mod loss;
 mod pb_llm;
+mod rotated;
 mod rows;
 mod rtn;
 mod simulated;
@@ -73,6 +74,11 @@ pub trait Quantizer: Sync {
 
     /// Whether the result is stored at 16 bits a weight, whatever the layout of the settings.
     fn stores_half(&self) -> bool {
+        false
+    }
+
+    /// Whether the settings may ask for an input transform.
+    fn rotates(&self) -> bool {
         false
     }
 
@@ -194,6 +200,16 @@ impl fmt::Display for Note {
             }
             Note::DriftIgnored => write!(f, "Hessian not positive definite: the drift of the inputs is left as it is"),
             Note::DeadColumns { count } => write!(f, "{count} inputs were never active on the calibration data"),
+        }
+    }
+}
+
+/// Refuses an input transform, for methods that have no use for one.
+fn refuse_transform(name: &str, settings: &LayerSettings) -> Result<(), QuantError> {
+    match settings.transform {
+        None => Ok(()),
+        Some(_) => {
+            Err(QuantError::Settings(format!("{name} knows no input transform: leave it out, or use rtn or gptq")))
         }
     }
 }

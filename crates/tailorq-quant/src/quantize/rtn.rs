@@ -1,6 +1,7 @@
 //! Round to nearest: every weight to the nearest point of its group's grid.
 
 use super::grid::{GridRule, Line};
+use super::rotated::in_rotation;
 use super::rows::{Rows, at_group, check_finite, check_mask, corrected, fit_without, kept_within, quantize_rows};
 use super::{LayerStats, Needs, Quantized, Quantizer, check_settings, proxy_loss};
 use crate::simd::round_within;
@@ -21,6 +22,10 @@ impl Quantizer for Rtn {
         Needs::default()
     }
 
+    fn rotates(&self) -> bool {
+        true
+    }
+
     fn quantize(
         &self,
         device: &dyn Device,
@@ -29,6 +34,10 @@ impl Quantizer for Rtn {
         plan: &LayerPlan,
     ) -> Result<Quantized, QuantError> {
         check_settings(&plan.settings)?;
+        if let Some(transform) = plan.settings.transform {
+            let rotated = |w: &Matrix, s: &LayerStats<'_>, p: &LayerPlan| self.quantize(device, w, s, p);
+            return in_rotation(device, (weights, stats, plan), (transform, false), rotated);
+        }
         check_mask(weights, plan)?;
         let task = |first, n| round_rows(weights, plan, first, n);
         let (mut quantized, _) = quantize_rows(weights, plan, Vec::new(), task)?;

@@ -2,7 +2,7 @@
 
 use super::feedback::{Factor, check_hessian};
 use super::rows::{ROWS_PER_TASK, check_finite};
-use super::{LayerStats, Note, Quantized, Quantizer, Rtn, check_settings};
+use super::{LayerStats, Note, Quantized, Quantizer, Rtn, check_settings, refuse_transform};
 use crate::{LayerPlan, LayerSettings, QuantError};
 use half::f16;
 use rayon::prelude::*;
@@ -12,6 +12,7 @@ use tailorq_tensor::{ElementCorrections, Matrix};
 /// Refuses weights that are not finite, and settings that a simulated method would pass over in silence.
 pub(super) fn check_simulated(name: &str, weights: &Matrix, plan: &LayerPlan) -> Result<(), QuantError> {
     check_settings(&plan.settings)?;
+    refuse_transform(name, &plan.settings)?;
     check_finite(weights, 0, weights.rows())?;
     let problem = if plan.kept.is_some() {
         "its format has no place for other kept weights: leave out the circuit"

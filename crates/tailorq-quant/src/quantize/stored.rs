@@ -96,7 +96,7 @@ pub(super) fn stored_at_half(
 }
 
 /// `|W - Q|_F / |W|_F`; 0 for a matrix of zeros.
-fn relative_error(weights: &Matrix, quantized: &dyn ReadRows) -> f64 {
+pub(super) fn relative_error(weights: &Matrix, quantized: &dyn ReadRows) -> f64 {
     let cols = weights.cols();
     let parts: Vec<(f64, f64)> = weights
         .data()

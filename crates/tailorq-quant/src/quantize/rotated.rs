@@ -1,0 +1,265 @@
+//! Quantizing in the rotated domain of an input transform `T`: `W = B T + C`, with the base `B` on a grid and the kept
+//! elements `C` at 16 bits in the original domain.
+//!
+//! With `x' = T x` the layer is `W x = (W T^T) x'`, so the base is any method's result for the weights `W' = W T^T` and the
+//! Hessian `H' = T H T^T`: grids, clip search and error feedback see nothing else. `T` is orthonormal, so the squared error of
+//! weights and outputs is the same in both domains; what is reported is measured in the original one, on what is stored.
+//!
+//! Kept elements are chosen before, and taken out of the weights before they are rotated, since a rotation would spread these
+//! outliers over their row. What is stored for them is not their value but what is left to it by the base: a rotated base
+//! gives every element some value, those places too. And where there is a Hessian, not the difference to the original weight but
+//! the correction that makes the error of the whole row's output least, given the base: they can make up for errors of
+//! other weights, as the kept weights of plain GPTQ do, which take in the errors of earlier columns.
+
+use super::feedback::check_hessian;
+use super::rows::{check_finite, check_mask};
+use super::stored::relative_error;
+use super::{LayerStats, Note, Quantized, QuantizedWeight, proxy_loss};
+use crate::{LayerPlan, LayerSettings, QuantError, TransformSettings};
+use half::f16;
+use rayon::prelude::*;
+use tailorq_kernels::Device;
+use tailorq_tensor::{ElementCorrections, InputTransform, Matrix, PackedMatrix};
+
+/// Rounds of coordinate descent for kept elements; few rows change anything after the fourth.
+const ROUNDS: usize = 16;
+
+/// Rows and columns of a tile in which a matrix is mirrored.
+const TILE: usize = 32;
+
+/// Quantizes as `quantize` does, which gets rotated weights, statistics with the rotated Hessian (none unless
+/// `reads_hessian`) and a plan without transform and kept elements.
+pub(super) fn in_rotation(
+    device: &dyn Device,
+    (weights, stats, plan): (&Matrix, &LayerStats<'_>, &LayerPlan),
+    (settings, reads_hessian): (TransformSettings, bool),
+    quantize: impl FnOnce(&Matrix, &LayerStats<'_>, &LayerPlan) -> Result<Quantized, QuantError>,
+) -> Result<Quantized, QuantError> {
+    let cols = weights.cols();
+    check_mask(weights, plan)?;
+    check_finite(weights, 0, weights.rows())?;
+    let transform = InputTransform::new(cols, settings.spec(cols))?;
+    let (mut notes, mut complete) = (Vec::new(), None);
+    if let Some(hessian) = stats.hessian.filter(|_| reads_hessian) {
+        assert_eq!((hessian.rows(), hessian.cols()), (cols, cols), "the Hessian belongs to another input");
+        check_hessian(hessian)?;
+        complete = Some(completed(hessian, &mut notes));
+    }
+    let rotated_hessian = complete.as_ref().map(|h| rotate_both(&transform, h));
+    let rotated_stats = LayerStats {
+        hessian: rotated_hessian.as_ref(),
+        n_tokens: stats.n_tokens,
+        slot: stats.slot,
+        ..LayerStats::default()
+    };
+    let rotated_plan = LayerPlan::from(LayerSettings { transform: None, ..plan.settings });
+    let rotated = rotated_rest(&transform, weights, plan);
+    let mut quantized = quantize(&rotated, &rotated_stats, &rotated_plan)?;
+    drop((rotated, rotated_hessian));
+    let QuantizedWeight::Packed(base) = quantized.weight else {
+        return Err(QuantError::Settings(
+            "an input transform needs a method with a packed base: use rtn or gptq".into(),
+        ));
+    };
+    let matrix = with_kept(base.with_transform(transform)?, weights, plan, complete.as_ref())?;
+    quantized.relative_error = relative_error(weights, &matrix);
+    quantized.proxy_loss = stats.hessian.map(|h| proxy_loss(device, weights, &matrix, h, stats.n_tokens));
+    quantized.weight = matrix.into();
+    quantized.notes.splice(0..0, notes);
+    Ok(quantized)
+}
+
+/// The whole Hessian of its lower triangle. Inputs that were never active get the mean of the others' diagonals, so that their
+/// weights are not given away for nothing: the task's own prompts may use them.
+fn completed(hessian: &Matrix, notes: &mut Vec<Note>) -> Matrix {
+    let n = hessian.rows();
+    let diagonal = || (0..n).map(|i| f64::from(hessian.row(i)[i]));
+    let n_dead = diagonal().filter(|d| *d == 0.0).count();
+    if n_dead > 0 {
+        notes.push(Note::DeadColumns { count: n_dead });
+    }
+    let sum: f64 = diagonal().sum();
+    let mean = if sum > 0.0 { sum / (n - n_dead) as f64 } else { 1.0 };
+    let mut whole = hessian.clone();
+    let data = whole.data_mut();
+    for_each_pair(n, |above, below| data[above] = data[below]);
+    for diagonal in data.iter_mut().step_by(n + 1).filter(|d| **d == 0.0) {
+        *diagonal = mean as f32;
+    }
+    whole
+}
+
+/// `T H T^T` of a symmetric matrix.
+fn rotate_both(transform: &InputTransform, hessian: &Matrix) -> Matrix {
+    let mut rotated = hessian.clone();
+    rotate_rows(transform, &mut rotated);
+    transpose(&mut rotated);
+    rotate_rows(transform, &mut rotated);
+    rotated
+}
+
+fn rotate_rows(transform: &InputTransform, matrix: &mut Matrix) {
+    let cols = matrix.cols();
+    matrix.data_mut().par_chunks_exact_mut(cols.max(1)).for_each(|row| transform.forward(row));
+}
+
+/// Transposes a square matrix in place.
+fn transpose(matrix: &mut Matrix) {
+    let (n, data) = (matrix.rows(), matrix.data_mut());
+    for_each_pair(n, |above, below| data.swap(above, below));
+}
+
+/// Places above the diagonal of an `[n, n]` matrix with their mirror images below it, tile by tile, since one of the two is far
+/// from the one before it.
+fn for_each_pair(n: usize, mut visit: impl FnMut(usize, usize)) {
+    for top in (0..n).step_by(TILE) {
+        for left in (top..n).step_by(TILE) {
+            for r in top..(top + TILE).min(n) {
+                for c in left.max(r + 1)..(left + TILE).min(n) {
+                    visit(r * n + c, c * n + r);
+                }
+            }
+        }
+    }
+}
+
+/// The weights without the kept ones, rotated.
+fn rotated_rest(transform: &InputTransform, weights: &Matrix, plan: &LayerPlan) -> Matrix {
+    let mut rest = weights.clone();
+    if let Some(mask) = plan.kept.as_deref() {
+        for r in 0..rest.rows() {
+            let row = rest.row_mut(r);
+            mask.row(r).iter().for_each(|&c| row[c as usize] = 0.0);
+        }
+    }
+    rotate_rows(transform, &mut rest);
+    rest
+}
+
+/// The base with what is stored for the kept elements; as it is when nothing is kept.
+fn with_kept(
+    base: PackedMatrix,
+    weights: &Matrix,
+    plan: &LayerPlan,
+    hessian: Option<&Matrix>,
+) -> Result<PackedMatrix, QuantError> {
+    let Some(mask) = plan.kept.as_deref() else { return Ok(base) };
+    let cols = weights.cols();
+    let mean = hessian.map_or(0.0, |h| (0..cols).map(|i| f64::from(h.row(i)[i])).sum::<f64>() / cols.max(1) as f64);
+    let added = plan.settings.damping * mean;
+    let corrections: Vec<Vec<(usize, f16)>> = (0..weights.rows())
+        .into_par_iter()
+        .map(|r| {
+            let kept = mask.row(r);
+            if kept.is_empty() {
+                return Vec::new();
+            }
+            let mut errors = vec![0.0f32; cols];
+            base.unpack_row(r, &mut errors);
+            errors.iter_mut().zip(weights.row(r)).for_each(|(e, w)| *e = w - *e);
+            let values = match hessian {
+                None => kept.iter().map(|&c| f16::from_f32(errors[c as usize])).collect(),
+                Some(hessian) => least_error(hessian, added, kept, errors),
+            };
+            kept.iter().map(|&c| c as usize).zip(values).collect()
+        })
+        .collect();
+    Ok(base.with_elements(ElementCorrections::from_rows(cols, &corrections)?)?)
+}
+
+/// The corrections `c` at the `kept` columns, in f16, that make `(e - c) (H + added I) (e - c)^T` least, for the errors `e` of one
+/// row: coordinate descent, one element after another, from the corrections that leave no error there. No step raises it.
+fn least_error(hessian: &Matrix, added: f64, kept: &[u32], mut errors: Vec<f32>) -> Vec<f16> {
+    let of = |i: usize| (kept[i] as usize, hessian.row(kept[i] as usize));
+    let before: Vec<f32> = kept.iter().map(|&c| errors[c as usize]).collect();
+    let mut corrections: Vec<f16> = before.iter().map(|e| f16::from_f32(*e)).collect();
+    for ((&c, before), correction) in kept.iter().zip(&before).zip(&corrections) {
+        errors[c as usize] = before - correction.to_f32();
+    }
+    // Half the slope along each kept element.
+    let slope = |i: usize| -> f64 {
+        let (column, row) = of(i);
+        let product: f64 = row.iter().zip(&errors).map(|(h, e)| f64::from(*h) * f64::from(*e)).sum();
+        product + added * f64::from(errors[column])
+    };
+    let mut slopes: Vec<f64> = (0..kept.len()).map(slope).collect();
+    for _ in 0..ROUNDS {
+        let mut changed = false;
+        for i in 0..kept.len() {
+            let (column, row) = of(i);
+            let curvature = f64::from(row[column]) + added;
+            let best = corrections[i].to_f64() + slopes[i] / curvature;
+            // The nearest f16 is the best one of a parabola; one that overflows is no better than the old.
+            let new = f16::from_f64(best);
+            if new == corrections[i] || !new.is_finite() {
+                continue;
+            }
+            let step = corrections[i].to_f64() - new.to_f64();
+            corrections[i] = new;
+            for (j, slope) in slopes.iter_mut().enumerate() {
+                *slope += step * (f64::from(row[kept[j] as usize]) + if i == j { added } else { 0.0 });
+            }
+            changed = true;
+        }
+        if !changed {
+            break;
+        }
+    }
+    corrections
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tailorq_tensor::Rng;
+
+    #[test]
+    fn transposing_and_completing_a_triangle() {
+        for n in [1, 31, 32, 70] {
+            let mut rng = Rng::new(n as u64);
+            let m = Matrix::from_vec(n, n, (0..n * n).map(|_| rng.normal()).collect());
+            let (mut transposed, mut notes) = (m.clone(), Vec::new());
+            transpose(&mut transposed);
+            let whole = completed(&m, &mut notes);
+            for (r, c) in (0..n * n).map(|i| (i / n, i % n)) {
+                assert_eq!(transposed.row(r)[c], m.row(c)[r]);
+                assert_eq!(whole.row(r)[c], m.row(r.max(c))[r.min(c)]);
+            }
+            assert!(notes.is_empty());
+        }
+    }
+
+    /// The minimum over the kept elements by hand, and that it is one.
+    #[test]
+    fn kept_elements_make_the_error_least() {
+        let n = 24;
+        let mut rng = Rng::new(3);
+        let x: Vec<f32> = (0..n * 60).map(|_| rng.normal()).collect();
+        let mut h = Matrix::zeros(n, n);
+        for (r, c) in (0..n * n).map(|i| (i / n, i % n)) {
+            h.row_mut(r)[c] = (0..60).map(|t| x[t * n + r] * x[t * n + c] + x[t * n]).sum();
+        }
+        for (r, c) in (0..n * n).map(|i| (i / n, i % n)).filter(|(r, c)| r < c) {
+            let low = h.row(c)[r];
+            h.row_mut(r)[c] = low;
+        }
+        let errors: Vec<f32> = (0..n).map(|_| 0.1 * rng.normal()).collect();
+        let kept = [1u32, 4, 5, 17];
+        let loss = |c: &[f32]| -> f64 {
+            let mut e = errors.clone();
+            kept.iter().zip(c).for_each(|(&k, c)| e[k as usize] -= c);
+            let product = |r: usize| -> f64 { h.row(r).iter().zip(&e).map(|(h, e)| f64::from(h * e)).sum() };
+            (0..n).map(|r| f64::from(e[r]) * (product(r) + 0.5 * f64::from(e[r]))).sum()
+        };
+        let found: Vec<f32> = least_error(&h, 0.5, &kept, errors.clone()).iter().map(|c| c.to_f32()).collect();
+        let exact: Vec<f32> = kept.iter().map(|&k| errors[k as usize]).collect();
+        assert!(loss(&found) < 0.9 * loss(&exact), "{} {}", loss(&found), loss(&exact));
+        for i in 0..kept.len() {
+            for step in [-1e-3, 1e-3] {
+                let mut other = found.clone();
+                other[i] += step;
+                assert!(loss(&other) > loss(&found), "{i} {step}");
+            }
+        }
+    }
+}
