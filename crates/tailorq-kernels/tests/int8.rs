@@ -17,6 +17,12 @@ fn devices() -> Vec<Arc<dyn Device>> {
     cpu_variants_with(Activations::Int8)
 }
 
+/// Whether a device rounds the activations of `n` tokens.
+fn is_rounded(device: &dyn Device, n: usize) -> bool {
+    // More tokens are multiplied with weights in f32 where there is no kernel for panels.
+    n <= 12 || device.name().contains("avx512")
+}
+
 /// The activations as the kernels see them with the base: rounded to multiples of a 127th of their group's largest.
 fn rounded(x: &[f32], cols: usize) -> Vec<f64> {
     let round = |group: &[f32]| -> Vec<f64> {
@@ -51,7 +57,7 @@ fn check(rng: &mut Rng, w: &PackedMatrix, n: usize) {
     let bias = normal(rng, rows);
     let bias = (n % 2 == 1).then_some(bias.as_slice());
     let weight: Weight = w.clone().into();
-    for device in devices() {
+    for device in devices().into_iter().filter(|d| is_rounded(&**d, n)) {
         let mut y = vec![f32::NAN; n * rows];
         device.linear(&x, &weight, bias, &mut y);
         for (t, r) in (0..n).flat_map(|t| (0..rows).map(move |r| (t, r))) {
@@ -71,7 +77,7 @@ fn every_layout_and_awkward_shapes() {
     for (rows, cols) in [(1, 1), (3, 15), (5, 17), (7, 64), (6, 576), (2, 896), (5, 1100)] {
         for layout in layouts() {
             let w = packed(&mut rng, rows, cols, layout);
-            for n in [1, 2, 3, 7] {
+            for n in [1, 2, 3, 7, 13] {
                 check(&mut rng, &w, n);
             }
         }
@@ -86,6 +92,7 @@ fn corrections_see_the_activations_as_they_are() {
         let w = corrected(&mut rng, plain);
         check(&mut rng, &w, 1);
         check(&mut rng, &w, 3);
+        check(&mut rng, &w, 14);
     }
     // A row with more elements than are multiplied at once, tiles of four bits, and more than a word of marks.
     let plain = packed(&mut rng, 5, 2600, layouts()[0]);
@@ -103,6 +110,7 @@ fn corrections_see_the_activations_as_they_are() {
             .collect();
         let w = w.clone().with_tiles(TileCorrections::from_rows(2600, bits, &tiles).unwrap()).unwrap();
         check(&mut rng, &w, 2);
+        check(&mut rng, &w, 20);
     }
 }
 
@@ -113,7 +121,7 @@ fn many_groups_and_no_rows() {
         [(Bits::Two, 32, 4864), (Bits::Eight, 128, 8960), (Bits::Three, 128, 4864), (Bits::Four, 64, 2100)]
     {
         let layout = Layout { bits, group: Group::Inputs(group), symmetric: false };
-        for (rows, n) in [(5, 1), (0, 2)] {
+        for (rows, n) in [(5, 1), (0, 2), (71, 25), (0, 13)] {
             let w = packed(&mut rng, rows, cols, layout);
             check(&mut rng, &w, n);
         }

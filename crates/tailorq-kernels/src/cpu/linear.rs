@@ -34,9 +34,14 @@ pub(super) fn linear_rows(
     let n = shapes::linear(x, w, bias, &rows, y);
     if let (Activations::Int8, Weight::Packed(w)) = (activations, w)
         && w.mean4().is_none()
-        && n <= packed::FEW
     {
-        return packed::few(isa, x, w, bias, rows, y);
+        if n <= packed::FEW {
+            return packed::few(isa, x, w, bias, rows, y);
+        }
+        #[cfg(target_arch = "x86_64")]
+        if packed::has_panels(isa) {
+            return packed::many(isa, x, w, bias, rows, y);
+        }
     }
     let y = Tile::new(y, n, rows.len(), rows.len());
     if n <= FEW {

@@ -125,7 +125,7 @@ fn token_body<S: Simd>(
 
 /// Rounds up to [`GROUP`] activations; returns their scale and the sum of the codes.
 #[inline(always)]
-fn round_group(x: &[f32], codes: &mut [i8]) -> (f32, f32) {
+pub(super) fn round_group(x: &[f32], codes: &mut [i8]) -> (f32, f32) {
     let mut padded = [0.0f32; GROUP];
     padded[..x.len()].copy_from_slice(x);
     let largest = padded.iter().fold(0.0f32, |m, v| m.max(v.abs()));

@@ -43,17 +43,19 @@ pub(super) unsafe fn rows(base: &Base<'_>, x: &Quantized, first: usize, y: &mut 
 }
 
 /// How the bytes of sixteen words become planes of codes, one a byte.
-trait Codes {
+pub(super) trait Codes {
+    /// Planes of a step.
     const PLANES: usize;
+    /// Whether there is a plane of high bits.
     const HIGHS: bool = false;
     /// The planes; those past [`Codes::PLANES`] are of no meaning. `highs` are the sixteen u16 of the high plane, if there is one.
     unsafe fn planes(words: __m512i, highs: __m512i) -> [__m512i; 4];
 }
 
-struct Two;
-struct Three;
-struct Four;
-struct Eight;
+pub(super) struct Two;
+pub(super) struct Three;
+pub(super) struct Four;
+pub(super) struct Eight;
 
 impl Codes for Two {
     const PLANES: usize = 4;
@@ -291,7 +293,7 @@ impl<const R: usize, const N: usize> Sums<R, N> {
 
 /// A mask of the first `n` of sixteen lanes.
 #[inline(always)]
-fn first_lanes(n: usize) -> u16 {
+pub(super) fn first_lanes(n: usize) -> u16 {
     if n >= LANES { u16::MAX } else { (1 << n) - 1 }
 }
 

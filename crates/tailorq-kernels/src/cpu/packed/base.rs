@@ -75,6 +75,18 @@ impl<'a> Base<'a> {
         self.layout.symmetric.then(|| f32::from(self.layout.bits.middle()))
     }
 
+    /// The zero of group `g` in a row.
+    pub(super) fn zero(&self, row: usize, g: usize) -> f32 {
+        if let Some(middle) = self.middle() {
+            return middle;
+        }
+        let bits = self.bits();
+        let row = &self.zeros[row * self.zero_bytes..(row + 1) * self.zero_bytes];
+        let at = g * bits;
+        let two = u16::from(row[at / 8]) | u16::from(row.get(at / 8 + 1).copied().unwrap_or(0)) << 8;
+        f32::from(two >> (at % 8) & ((1 << bits) - 1))
+    }
+
     /// Width of a code and of a packed zero.
     pub(super) fn bits(&self) -> usize {
         self.layout.bits.count() as usize

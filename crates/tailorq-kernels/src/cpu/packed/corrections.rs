@@ -1,8 +1,10 @@
 //! The second pass: what corrections of elements and tiles, and the bias, add to the products of the base.
 
-use super::super::simd::{Isa, Level};
+use crate::cpu::scratch;
+use crate::cpu::simd::{Isa, Level, Simd, per_isa};
 use crate::cpu::tile::Tile;
 use half::f16;
+use rayon::prelude::*;
 use tailorq_tensor::{ElementCorrections, PackedMatrix, TILE, TileBits, TileCorrections};
 
 /// Elements whose products are held at once.
@@ -24,6 +26,84 @@ pub(super) fn add(isa: Isa, w: &PackedMatrix, x: &[f32], first: usize, bias: Opt
                 *y += b;
             }
         }
+    }
+}
+
+/// The activations of many tokens by input, `[cols, n]`, so that a correction is added to all tokens at once.
+pub(super) struct Transposed<'a> {
+    n: usize,
+    x: &'a [f32],
+}
+
+impl<'a> Transposed<'a> {
+    /// Transposes `x` (`[n, cols]`) into `buffer` when `w` has corrections.
+    pub(super) fn of(w: &PackedMatrix, x: &[f32], buffer: &'a mut Vec<f32>) -> Self {
+        let (cols, n) = (w.cols(), x.len() / w.cols());
+        if w.tiles().is_none() && w.elements().is_none() {
+            return Transposed { n, x: &[] };
+        }
+        buffer.resize(x.len(), 0.0);
+        // Blocks of inputs, so that what is written stays in the cache until its line is full.
+        buffer.par_chunks_mut(TILE * n).enumerate().for_each(|(block, to)| {
+            for (t, x) in x.chunks_exact(cols).enumerate() {
+                for (to, v) in to.chunks_exact_mut(n).zip(&x[block * TILE..]) {
+                    to[t] = *v;
+                }
+            }
+        });
+        Transposed { n, x: buffer }
+    }
+
+    fn input(&self, col: usize) -> &[f32] {
+        &self.x[col * self.n..(col + 1) * self.n]
+    }
+}
+
+/// As [`add`], for many tokens.
+pub(super) fn add_many(
+    isa: Isa,
+    w: &PackedMatrix,
+    x: &Transposed<'_>,
+    first: usize,
+    bias: Option<&[f32]>,
+    y: &mut Tile<'_>,
+) {
+    if !x.x.is_empty() {
+        scratch::with(x.n, |sums| {
+            for i in 0..y.cols() {
+                sums.fill(0.0);
+                for t in w.tiles().iter().flat_map(|t| t.row(first + i)) {
+                    let scale = t.scale.to_f32();
+                    for (k, code) in t.codes.into_iter().enumerate().take(w.cols() - t.tile * TILE) {
+                        add_scaled(isa, f32::from(code) * scale, x.input(t.tile * TILE + k), sums);
+                    }
+                }
+                for (col, value) in w.elements().iter().flat_map(|e| e.row(first + i)) {
+                    add_scaled(isa, value, x.input(col), sums);
+                }
+                for (t, sum) in sums.iter().enumerate() {
+                    y.row_mut(t)[i] += sum;
+                }
+            }
+        });
+    }
+    if let Some(bias) = bias {
+        for t in 0..y.rows() {
+            for (y, b) in y.row_mut(t).iter_mut().zip(&bias[first..]) {
+                *y += b;
+            }
+        }
+    }
+}
+
+per_isa! {
+    fn add_scaled(scale: f32, x: &[f32], y: &mut [f32]) = add_scaled_body
+}
+
+#[inline(always)]
+fn add_scaled_body<S: Simd>(_simd: S, scale: f32, x: &[f32], y: &mut [f32]) {
+    for (y, x) in y.iter_mut().zip(x) {
+        *y += scale * x;
     }
 }
 

@@ -9,6 +9,8 @@ mod activations;
 mod avx512;
 mod base;
 mod corrections;
+#[cfg(target_arch = "x86_64")]
+mod panel;
 mod portable;
 
 use super::simd::{Isa, Level};
@@ -23,7 +25,17 @@ use tailorq_tensor::PackedMatrix;
 /// Up to this many tokens are multiplied row by row.
 pub(super) const FEW: usize = 12;
 
+/// Buffers for many tokens.
+#[cfg(target_arch = "x86_64")]
+#[derive(Default)]
+struct Many {
+    tokens: panel::Tokens,
+    transposed: Vec<f32>,
+}
+
 thread_local! {
+    #[cfg(target_arch = "x86_64")]
+    static MANY: Cell<Many> = Cell::default();
     /// The buffers of a thread that calls linears, kept so that a step of decoding allocates nothing.
     static QUANTIZED: Cell<Quantized> = Cell::default();
 }
@@ -46,6 +58,33 @@ pub(super) fn few(isa: Isa, x: &[f32], w: &PackedMatrix, bias: Option<&[f32]>, r
         corrections::add(isa, w, x, first, bias, &mut tile);
     });
     QUANTIZED.set(quantized);
+}
+
+/// Whether there is a kernel for panels of unpacked rows; without one, many tokens meet weights in f32.
+#[cfg(target_arch = "x86_64")]
+pub(super) fn has_panels(isa: Isa) -> bool {
+    isa.level() == Level::Avx512 && avx512::available()
+}
+
+/// As [`few`], for more tokens, where [`has_panels`].
+#[cfg(target_arch = "x86_64")]
+pub(super) fn many(isa: Isa, x: &[f32], w: &PackedMatrix, bias: Option<&[f32]>, rows: Range<usize>, y: &mut [f32]) {
+    let n = x.len() / w.cols().max(1);
+    if w.cols() == 0 || rows.is_empty() {
+        return fill(bias, rows, y);
+    }
+    let mut many = MANY.take();
+    many.tokens.fill(isa, x, w.cols(), w.layout());
+    let transposed = corrections::Transposed::of(w, x, &mut many.transposed);
+    let base = Base::of(w);
+    let parts = Tile::new(y, n, rows.len(), rows.len()).grid(n, panel::PANEL);
+    parts.into_par_iter().for_each(|Part { col, mut tile, .. }| {
+        let first = rows.start + col;
+        // SAFETY: the processor has panels, and the rows exist.
+        unsafe { panel::rows(&base, &many.tokens, first, &mut tile) };
+        corrections::add_many(isa, w, &transposed, first, bias, &mut tile);
+    });
+    MANY.set(many);
 }
 
 /// Without inputs, what is left is the bias.

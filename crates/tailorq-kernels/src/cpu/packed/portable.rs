@@ -54,7 +54,7 @@ impl Row<'_> {
         let mut sum = 0.0;
         for g in 0..base.groups {
             let of_group = x.sums[token * x.chunks + g / LANES].0[g % LANES];
-            sum -= self.scale(g) * self.zero(g) * of_group;
+            sum -= self.scale(g) * base.zero(self.row, g) * of_group;
         }
         let group = base.layout.group.len(base.cols);
         for s in 0..x.steps {
@@ -77,17 +77,5 @@ impl Row<'_> {
 
     fn scale(self, g: usize) -> f32 {
         f16::from_bits(self.base.scales[self.row * self.base.groups + g]).to_f32()
-    }
-
-    fn zero(self, g: usize) -> f32 {
-        let base = self.base;
-        if let Some(middle) = base.middle() {
-            return middle;
-        }
-        let bits = base.bits();
-        let row = &base.zeros[self.row * base.zero_bytes..(self.row + 1) * base.zero_bytes];
-        let at = g * bits;
-        let two = u16::from(row[at / 8]) | u16::from(row.get(at / 8 + 1).copied().unwrap_or(0)) << 8;
-        f32::from(two >> (at % 8) & ((1 << bits) - 1))
     }
 }

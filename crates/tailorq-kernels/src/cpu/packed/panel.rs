@@ -1,0 +1,235 @@
+//! Many tokens with AVX-512 VNNI: panels of 32 weight rows, unpacked once, times all tokens.
+//!
+//! A *unit* is four weights of a row that one 32-bit lane multiplies and adds: a word of codes has as many units as planes.
+//! In a panel the sixteen rows of a register are its lanes, so that four activations of a token, broadcast from memory,
+//! meet sixteen rows at once, sums stay in their lanes over a whole group of activations, and scales of the weights are
+//! vectors. Two registers of rows by six tokens are computed at a time.
+
+use super::activations::{GROUP, Order};
+use super::avx512::{Codes, Eight, Four, Three, Two, first_lanes};
+use super::base::Base;
+use crate::cpu::simd::{Isa, Simd, per_isa};
+use crate::cpu::tile::Tile;
+use half::f16;
+use rayon::prelude::*;
+use std::arch::x86_64::*;
+use tailorq_tensor::{Bits, Layout};
+
+/// Rows of a register.
+const ROWS: usize = 16;
+/// Registers of rows of a panel.
+const REGISTERS: usize = 2;
+/// Rows of a panel.
+pub(super) const PANEL: usize = ROWS * REGISTERS;
+/// Tokens that are computed at once.
+const TOKENS: usize = 6;
+/// Units of a group of activations: 8 in every order.
+const UNITS: usize = GROUP / 4;
+
+/// Sixteen 32-bit lanes of codes, four a lane, one lane a row.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Line([u8; 64]);
+
+/// A number for each of sixteen rows.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct OfRows([f32; ROWS]);
+
+/// Some tokens, quantized, their units one after the other.
+#[derive(Default)]
+pub(super) struct Tokens {
+    n: usize,
+    /// Groups of activations in a row.
+    groups: usize,
+    /// Groups of weights in a row.
+    weight_groups: usize,
+    /// `[n, groups, UNITS]`, four activations each.
+    units: Vec<[i8; 4]>,
+    /// `[n, groups]`.
+    scales: Vec<f32>,
+    /// `[n, weight_groups]`: the sum of a weight group's activations as quantized.
+    sums: Vec<f32>,
+}
+
+impl Tokens {
+    /// Quantizes `x`, `[n, cols]`, as `Quantized` does.
+    pub(super) fn fill(&mut self, isa: Isa, x: &[f32], cols: usize, layout: Layout) {
+        let order = Order::of(layout.bits);
+        self.n = x.len() / cols;
+        self.groups = cols.div_ceil(GROUP);
+        self.weight_groups = layout.group.count(cols);
+        self.units.resize(self.n * self.groups * UNITS, [0; 4]);
+        self.scales.resize(self.n * self.groups, 0.0);
+        self.sums.resize(self.n * self.weight_groups, 0.0);
+        let group = layout.group.len(cols);
+        x.par_chunks_exact(cols)
+            .zip(self.units.par_chunks_exact_mut(self.groups * UNITS))
+            .zip(self.scales.par_chunks_exact_mut(self.groups))
+            .zip(self.sums.par_chunks_exact_mut(self.weight_groups))
+            .for_each(|(((x, units), scales), sums)| token(isa, x, order, group, units, scales, sums));
+    }
+}
+
+per_isa! {
+    fn token(x: &[f32], order: Order, group: usize, units: &mut [[i8; 4]], scales: &mut [f32], sums: &mut [f32]) = token_body
+}
+
+#[inline(always)]
+fn token_body<S: Simd>(
+    _simd: S,
+    x: &[f32],
+    order: Order,
+    group: usize,
+    units: &mut [[i8; 4]],
+    scales: &mut [f32],
+    sums: &mut [f32],
+) {
+    sums.fill(0.0);
+    for (g, (x, units)) in x.chunks(GROUP).zip(units.chunks_exact_mut(UNITS)).enumerate() {
+        let mut natural = [0i8; GROUP];
+        let (scale, sum) = super::activations::round_group(x, &mut natural[..x.len()]);
+        scales[g] = scale;
+        // A group of weights is a multiple of a group of activations, or the whole row.
+        sums[g * GROUP / group] += scale * sum;
+        let planes = order.planes;
+        for (u, unit) in units.iter_mut().enumerate() {
+            let (word, p) = (u / planes, u % planes);
+            *unit = std::array::from_fn(|b| natural[order.lane() * word + planes * b + p]);
+        }
+    }
+}
+
+/// `y[t, i] = base[first + i] x[t]` for all of `y`, whose rows are all tokens of `x`.
+///
+/// # Safety
+/// The processor has AVX-512 with VNNI, BW, VL and VBMI; the rows exist.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi,avx2,fma,f16c")]
+pub(super) unsafe fn rows(base: &Base<'_>, x: &Tokens, first: usize, y: &mut Tile<'_>) {
+    let mut panel = Panel::new(base, x);
+    for col in (0..y.cols()).step_by(PANEL) {
+        let n = PANEL.min(y.cols() - col);
+        // A panel that is not full repeats its last row.
+        let rows = std::array::from_fn(|r| first + col + r.min(n - 1));
+        // SAFETY: the processor has the features; the panel has the units and groups that `x` has.
+        unsafe {
+            match base.layout.bits {
+                Bits::Two => panel.read::<Two>(base, &rows),
+                Bits::Three => panel.read::<Three>(base, &rows),
+                Bits::Four => panel.read::<Four>(base, &rows),
+                Bits::Eight => panel.read::<Eight>(base, &rows),
+            }
+            for t in (0..x.n).step_by(TOKENS) {
+                panel.multiply(x, t, col, n, y);
+            }
+        }
+    }
+}
+
+/// 32 rows of weights, a code a byte.
+struct Panel {
+    /// `[groups * UNITS, REGISTERS]`; units past the last word are 0.
+    codes: Vec<Line>,
+    /// `[weight_groups, REGISTERS]`.
+    scales: Vec<OfRows>,
+    /// `[weight_groups, REGISTERS]`: scale times zero.
+    offsets: Vec<OfRows>,
+    /// Groups of activations in a group of weights.
+    ratio: usize,
+}
+
+impl Panel {
+    fn new(base: &Base<'_>, x: &Tokens) -> Self {
+        Panel {
+            codes: vec![Line([0; 64]); x.groups * UNITS * REGISTERS],
+            scales: vec![OfRows([0.0; ROWS]); x.weight_groups * REGISTERS],
+            offsets: vec![OfRows([0.0; ROWS]); x.weight_groups * REGISTERS],
+            ratio: base.layout.group.len(base.cols).div_ceil(GROUP),
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn read<C: Codes>(&mut self, base: &Base<'_>, rows: &[usize; PANEL]) {
+        for (register, rows) in rows.as_chunks::<ROWS>().0.iter().enumerate() {
+            for word in 0..base.words_per_row {
+                let words: [u32; ROWS] = rows.map(|r| base.words[r * base.words_per_row + word]);
+                let highs: [u32; ROWS] = match C::HIGHS {
+                    true => rows.map(|r| u32::from(base.highs[r * base.tiles + word])),
+                    false => [0; ROWS],
+                };
+                // SAFETY: inlined into a function with the features; arrays of 64 bytes are read and written.
+                unsafe {
+                    let words = _mm512_loadu_si512(words.as_ptr().cast());
+                    let planes = C::planes(words, _mm512_loadu_si512(highs.as_ptr().cast()));
+                    for (p, plane) in planes.into_iter().enumerate().take(C::PLANES) {
+                        let line = &mut self.codes[(word * C::PLANES + p) * REGISTERS + register];
+                        _mm512_store_si512(line.0.as_mut_ptr().cast(), plane);
+                    }
+                }
+            }
+            for g in 0..base.groups {
+                let (scales, offsets) = (&mut self.scales, &mut self.offsets);
+                let at = g * REGISTERS + register;
+                for (i, &r) in rows.iter().enumerate() {
+                    let scale = f16::from_bits(base.scales[r * base.groups + g]).to_f32();
+                    scales[at].0[i] = scale;
+                    offsets[at].0[i] = scale * base.zero(r, g);
+                }
+            }
+        }
+    }
+
+    /// Six tokens from `first` on times all rows, into columns `col..col + n` of `y`.
+    #[inline(always)]
+    unsafe fn multiply(&self, x: &Tokens, first: usize, col: usize, n: usize, y: &mut Tile<'_>) {
+        // The last block repeats its last token.
+        let tokens: [usize; TOKENS] = std::array::from_fn(|t| (first + t).min(x.n - 1));
+        // SAFETY: inlined into a function with the features; tokens, groups and units exist; stores are masked to `n` columns.
+        unsafe {
+            let units = tokens.map(|t| x.units.as_ptr().add(t * x.groups * UNITS));
+            let scales = tokens.map(|t| x.scales.as_ptr().add(t * x.groups));
+            let sums = tokens.map(|t| x.sums.as_ptr().add(t * x.weight_groups));
+            let mut totals = [[_mm512_setzero_ps(); TOKENS]; REGISTERS];
+            for wg in 0..x.weight_groups {
+                let weights =
+                    |all: &[OfRows], register| _mm512_load_ps(all.as_ptr().add(wg * REGISTERS + register).cast());
+                let w_scales: [__m512; REGISTERS] = std::array::from_fn(|register| weights(&self.scales, register));
+                for g in wg * self.ratio..((wg + 1) * self.ratio).min(x.groups) {
+                    let mut dots = [[_mm512_setzero_si512(); TOKENS]; REGISTERS];
+                    for u in g * UNITS..(g + 1) * UNITS {
+                        let codes: [__m512i; REGISTERS] = std::array::from_fn(|register| {
+                            _mm512_load_si512(self.codes.as_ptr().add(u * REGISTERS + register).cast())
+                        });
+                        for t in 0..TOKENS {
+                            let x = _mm512_set1_epi32(units[t].add(u).cast::<i32>().read_unaligned());
+                            for register in 0..REGISTERS {
+                                dots[register][t] = _mm512_dpbusd_epi32(dots[register][t], codes[register], x);
+                            }
+                        }
+                    }
+                    for t in 0..TOKENS {
+                        let scale = _mm512_set1_ps(*scales[t].add(g));
+                        for register in 0..REGISTERS {
+                            let values = _mm512_mul_ps(_mm512_cvtepi32_ps(dots[register][t]), scale);
+                            totals[register][t] = _mm512_fmadd_ps(values, w_scales[register], totals[register][t]);
+                        }
+                    }
+                }
+                for t in 0..TOKENS {
+                    let sum = _mm512_set1_ps(*sums[t].add(wg));
+                    for register in 0..REGISTERS {
+                        let offset = weights(&self.offsets, register);
+                        totals[register][t] = _mm512_fnmadd_ps(offset, sum, totals[register][t]);
+                    }
+                }
+            }
+            for t in 0..TOKENS.min(x.n - first) {
+                let to = y.row_mut(first + t)[col..].as_mut_ptr();
+                for (register, totals) in totals.iter().enumerate() {
+                    let mask = first_lanes(n.saturating_sub(register * ROWS));
+                    _mm512_mask_storeu_ps(to.wrapping_add(register * ROWS), mask, totals[t]);
+                }
+            }
+        }
+    }
+}
