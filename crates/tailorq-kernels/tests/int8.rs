@@ -8,7 +8,9 @@ use half::f16;
 use inputs::{corrected, layouts, normal, packed};
 use std::sync::Arc;
 use tailorq_kernels::{Activations, Device, cpu_variants_with};
-use tailorq_tensor::{Bits, Group, Layout, PackedMatrix, Rng, TileBits, TileCorrection, TileCorrections, Weight};
+use tailorq_tensor::{
+    Bits, Group, InputTransform, Layout, PackedMatrix, Rng, TileBits, TileCorrection, TileCorrections, Weight,
+};
 
 /// Activations that share a scale.
 const GROUP: usize = 32;
@@ -36,12 +38,21 @@ fn rounded(x: &[f32], cols: usize) -> Vec<f64> {
 /// What a linear gives by definition, and the sum of the absolute terms, by which its error is judged.
 fn expected(x: &[f32], w: &PackedMatrix, bias: Option<&[f32]>, t: usize, r: usize) -> (f64, f64) {
     let cols = w.cols();
-    let x_rounded = rounded(&x[t * cols..(t + 1) * cols], cols);
     let bias = bias.map_or(0.0, |b| f64::from(b[r]));
+    let inputs = match w.transform() {
+        Some(transform) => {
+            let mut rotated = x[t * cols..(t + 1) * cols].to_vec();
+            transform.forward(&mut rotated);
+            rotated
+        }
+        None => x[t * cols..(t + 1) * cols].to_vec(),
+    };
+    let x_rounded = rounded(&inputs, cols);
     let (mut sum, mut size) = (bias, 1e-6 + bias.abs());
     for c in 0..cols {
         let base = f64::from(w.base_value(r, c));
-        let correction = f64::from(w.value(r, c)) - base;
+        let tile = w.tiles().and_then(|tiles| tiles.get(r, c)).unwrap_or(0.0);
+        let correction = f64::from(tile) + f64::from(w.elements().and_then(|e| e.get(r, c)).unwrap_or(0.0));
         sum += base * x_rounded[c] + correction * f64::from(x[t * cols + c]);
         // The zero is taken off apart from the code, so both count.
         let largest =
@@ -94,6 +105,12 @@ fn corrections_see_the_activations_as_they_are() {
         check(&mut rng, &w, 3);
         check(&mut rng, &w, 14);
     }
+    // The base sees rotated activations, corrections see them as they are.
+    let plain = packed(&mut rng, 9, 600, layouts()[0]);
+    let w = corrected(&mut rng, plain);
+    let rotated = w.with_transform(InputTransform::hadamard(600, 5).unwrap()).unwrap();
+    check(&mut rng, &rotated, 1);
+    check(&mut rng, &rotated, 120);
     // A row with more elements than are multiplied at once, tiles of four bits, and more than a word of marks.
     let plain = packed(&mut rng, 5, 2600, layouts()[0]);
     let w = corrected(&mut rng, plain);

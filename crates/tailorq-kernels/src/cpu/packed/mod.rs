@@ -13,23 +13,34 @@ mod corrections;
 mod panel;
 mod portable;
 
-use super::simd::{Isa, Level};
+use super::simd::{Isa, Level, Simd, per_isa};
 use super::tile::{Part, Tile};
 use activations::Quantized;
 use base::Base;
 use rayon::prelude::*;
 use std::cell::Cell;
 use std::ops::Range;
-use tailorq_tensor::PackedMatrix;
+use tailorq_tensor::{InputTransform, PackedMatrix};
 
 /// Up to this many tokens are multiplied row by row.
 pub(super) const FEW: usize = 12;
+
+/// Inputs from which on rows are transformed in parallel.
+const TRANSFORM_TASK: usize = 1 << 16;
+
+/// Buffers for a few tokens.
+#[derive(Default)]
+struct Few {
+    quantized: Quantized,
+    rotated: Vec<f32>,
+}
 
 /// Buffers for many tokens.
 #[cfg(target_arch = "x86_64")]
 #[derive(Default)]
 struct Many {
     tokens: panel::Tokens,
+    rotated: Vec<f32>,
     transposed: Vec<f32>,
 }
 
@@ -37,7 +48,7 @@ thread_local! {
     #[cfg(target_arch = "x86_64")]
     static MANY: Cell<Many> = Cell::default();
     /// The buffers of a thread that calls linears, kept so that a step of decoding allocates nothing.
-    static QUANTIZED: Cell<Quantized> = Cell::default();
+    static FEW_BUFFERS: Cell<Few> = Cell::default();
 }
 
 /// `y[n, rows.len()] = x[n, in] W[rows]^T (+ bias[rows])` for a few tokens. Shapes are checked by the caller.
@@ -46,8 +57,8 @@ pub(super) fn few(isa: Isa, x: &[f32], w: &PackedMatrix, bias: Option<&[f32]>, r
     if w.cols() == 0 || n == 0 || rows.is_empty() {
         return fill(bias, rows, y);
     }
-    let mut quantized = QUANTIZED.take();
-    quantized.fill(isa, x, w.cols(), w.layout());
+    let Few { mut quantized, mut rotated } = FEW_BUFFERS.take();
+    quantized.fill(isa, inputs_of_base(isa, w, x, &mut rotated), w.cols(), w.layout());
     let base = Base::of(w);
     // A multiple of the rows that kernels take at once; the partition changes no sum.
     let task = rows.len().div_ceil(4 * rayon::current_num_threads()).next_multiple_of(4);
@@ -57,7 +68,7 @@ pub(super) fn few(isa: Isa, x: &[f32], w: &PackedMatrix, bias: Option<&[f32]>, r
         base_rows(isa, &base, &quantized, first, &mut tile);
         corrections::add(isa, w, x, first, bias, &mut tile);
     });
-    QUANTIZED.set(quantized);
+    FEW_BUFFERS.set(Few { quantized, rotated });
 }
 
 /// Whether there is a kernel for panels of unpacked rows; without one, many tokens meet weights in f32.
@@ -74,7 +85,7 @@ pub(super) fn many(isa: Isa, x: &[f32], w: &PackedMatrix, bias: Option<&[f32]>, 
         return fill(bias, rows, y);
     }
     let mut many = MANY.take();
-    many.tokens.fill(isa, x, w.cols(), w.layout());
+    many.tokens.fill(isa, inputs_of_base(isa, w, x, &mut many.rotated), w.cols(), w.layout());
     let transposed = corrections::Transposed::of(w, x, &mut many.transposed);
     let base = Base::of(w);
     let parts = Tile::new(y, n, rows.len(), rows.len()).grid(n, panel::PANEL);
@@ -85,6 +96,28 @@ pub(super) fn many(isa: Isa, x: &[f32], w: &PackedMatrix, bias: Option<&[f32]>, 
         corrections::add_many(isa, w, &transposed, first, bias, &mut tile);
     });
     MANY.set(many);
+}
+
+/// What the base is multiplied with: `x`, rotated into `buffer` where the matrix has an input transform.
+fn inputs_of_base<'a>(isa: Isa, w: &PackedMatrix, x: &'a [f32], buffer: &'a mut Vec<f32>) -> &'a [f32] {
+    let Some(transform) = w.transform() else { return x };
+    buffer.clear();
+    buffer.extend_from_slice(x);
+    if x.len() < TRANSFORM_TASK {
+        buffer.chunks_exact_mut(w.cols()).for_each(|x| forward(isa, transform, x));
+    } else {
+        buffer.par_chunks_exact_mut(w.cols()).for_each(|x| forward(isa, transform, x));
+    }
+    buffer
+}
+
+per_isa! {
+    fn forward(transform: &InputTransform, x: &mut [f32]) = forward_body
+}
+
+#[inline(always)]
+fn forward_body<S: Simd>(_simd: S, transform: &InputTransform, x: &mut [f32]) {
+    transform.forward(x);
 }
 
 /// Without inputs, what is left is the bias.
