@@ -57,6 +57,7 @@ enum Command {
     Plan(commands::plan::PlanArgs),
     Run(commands::run::RunArgs),
     Chat(commands::chat::ChatArgs),
+    Bench(commands::bench::BenchArgs),
     Eval(commands::eval::EvalArgs),
     Compare(commands::compare::CompareArgs),
     Inspect(commands::inspect::InspectArgs),
@@ -65,8 +66,9 @@ enum Command {
     Demo(commands::demo::DemoArgs),
 }
 
-fn execute(command: Command, console: &Console) -> anyhow::Result<()> {
+fn execute(command: Command, threads: usize, console: &Console) -> anyhow::Result<()> {
     match command {
+        Command::Bench(args) => commands::bench::execute(&args, threads, console),
         Command::Quantize(args) => commands::quantize::execute(&args, console),
         Command::Survey(args) => commands::survey::execute(&args, console),
         Command::Score(args) => commands::score::execute(&args, console),
@@ -85,18 +87,19 @@ fn execute(command: Command, console: &Console) -> anyhow::Result<()> {
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let console = Console::new(cli.global.json, cli.global.quiet, cli.global.verbose);
-    let outcome = prepare(&cli.global, &console).and_then(|()| execute(cli.command, &console));
+    let outcome = prepare(&cli.global, &console).and_then(|threads| execute(cli.command, threads, &console));
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => report(&error),
     }
 }
 
-fn prepare(global: &GlobalOptions, console: &Console) -> anyhow::Result<()> {
+/// Makes the process ready to compute; returns the number of its threads.
+fn prepare(global: &GlobalOptions, console: &Console) -> anyhow::Result<usize> {
     interrupt::install()?;
     let threads = tailorq::set_threads(global.threads.map(usize::from)).map_err(anyhow::Error::msg)?;
     console.detail(&format!("{threads} threads"));
-    Ok(())
+    Ok(threads)
 }
 
 /// Prints the error with its causes and chooses the exit code.

@@ -82,7 +82,7 @@ fn safetensors_header(path: &Path) -> Value {
 #[test]
 fn help_has_examples_and_bad_usage_exits_with_2() {
     let place = Place::new();
-    for command in ["run", "chat", "eval", "inspect", "probe", "compare"] {
+    for command in ["run", "chat", "bench", "eval", "inspect", "probe", "compare"] {
         let output = place.run(&[command, "--help"]);
         assert_eq!(output.status.code(), Some(0));
         let help = text(&output.stdout);
@@ -120,6 +120,32 @@ fn run_streams_text_and_gives_it_in_json() {
     assert_eq!(raw["prompt_tokens"], 5, "a token a byte");
     let again = place.json(&["run", "model-1", "Hello", "--raw", "--max-tokens", "4", "--seed", "3", "--threads", "1"]);
     assert_eq!(raw["token_ids"], again["token_ids"]);
+}
+
+#[test]
+fn bench_measures_and_counts() {
+    let place = Place::new();
+    let args = ["bench", "model-1", "--prompt", "16", "--generate", "4", "--memory", "1", "--repeat", "2"];
+    let object = place.json(&[&args[..], &["--threads", "1", "--batch", "2"]].concat());
+    for key in ["prompt_tokens_per_second", "generated_tokens_per_second", "share_of_memory_rate"] {
+        let spread = &object[key];
+        assert!(spread["min"].as_f64().unwrap() > 0.0 && spread["max"].as_f64() >= spread["median"].as_f64(), "{key}");
+    }
+    assert_eq!((&object["threads"], &object["batch"], &object["repeat"]), (&1.into(), &2.into(), &2.into()));
+    let step = &object["bytes_per_step"];
+    let parts: u64 = ["linears", "head", "rest", "kv"].iter().map(|part| step[part].as_u64().unwrap()).sum();
+    assert_eq!(step["total"].as_u64().unwrap(), parts);
+    assert_eq!(object["bytes_per_token"].as_u64().unwrap(), parts / 2);
+    let start = &object["start_seconds"];
+    assert!(start["model"].as_f64().unwrap() > 0.0 && start["total"].as_f64() > start["first_token"].as_f64());
+    let table = text(&place.run(&args).stdout);
+    for word in ["prompt", "generation", "a step reads", "of the memory", "first token", "memory held"] {
+        assert!(table.contains(word), "no '{word}' in {table}");
+    }
+    let no_prompt = place.json(&[&args[..], &["--prompt", "0"]].concat());
+    assert!(no_prompt["prompt_tokens_per_second"].is_null());
+    place.fails(1, &["bench", "model-1", "--prompt", "99999"], &["99999", "context"]);
+    place.fails(2, &["bench", "model-1", "--batch", "0"], &["--batch"]);
 }
 
 #[test]

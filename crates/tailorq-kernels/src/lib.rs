@@ -80,3 +80,9 @@ pub fn cpu_variants() -> Vec<Arc<dyn Device>> {
 pub fn cpu_variants_with(activations: Activations) -> Vec<Arc<dyn Device>> {
     cpu::Cpu::variants().into_iter().map(|cpu| Arc::new(cpu.with(activations)) as Arc<dyn Device>).collect()
 }
+
+/// Reads all of `data` once with every thread of the current pool, as fast as the memory gives it: the yardstick of kernels
+/// that are bound by reading. The result depends on all elements and means nothing.
+pub fn read_all(data: &[f32]) -> u32 {
+    cpu::read_all(data)
+}

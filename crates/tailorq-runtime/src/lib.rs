@@ -4,6 +4,7 @@
 //! Nothing here knows how a model was quantized.
 
 mod batch;
+mod bench;
 mod error;
 mod generate;
 mod sampler;
@@ -11,6 +12,7 @@ mod session;
 mod text;
 
 pub use batch::{BatchOptions, BatchProgress, Completion, CompletionRequest, PREFIX_CHUNK, generate_batch};
+pub use bench::{BENCH_START, BenchOptions, BenchReport, BenchStage, OnStage, Spread, StepBytes, bench};
 pub use error::RuntimeError;
 pub use generate::{FinishReason, Generation, GenerationOptions, Piece, generate};
 pub use sampler::{Sampler, SamplerOptions};

@@ -145,7 +145,7 @@ impl Sampler {
 }
 
 /// The most likely token; the smallest id of equals.
-fn greedy(logits: &[f32]) -> Result<u32, RuntimeError> {
+pub(crate) fn greedy(logits: &[f32]) -> Result<u32, RuntimeError> {
     let mut best: Option<(u32, f32)> = None;
     for (id, &logit) in (0u32..).zip(logits) {
         if logit.is_finite() && best.is_none_or(|(_, b)| logit > b) {

@@ -1,5 +1,6 @@
 //! The subcommands, one file each, and what several of them share.
 
+pub mod bench;
 pub mod chat;
 pub mod compare;
 pub mod demo;

@@ -14,6 +14,7 @@ mod gram;
 mod linear;
 mod norm;
 mod packed;
+mod read;
 mod rope;
 mod scratch;
 mod simd;
@@ -43,6 +44,11 @@ impl Cpu {
     pub(crate) fn with(self, activations: Activations) -> Cpu {
         Cpu { activations, ..self }
     }
+}
+
+/// See [`crate::read_all`].
+pub(crate) fn read_all(data: &[f32]) -> u32 {
+    read::read_all(simd::Isa::available()[0], data)
 }
 
 impl Device for Cpu {

@@ -1,7 +1,7 @@
 //! Hugging Face directories, and the artifacts of tailorq that have their shape.
 
 use super::assemble::{Tensors, assemble};
-use super::{ModelFiles, OpenedModel, joined_types, total_bytes};
+use super::{ModelFiles, OpenTimes, OpenedModel, joined_types, total_bytes};
 use crate::arch::{Architecture, EMBEDDING, HEAD};
 use crate::config::from_hf;
 use crate::error::ModelError;
@@ -11,6 +11,7 @@ use serde_json::Value;
 use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Instant;
 use tailorq_format::{FORMAT_VERSION, TensorSet, format_version, read_packed};
 use tailorq_tensor::{PackedSpec, Weight};
 
@@ -20,6 +21,7 @@ pub(super) const EXTRA_FILES: [&str; 6] =
 
 /// Opens a directory with config.json, tokenizer.json and safetensors.
 pub(super) fn open(dir: &Path, source: &str) -> Result<OpenedModel, ModelError> {
+    let started = Instant::now();
     let config_path = dir.join("config.json");
     if !config_path.exists() {
         return Err(no_config(dir));
@@ -34,6 +36,7 @@ pub(super) fn open(dir: &Path, source: &str) -> Result<OpenedModel, ModelError> 
     config.tied_head |= !has_head;
     let model = assemble(config, architecture, &checkpoint)?;
     quantization.check_names(&model, &config_path)?;
+    let opened = Instant::now();
 
     let generation_config_json = read_optional_json(&dir.join("generation_config.json"))?;
     let tokenizer_config_json = read_optional_json(&dir.join("tokenizer_config.json"))?;
@@ -59,7 +62,8 @@ pub(super) fn open(dir: &Path, source: &str) -> Result<OpenedModel, ModelError> 
         tokenizer_json: Some(tokenizer_path),
         extra_files: EXTRA_FILES.iter().map(|name| dir.join(name)).filter(|p| p.is_file()).collect(),
     };
-    Ok(OpenedModel { model, tokenizer, template, files })
+    let times = OpenTimes::since(started, opened);
+    Ok(OpenedModel { model, tokenizer, template, files, times })
 }
 
 fn no_config(dir: &Path) -> ModelError {

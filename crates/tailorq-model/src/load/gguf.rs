@@ -1,7 +1,7 @@
 //! GGUF files.
 
 use super::assemble::{Tensors, assemble};
-use super::{Metadata, ModelFiles, OpenedModel, joined_types, total_bytes};
+use super::{Metadata, ModelFiles, OpenTimes, OpenedModel, joined_types, total_bytes};
 use crate::arch::{Architecture, EMBEDDING, FINAL_NORM, HEAD, block_norms};
 use crate::config::{ModelConfig, TensorFacts, from_gguf};
 use crate::error::ModelError;
@@ -10,11 +10,13 @@ use crate::tokenizer::{self, GgufVocabulary, Tokenizer};
 use serde_json::{Map, Value, json};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Instant;
 use tailorq_format::GgufFile;
 use tailorq_tensor::{RowOrder, Slot, Weight};
 
 /// Opens a GGUF file with everything that it brings.
 pub(super) fn open(path: &Path, source: &str) -> Result<OpenedModel, ModelError> {
+    let started = Instant::now();
     let file = GgufFile::open(path)?;
     let meta = Metadata::new(&file);
     let name = meta.string("general.architecture")?.ok_or_else(|| meta.problem("has no general.architecture"))?;
@@ -22,6 +24,7 @@ pub(super) fn open(path: &Path, source: &str) -> Result<OpenedModel, ModelError>
     let config = from_gguf(&meta, architecture, tensor_facts(&file)?)?;
     let tensors = GgufTensors { file: &file, architecture, config: &config };
     let model = assemble(config.clone(), architecture, &tensors)?;
+    let opened = Instant::now();
 
     let vocabulary = GgufVocabulary::read(&meta)?;
     let mut tokenizer = tokenizer::from_gguf(&meta, &vocabulary)?;
@@ -48,7 +51,8 @@ pub(super) fn open(path: &Path, source: &str) -> Result<OpenedModel, ModelError>
         is_quantized: linears().any(|t| !["F32", "F16", "BF16"].contains(&t.type_name().as_str())),
         stored_as: joined_types(linears().map(|t| (t.type_name(), t.n_elements()))),
     };
-    Ok(OpenedModel { model, tokenizer, template, files })
+    let times = OpenTimes::since(started, opened);
+    Ok(OpenedModel { model, tokenizer, template, files, times })
 }
 
 /// What the tensors say about the model.

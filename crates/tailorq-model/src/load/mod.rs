@@ -13,6 +13,7 @@ use crate::model::Model;
 use crate::template::ChatTemplate;
 use crate::tokenizer::Tokenizer;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 /// Where a model came from and what its directory says beside the weights.
 #[derive(Clone, Debug)]
@@ -51,6 +52,24 @@ pub struct OpenedModel {
     pub template: Option<ChatTemplate>,
     /// Where it came from.
     pub files: ModelFiles,
+    /// How long opening took.
+    pub times: OpenTimes,
+}
+
+/// What opening a model cost.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct OpenTimes {
+    /// Configuration, headers, norms, checks of the weights.
+    pub model: Duration,
+    /// Tokenizer and chat template.
+    pub tokenizer: Duration,
+}
+
+impl OpenTimes {
+    /// The model was opened from `started` to `opened`, the rest is ready now.
+    fn since(started: Instant, opened: Instant) -> Self {
+        OpenTimes { model: opened - started, tokenizer: opened.elapsed() }
+    }
 }
 
 /// Opens a Hugging Face directory, a tailorq artifact, a GGUF file or a hub id (`org/name[@revision]`); what exists on
