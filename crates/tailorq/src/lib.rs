@@ -39,7 +39,7 @@ pub use probe::{GradientOutput, GradientProbe, ProbeError, check_tokens, probe, 
 pub use recipe::{CalibrationInput, LossKind, ModelInput, PlanInput, QuantizeSettings, Recipe, hash_files};
 pub use report::{CalibrationReport, LayerReport, Report, SizeReport, calibration_items};
 pub use spill::SpillFile;
-pub use tailorq_kernels::{Device, cpu, reference};
+pub use tailorq_kernels::{Activations, Device, cpu, cpu_with, reference};
 pub use tailorq_model::{ChatMessage, ChatTemplate, Model, ModelError, ModelFiles, OpenedModel, Tokenizer, open};
 pub use tailorq_quant::quantize::{Saliency, Salient, Scope, Unit};
 pub use tailorq_quant::survey::Needs;

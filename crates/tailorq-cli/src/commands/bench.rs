@@ -1,5 +1,6 @@
 //! `tailorq bench`: how fast a model runs here, beside what the memory of this machine gives.
 
+use super::engine::EngineArgs;
 use crate::console::Console;
 use crate::progress::Progress;
 use clap::Args;
@@ -38,6 +39,8 @@ pub struct BenchArgs {
     /// MiB of the buffer that measures the memory; make it larger where a cache could hold it
     #[arg(long, default_value_t = 256, value_name = "MIB", value_parser = clap::value_parser!(u16).range(1..=16384))]
     memory: u16,
+    #[command(flatten)]
+    engine: EngineArgs,
 }
 
 impl BenchArgs {
@@ -57,7 +60,7 @@ impl BenchArgs {
 pub fn execute(args: &BenchArgs, threads: usize, console: &Console) -> anyhow::Result<()> {
     let options = args.options();
     let opened = super::open(&args.model, console)?;
-    let device = tailorq::cpu();
+    let device = args.engine.device();
     let progress = Progress::new(console, "bench", 1 + 3 * options.repeat);
     let report = bench(&opened.model, device.as_ref(), &options, &mut |stage, repeat| {
         let (place, what) = match stage {
@@ -101,6 +104,7 @@ impl Run<'_> {
             "stored_as": files.stored_as,
             "device": self.device,
             "threads": self.threads,
+            "activations": self.args.engine.activations.name(),
             "prompt_tokens": options.prompt,
             "generated_tokens": options.generate,
             "start_tokens": BENCH_START,

@@ -1,5 +1,6 @@
 //! `tailorq chat`: a conversation on standard input.
 
+use super::engine::EngineArgs;
 use super::run::speed;
 use super::sampling::SamplingArgs;
 use crate::console::{self, Console};
@@ -35,6 +36,8 @@ pub struct ChatArgs {
     #[arg(long, value_name = "TEXT")]
     system: Option<String>,
     #[command(flatten)]
+    engine: EngineArgs,
+    #[command(flatten)]
     sampling: SamplingArgs,
 }
 
@@ -44,7 +47,7 @@ pub fn execute(args: &ChatArgs, console: &Console) -> anyhow::Result<()> {
     let template = opened.template.as_ref().with_context(|| {
         format!("{} has no chat template, so it cannot chat; use `tailorq run --raw` to continue a text", args.model)
     })?;
-    let device = tailorq::cpu();
+    let device = args.engine.device();
     let session = Session::new(&opened.model, device.as_ref());
     let mut chat = Chat { args, console, opened: &opened, template, session, messages: Vec::new(), turns: 0 };
     chat.reset();

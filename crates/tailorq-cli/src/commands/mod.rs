@@ -4,6 +4,7 @@ pub mod bench;
 pub mod chat;
 pub mod compare;
 pub mod demo;
+pub mod engine;
 pub mod eval;
 pub mod inspect;
 pub mod plan;

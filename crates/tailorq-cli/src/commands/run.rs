@@ -1,5 +1,6 @@
 //! `tailorq run`: one prompt, one answer.
 
+use super::engine::EngineArgs;
 use super::sampling::SamplingArgs;
 use crate::console::Console;
 use crate::interrupt;
@@ -33,6 +34,8 @@ pub struct RunArgs {
     #[arg(long, value_name = "TEXT", conflicts_with = "raw")]
     system: Option<String>,
     #[command(flatten)]
+    engine: EngineArgs,
+    #[command(flatten)]
     sampling: SamplingArgs,
 }
 
@@ -42,7 +45,7 @@ pub fn execute(args: &RunArgs, console: &Console) -> anyhow::Result<()> {
     ensure!(!prompt.is_empty(), "the prompt is empty: give a text to answer or to continue");
     let opened = super::open(&args.model, console)?;
     let ids = prompt_tokens(&opened, args, &prompt)?;
-    let device = tailorq::cpu();
+    let device = args.engine.device();
     let mut session = Session::new(&opened.model, device.as_ref());
     let mut written = Ok(());
     let generation = generate(

@@ -1,0 +1,22 @@
+//! The flags of `run`, `chat` and `bench` that say how a model computes.
+
+use clap::Args;
+use std::sync::Arc;
+use tailorq::{Activations, Device};
+
+/// Precisions while the model runs.
+#[derive(Args)]
+#[command(next_help_heading = "Precision")]
+pub struct EngineArgs {
+    /// Precision in which packed weights meet activations: int8 (fast) or f32 (the reference). Weights of other formats
+    /// always meet f32
+    #[arg(long, default_value_t = Activations::Int8, value_name = "TYPE")]
+    pub activations: Activations,
+}
+
+impl EngineArgs {
+    /// The device that computes so.
+    pub fn device(&self) -> Arc<dyn Device> {
+        tailorq::cpu_with(self.activations)
+    }
+}
