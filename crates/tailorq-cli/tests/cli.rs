@@ -125,8 +125,8 @@ fn run_streams_text_and_gives_it_in_json() {
 #[test]
 fn bench_measures_and_counts() {
     let place = Place::new();
-    let args = ["bench", "model-1", "--prompt", "16", "--generate", "4", "--memory", "1", "--repeat", "2"];
-    let object = place.json(&[&args[..], &["--threads", "1", "--batch", "2"]].concat());
+    let args = ["bench", "model-1", "--generate", "4", "--memory", "1", "--repeat", "2", "--prompt"];
+    let object = place.json(&[&args[..], &["16", "--threads", "1", "--batch", "2", "--kv", "q8"]].concat());
     for key in ["prompt_tokens_per_second", "generated_tokens_per_second", "share_of_memory_rate"] {
         let spread = &object[key];
         assert!(spread["min"].as_f64().unwrap() > 0.0 && spread["max"].as_f64() >= spread["median"].as_f64(), "{key}");
@@ -138,14 +138,16 @@ fn bench_measures_and_counts() {
     assert_eq!(object["bytes_per_token"].as_u64().unwrap(), parts / 2);
     let start = &object["start_seconds"];
     assert!(start["model"].as_f64().unwrap() > 0.0 && start["total"].as_f64() > start["first_token"].as_f64());
-    let table = text(&place.run(&args).stdout);
+    let table = text(&place.run(&[&args[..], &["16"]].concat()).stdout);
     for word in ["prompt", "generation", "a step reads", "of the memory", "first token", "memory held"] {
         assert!(table.contains(word), "no '{word}' in {table}");
     }
-    let no_prompt = place.json(&[&args[..], &["--prompt", "0"]].concat());
+    let no_prompt = place.json(&[&args[..], &["0"]].concat());
     assert!(no_prompt["prompt_tokens_per_second"].is_null());
     place.fails(1, &["bench", "model-1", "--prompt", "99999"], &["99999", "context"]);
     place.fails(2, &["bench", "model-1", "--batch", "0"], &["--batch"]);
+    place.fails(2, &["bench", "model-1", "--kv", "q3"], &["q8"]);
+    place.fails(2, &["run", "model-1", "x", "--activations", "f64"], &["int8"]);
 }
 
 #[test]

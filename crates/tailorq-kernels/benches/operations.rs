@@ -2,7 +2,7 @@
 
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
 use std::hint::black_box;
-use tailorq_kernels::{AttentionShape, AttentionSpan, cpu};
+use tailorq_kernels::{AttentionShape, AttentionSpan, KeyValues, cpu};
 use tailorq_tensor::{Matrix, Rng, Weight};
 
 /// Hidden size, size of the feed-forward, tokens of a window.
@@ -51,7 +51,11 @@ fn rows(c: &mut Criterion) {
     for n in [1, TOKENS] {
         c.bench_function(&format!("attention {n} of {TOKENS}"), |b| {
             b.iter(|| {
-                let span = AttentionSpan { rows: 0..n, keys: &keys, values: &values, past: TOKENS - n };
+                let span = AttentionSpan {
+                    rows: 0..n,
+                    source: KeyValues::Rows { keys: &keys, values: &values },
+                    past: TOKENS - n,
+                };
                 device.attention(shape, black_box(&x[..n * HIDDEN]), &[span], &mut y[..n * HIDDEN]);
             });
         });

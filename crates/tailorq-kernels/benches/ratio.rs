@@ -8,7 +8,7 @@
 use std::hint::black_box;
 use std::sync::OnceLock;
 use std::time::Instant;
-use tailorq_kernels::{AttentionShape, AttentionSpan, Device, cpu};
+use tailorq_kernels::{AttentionShape, AttentionSpan, Device, KeyValues, cpu};
 use tailorq_tensor::{Bits, Group, Layout, Matrix, PackedMatrix, Rng, Weight};
 
 /// Turns of each measurement.
@@ -160,7 +160,7 @@ fn attention(device: &dyn Device, rng: &mut Rng, n: usize, heads: usize, kv_head
     let (a, mut z) = (normal(rng, n.max(rows) * 512), vec![0.0; n * rows]);
     let times = race(
         || {
-            let span = AttentionSpan { rows: 0..n, keys: &keys, values: &values, past };
+            let span = AttentionSpan { rows: 0..n, source: KeyValues::Rows { keys: &keys, values: &values }, past };
             device.attention(shape, black_box(&q), &[span], &mut y);
         },
         || bare_gemm(black_box(&a[..n * 512]), &a[..rows * 512], &mut z, n, rows, 512),

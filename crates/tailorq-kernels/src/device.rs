@@ -1,5 +1,6 @@
 //! The seam between mathematics and machines.
 
+use crate::kv::KeyValues;
 use std::ops::Range;
 use tailorq_tensor::{Matrix, Weight};
 use thiserror::Error;
@@ -41,10 +42,8 @@ pub struct AttentionShape {
 pub struct AttentionSpan<'a> {
     /// Rows of the query (and output) matrix that belong to this sequence.
     pub rows: Range<usize>,
-    /// `[past + rows.len(), kv_heads * head_dim]`.
-    pub keys: &'a [f32],
-    /// `[past + rows.len(), kv_heads * head_dim]`.
-    pub values: &'a [f32],
+    /// Keys and values of `past + rows.len()` tokens.
+    pub source: KeyValues<'a>,
     /// Keys that precede the first query row: query `rows.start + i` sees keys `0..=past + i`.
     pub past: usize,
 }

@@ -5,6 +5,7 @@
 
 mod cpu;
 mod device;
+mod kv;
 mod reference;
 mod shapes;
 
@@ -12,6 +13,8 @@ pub use device::{
     AttentionShape, AttentionSpan, Device, GradientSums, Heads, HeadsMut, LogSumExp, NotPositiveDefinite, RopeTable,
     Strided, StridedMut,
 };
+
+pub use kv::{KV_PAGE, KeyValues, KvBlock, KvType, Part};
 
 use std::fmt;
 use std::str::FromStr;

@@ -6,8 +6,8 @@
 mod backward;
 
 use crate::{
-    AttentionShape, AttentionSpan, Device, GradientSums, Heads, HeadsMut, LogSumExp, NotPositiveDefinite, RopeTable,
-    Strided, StridedMut, shapes,
+    AttentionShape, AttentionSpan, Device, GradientSums, Heads, HeadsMut, LogSumExp, NotPositiveDefinite, Part,
+    RopeTable, Strided, StridedMut, shapes,
 };
 use std::ops::Range;
 use tailorq_tensor::{Matrix, Weight};
@@ -81,7 +81,7 @@ impl Device for Reference {
                     let at = (row * heads + head) * head_dim;
                     let kv_head = head / (heads / kv_heads);
                     let visible = shapes::visible(span.past + i, window);
-                    attend_one(&q[at..at + head_dim], span, kv_heads, kv_head, visible, &mut y[at..at + head_dim]);
+                    attend_one(shape, &q[at..at + head_dim], span, kv_head, visible, &mut y[at..at + head_dim]);
                 }
             }
         }
@@ -196,22 +196,27 @@ impl Device for Reference {
 
 /// Softmax attention of one query head over the `visible` keys of its span.
 fn attend_one(
+    shape: AttentionShape,
     q: &[f32],
     span: &AttentionSpan<'_>,
-    kv_heads: usize,
     kv_head: usize,
     visible: Range<usize>,
     y: &mut [f32],
 ) {
     let head_dim = q.len();
-    let at = |key: usize| (key * kv_heads + kv_head) * head_dim;
+    let read = |part| {
+        let mut rows = vec![0.0; visible.len() * head_dim];
+        span.source.read(part, shape, kv_head, visible.clone(), &mut rows);
+        rows
+    };
+    let (keys, values) = (read(Part::Keys), read(Part::Values));
     let scale = 1.0 / (head_dim as f64).sqrt();
-    let scores: Vec<f64> = visible.clone().map(|key| dot(q, &span.keys[at(key)..at(key) + head_dim]) * scale).collect();
+    let scores: Vec<f64> = keys.chunks_exact(head_dim).map(|key| dot(q, key) * scale).collect();
     let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
     let weights: Vec<f64> = scores.iter().map(|s| (s - max).exp()).collect();
     let total: f64 = weights.iter().sum();
     for (i, y) in y.iter_mut().enumerate() {
-        let mixed: f64 = visible.clone().zip(&weights).map(|(key, w)| w * f64::from(span.values[at(key) + i])).sum();
+        let mixed: f64 = values.chunks_exact(head_dim).zip(&weights).map(|(value, w)| w * f64::from(value[i])).sum();
         *y = (mixed / total) as f32;
     }
 }

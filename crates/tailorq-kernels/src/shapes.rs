@@ -1,6 +1,6 @@
 //! The shape assertions of the operations, the same for every device. A shape that does not fit is a programming error.
 
-use crate::{AttentionShape, AttentionSpan, GradientSums, Heads, HeadsMut, RopeTable};
+use crate::{AttentionShape, AttentionSpan, GradientSums, Heads, HeadsMut, KeyValues, RopeTable};
 use std::ops::Range;
 use tailorq_tensor::{Matrix, Weight};
 
@@ -104,14 +104,18 @@ pub(crate) fn attention(shape: AttentionShape, q: &[f32], spans: &[AttentionSpan
     assert!(shape.heads.is_multiple_of(shape.kv_heads), "attention: kv_heads does not divide heads in {shape:?}");
     let width = shape.heads * shape.head_dim;
     rows_of(width, q, y);
-    let mut covered: Vec<Range<usize>> = spans.iter().map(|s| s.rows.clone()).filter(|r| !r.is_empty()).collect();
-    covered.sort_by_key(|r| r.start);
-    assert!(covered.windows(2).all(|w| w[0].end <= w[1].start), "attention: spans overlap");
-    assert!(covered.last().is_none_or(|r| r.end <= q.len() / width), "attention: a span ends after the last row");
-    for span in spans {
-        let expected = (span.past + span.rows.len()) * shape.kv_heads * shape.head_dim;
-        assert_eq!(span.keys.len(), expected, "attention: keys of span {:?} with {} before", span.rows, span.past);
-        assert_eq!(span.values.len(), expected, "attention: values of span {:?} with {} before", span.rows, span.past);
+    if !spans.is_sorted_by_key(|s| s.rows.start) {
+        let mut covered: Vec<&AttentionSpan<'_>> = spans.iter().filter(|s| !s.rows.is_empty()).collect();
+        covered.sort_by_key(|s| s.rows.start);
+        assert!(covered.windows(2).all(|w| w[0].rows.end <= w[1].rows.start), "attention: spans overlap");
+    } else {
+        assert!(spans.windows(2).all(|w| w[0].rows.end <= w[1].rows.start), "attention: spans overlap");
+    }
+    let n_rows = q.len() / width;
+    for AttentionSpan { rows, source, past } in spans {
+        assert!(rows.is_empty() || rows.end <= n_rows, "attention: a span ends after the last row");
+        let fits = source.fits(shape, past + rows.len());
+        assert!(fits, "attention: keys and values of span {rows:?} with {past} before");
     }
 }
 
@@ -128,7 +132,10 @@ pub(crate) fn attention_backward(
     let values_of = |rows: &Range<usize>| &heads.v[rows.start * kv_width..rows.end * kv_width];
     let as_forward: Vec<_> = spans
         .iter()
-        .map(|rows| AttentionSpan { rows: rows.clone(), keys: keys_of(rows), values: values_of(rows), past: 0 })
+        .map(|rows| {
+            let source = KeyValues::Rows { keys: keys_of(rows), values: values_of(rows) };
+            AttentionSpan { rows: rows.clone(), source, past: 0 }
+        })
         .collect();
     attention(shape, heads.q, &as_forward, dy);
     let n = heads.q.len() / (shape.heads * shape.head_dim);

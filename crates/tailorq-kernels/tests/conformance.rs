@@ -7,7 +7,9 @@ mod inputs;
 
 use inputs::{Sequence, corrected, layouts, normal, packed, positive_definite, rope_table, weights};
 use std::sync::Arc;
-use tailorq_kernels::{AttentionShape, Device, Strided, StridedMut, cpu_variants, reference};
+use tailorq_kernels::{
+    AttentionShape, AttentionSpan, Device, KeyValues, KvBlock, KvType, Strided, StridedMut, cpu_variants, reference,
+};
 use tailorq_tensor::{Bits, Group, Layout, Matrix, Rng, Weight};
 
 /// Fails with the place when `found` is farther than `tolerance` from `expected` anywhere.
@@ -207,6 +209,38 @@ fn check_attention(rng: &mut Rng, shape: AttentionShape, spans: &[(std::ops::Ran
         device.attention(shape, &q, &spans, &mut y);
         assert_close(&y, &expected, 1e-5, &format!("{} attention {shape:?}", device.name()));
     }
+    for kind in KvType::ALL {
+        check_cached(shape, &q, &sequences, kind);
+    }
+}
+
+/// The same sequences in caches: a device against the reference on what is stored, and the reference against the plain rows.
+fn check_cached(shape: AttentionShape, q: &[f32], sequences: &[Sequence], kind: KvType) {
+    let caches: Vec<KvBlock> = sequences.iter().map(|s| s.cached(kind, shape.kv_heads, shape.head_dim)).collect();
+    let plain: Vec<_> = sequences.iter().map(Sequence::span).collect();
+    let spans: Vec<_> = (plain.iter().zip(&caches))
+        .map(|(span, block)| AttentionSpan { source: KeyValues::Cache(block), ..span.clone() })
+        .collect();
+    let attend = |device: &dyn Device, spans: &[AttentionSpan<'_>]| {
+        let mut y = vec![7.0; q.len()];
+        device.attention(shape, q, spans, &mut y);
+        y
+    };
+    let expected = attend(&*reference(), &spans);
+    // Errors of the keys move the scores by the query's length times half a step of up to 4 / 127.
+    let tolerance = match kind {
+        KvType::F32 => 0.0,
+        KvType::F16 => 0.02,
+        KvType::Q8 => 0.3,
+    };
+    assert_close(&expected, &attend(&*reference(), &plain), tolerance, &format!("{kind} {shape:?}"));
+    for device in devices() {
+        let what = format!("{} attention over {kind}, {shape:?}", device.name());
+        assert_close(&attend(&*device, &spans), &expected, 1e-5, &what);
+        if kind == KvType::F32 {
+            assert_eq!(attend(&*device, &spans), attend(&*device, &plain), "{what}: a cache changes no bit");
+        }
+    }
 }
 
 #[test]
@@ -217,6 +251,8 @@ fn attention_over_ragged_spans() {
             let shape = AttentionShape { heads, kv_heads, head_dim, window };
             check_attention(&mut rng, shape, &[], 0);
             check_attention(&mut rng, shape, &[(0..1, 0)], 1);
+            // A step of several sequences, with threads and without.
+            check_attention(&mut rng, shape, &[(0..1, 200), (1..2, 0), (2..3, 31), (3..4, 32), (4..5, 700)], 5);
             check_attention(&mut rng, shape, &[(0..1, 40), (1..2, 0), (2..2, 9), (2..4, 133)], 4);
             check_attention(&mut rng, shape, &[(30..31, 3), (0..17, 0), (17..29, 5)], 32);
         }
@@ -238,7 +274,7 @@ fn attention_with_large_scores_stays_finite() {
     let keys = [0.0, 0.0, 300.0, 0.0, -300.0, 0.0];
     let values = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0];
     for device in devices() {
-        let span = tailorq_kernels::AttentionSpan { rows: 0..1, keys: &keys, values: &values, past: 2 };
+        let span = AttentionSpan { rows: 0..1, source: KeyValues::Rows { keys: &keys, values: &values }, past: 2 };
         let mut y = [0.0; 2];
         device.attention(shape, &[300.0, 0.0], &[span], &mut y);
         assert_eq!(y, [3.0, 4.0], "{}", device.name());

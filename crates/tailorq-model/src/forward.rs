@@ -1,10 +1,10 @@
 //! The forward pass of a decoder, whole or in the stages that a streaming quantizer needs.
 
-use crate::kv::{BlockKv, KvCache};
+use crate::kv::KvCache;
 use crate::model::{Block, Linear, Model};
 use std::ops::Range;
 use std::sync::Arc;
-use tailorq_kernels::{AttentionShape, AttentionSpan, Device, RopeTable};
+use tailorq_kernels::{AttentionShape, AttentionSpan, Device, KeyValues, KvBlock, RopeTable};
 use tailorq_tensor::{InputGroup, Matrix, Slot};
 
 /// Words of the vocabulary whose logits are computed at once: with 2048 tokens, 32 MiB.
@@ -76,22 +76,17 @@ impl BlockStage<'_> {
         attention_input: &Matrix,
         spans: &[Range<usize>],
         past: &[usize],
-        caches: &mut [&mut BlockKv],
+        caches: &mut [&mut KvBlock],
     ) -> Matrix {
         let (q, k, v, _) = self.rotated(attention_input, spans, |span_idx| past[span_idx]);
         let width = k.cols();
         for (rows, cache) in spans.iter().zip(caches.iter_mut()) {
-            cache.keys.extend_from_slice(&k.data()[rows.start * width..rows.end * width]);
-            cache.values.extend_from_slice(&v.data()[rows.start * width..rows.end * width]);
+            let part = rows.start * width..rows.end * width;
+            cache.push(&k.data()[part.clone()], &v.data()[part]);
         }
         let spans: Vec<_> = (spans.iter().zip(past))
             .zip(caches.iter())
-            .map(|((rows, &past), cache)| AttentionSpan {
-                rows: rows.clone(),
-                keys: &cache.keys,
-                values: &cache.values,
-                past,
-            })
+            .map(|((rows, &past), cache)| AttentionSpan { rows: rows.clone(), source: KeyValues::Cache(cache), past })
             .collect();
         self.attend(&q, &spans)
     }
@@ -193,7 +188,8 @@ fn apply_linear(device: &dyn Device, linear: &Linear, x: &Matrix) -> Matrix {
 /// The keys and values of a sequence that has no past: its own rows.
 fn fresh_span<'a>(rows: &Range<usize>, width: usize, k: &'a Matrix, v: &'a Matrix) -> AttentionSpan<'a> {
     let part = rows.start * width..rows.end * width;
-    AttentionSpan { rows: rows.clone(), keys: &k.data()[part.clone()], values: &v.data()[part], past: 0 }
+    let source = KeyValues::Rows { keys: &k.data()[part.clone()], values: &v.data()[part] };
+    AttentionSpan { rows: rows.clone(), source, past: 0 }
 }
 
 /// The position of every row: counted up from `first(i)` in span `i`.
@@ -250,7 +246,7 @@ impl Model {
         assert_eq!(spans.len(), caches.len(), "one cache a sequence");
         let past: Vec<usize> = caches.iter().map(KvCache::len).collect();
         for cache in caches.iter_mut() {
-            cache.blocks.resize_with(self.blocks.len(), BlockKv::default);
+            cache.prepare(&self.config);
         }
         for (block_idx, block) in self.blocks.iter().enumerate() {
             let stage = BlockStage { model: self, block, device };

@@ -15,8 +15,8 @@ use crate::generate::{FinishReason, Output};
 use crate::sampler::{Sampler, SamplerOptions};
 use std::ops::ControlFlow;
 use std::slice;
-use tailorq_kernels::Device;
-use tailorq_model::{Batch, KvCache, Model, ModelConfig, Tokenizer};
+use tailorq_kernels::{Device, KvType};
+use tailorq_model::{Batch, KvCache, Model, Tokenizer};
 use tailorq_tensor::Matrix;
 
 /// Tokens that are read at once, and the grain in which prompts share what was read.
@@ -42,12 +42,15 @@ pub struct BatchOptions {
     pub kv_bytes: usize,
     /// Tokens of prompt and continuation together; the model's context when `None`.
     pub context: Option<usize>,
+    /// How keys and values are stored.
+    pub kv: KvType,
 }
 
 impl Default for BatchOptions {
-    /// 12 sequences, the most that give each the bits it would get alone; 2 GiB; the model's context.
+    /// 12 sequences, the most that give each the bits it would get alone; 2 GiB of keys and values as they are computed; the
+    /// model's context.
     fn default() -> Self {
-        BatchOptions { sequences: 12, kv_bytes: 2 << 30, context: None }
+        BatchOptions { sequences: 12, kv_bytes: 2 << 30, context: None, kv: KvType::F32 }
     }
 }
 
@@ -176,11 +179,6 @@ fn shared_chunks(a: &[u32], b: &[u32]) -> usize {
     common / PREFIX_CHUNK * PREFIX_CHUNK
 }
 
-/// Bytes of the keys and values of `tokens` tokens.
-fn kv_bytes(config: &ModelConfig, tokens: usize) -> usize {
-    2 * 4 * config.n_blocks * config.n_kv_heads * config.head_dim * tokens
-}
-
 /// A sequence in work.
 struct Running<'a> {
     request: usize,
@@ -219,7 +217,8 @@ impl Stage<'_> {
     /// Bytes that the sequence of a turn may come to take.
     fn reservation(&self, turn_idx: usize) -> usize {
         let request = self.plan[turn_idx].request;
-        kv_bytes(&self.model.config, self.prompts[request].len() + self.requests[request].max_tokens)
+        let tokens = self.prompts[request].len() + self.requests[request].max_tokens;
+        tokens * KvCache::token_bytes(self.options.kv, &self.model.config)
     }
 
     /// Whether the turn may begin now.
@@ -256,7 +255,7 @@ impl Stage<'_> {
         let Turn { request, shared } = self.plan[turn_idx];
         let keep = self.plan.get(turn_idx + 1).map_or(0, |next| next.shared);
         let prompt = self.prompts[request];
-        let mut cache = self.donor.take().unwrap_or_default();
+        let mut cache = self.donor.take().unwrap_or_else(|| KvCache::with(self.options.kv));
         assert_eq!(cache.len(), shared, "the donor was made for this turn");
         if keep > 0 && keep <= shared {
             let mut donor = cache.clone();

@@ -17,5 +17,5 @@ pub use error::RuntimeError;
 pub use generate::{FinishReason, Generation, GenerationOptions, Piece, generate};
 pub use sampler::{Sampler, SamplerOptions};
 pub use session::{PREFILL_CHUNK, Session};
-pub use tailorq_kernels::Device;
+pub use tailorq_kernels::{Device, KvType};
 pub use text::{StopFinder, TextStream};

@@ -2,7 +2,7 @@
 
 use crate::error::RuntimeError;
 use std::slice;
-use tailorq_kernels::Device;
+use tailorq_kernels::{Device, KvType};
 use tailorq_model::{Batch, KvCache, Model};
 use tailorq_tensor::Matrix;
 
@@ -19,9 +19,14 @@ pub struct Session<'a> {
 }
 
 impl<'a> Session<'a> {
-    /// An empty sequence.
+    /// An empty sequence that keeps keys and values as they are computed: the reference.
     pub fn new(model: &'a Model, device: &'a dyn Device) -> Self {
-        Session { model, device, cache: KvCache::default(), tokens: Vec::new() }
+        Session::with(model, device, KvType::F32)
+    }
+
+    /// An empty sequence that stores keys and values in this precision.
+    pub fn with(model: &'a Model, device: &'a dyn Device, kv: KvType) -> Self {
+        Session { model, device, cache: KvCache::with(kv), tokens: Vec::new() }
     }
 
     /// The model that runs.
@@ -41,7 +46,7 @@ impl<'a> Session<'a> {
 
     /// Forgets the sequence.
     pub fn reset(&mut self) {
-        self.cache = KvCache::default();
+        self.cache = KvCache::with(self.cache.kind());
         self.tokens.clear();
     }
 

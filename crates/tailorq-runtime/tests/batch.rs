@@ -12,8 +12,8 @@ use std::sync::Arc;
 use tailorq_model::testing::TinyModel;
 use tailorq_model::{Batch, KvCache, OpenedModel};
 use tailorq_runtime::{
-    BatchOptions, BatchProgress, Completion, CompletionRequest, Device, FinishReason, GenerationOptions, PREFIX_CHUNK,
-    RuntimeError, SamplerOptions, Session, generate, generate_batch,
+    BatchOptions, BatchProgress, Completion, CompletionRequest, Device, FinishReason, GenerationOptions, KvType,
+    PREFIX_CHUNK, RuntimeError, SamplerOptions, Session, generate, generate_batch,
 };
 use tailorq_tensor::Rng;
 
@@ -89,10 +89,16 @@ fn every_sequence_gets_what_it_gets_alone() {
         assert!(expected.iter().any(|c| c.finish == finish), "no sequence ends with {}", finish.name());
     }
     for (sequences, kv_bytes) in [(1, usize::MAX), (3, usize::MAX), (12, usize::MAX), (40, usize::MAX), (12, 500_000)] {
-        let options = BatchOptions { sequences, kv_bytes, context: None };
+        let options = BatchOptions { sequences, kv_bytes, ..BatchOptions::default() };
         assert_eq!(fixture.batch(&requests, &options), expected, "{sequences} sequences, {kv_bytes} bytes");
     }
     assert!(fixture.batch(&[], &BatchOptions::default()).is_empty());
+    // In another precision the words may be others, but not because of the company.
+    for kv in [KvType::F16, KvType::Q8] {
+        let together = fixture.batch(&requests, &BatchOptions { kv, ..BatchOptions::default() });
+        assert_eq!(fixture.batch(&requests, &BatchOptions { kv, sequences: 1, ..BatchOptions::default() }), together);
+        assert_eq!(together.len(), expected.len());
+    }
 }
 
 #[test]

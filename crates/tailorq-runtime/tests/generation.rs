@@ -6,7 +6,8 @@ use std::sync::Arc;
 use tailorq_model::testing::TinyModel;
 use tailorq_model::{Batch, OpenedModel};
 use tailorq_runtime::{
-    Device, FinishReason, Generation, GenerationOptions, PREFILL_CHUNK, RuntimeError, SamplerOptions, Session, generate,
+    Device, FinishReason, Generation, GenerationOptions, KvType, PREFILL_CHUNK, RuntimeError, SamplerOptions, Session,
+    generate,
 };
 use tailorq_tensor::Rng;
 
@@ -85,6 +86,27 @@ fn chunks_steps_and_a_rewind_give_the_logits_of_a_fresh_pass() {
     assert_eq!(session.rewind_to(&other), other.len() - 1);
     session.reset();
     assert_eq!(session.rewind_to(&other), 0);
+}
+
+#[test]
+fn stored_keys_and_values_cost_little_and_are_rewound() {
+    let fixture = Fixture::new(|_| {});
+    let (model, device) = (&fixture.opened.model, fixture.device.as_ref());
+    let ids = random_ids(PREFILL_CHUNK + 40, 1);
+    let expected = fixture.fresh_logits(&ids);
+    for (kv, tolerance) in [(KvType::F16, 0.01), (KvType::Q8, 0.15)] {
+        let mut session = Session::with(model, device, kv);
+        let whole = session.prefill(&ids, &|| false).unwrap();
+        let worst = whole.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(0.0 < worst && worst < tolerance, "{kv}: {worst}");
+        let mut other = ids[..77].to_vec();
+        other.extend(random_ids(20, 2));
+        session.rewind_to(&other);
+        session.prefill(&other[77..], &|| false).unwrap();
+        let kept = session.rewind_to(&ids);
+        assert_eq!(kept, 77);
+        assert_close(&session.prefill(&ids[kept..], &|| false).unwrap(), &whole);
+    }
 }
 
 #[test]

@@ -51,6 +51,7 @@ impl BenchArgs {
             batch: usize::from(self.batch),
             repeat: usize::from(self.repeat),
             seed: self.seed,
+            kv: self.engine.kv,
             memory_bytes: usize::from(self.memory) << 20,
         }
     }
@@ -105,6 +106,7 @@ impl Run<'_> {
             "device": self.device,
             "threads": self.threads,
             "activations": self.args.engine.activations.name(),
+            "kv": self.args.engine.kv.name(),
             "prompt_tokens": options.prompt,
             "generated_tokens": options.generate,
             "start_tokens": BENCH_START,

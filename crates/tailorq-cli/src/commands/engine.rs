@@ -3,6 +3,7 @@
 use clap::Args;
 use std::sync::Arc;
 use tailorq::{Activations, Device};
+use tailorq_runtime::KvType;
 
 /// Precisions while the model runs.
 #[derive(Args)]
@@ -12,6 +13,9 @@ pub struct EngineArgs {
     /// always meet f32
     #[arg(long, default_value_t = Activations::Int8, value_name = "TYPE")]
     pub activations: Activations,
+    /// How keys and values are kept: f16, q8 (half of that) or f32 (the reference)
+    #[arg(long, default_value_t = KvType::F16, value_name = "TYPE")]
+    pub kv: KvType,
 }
 
 impl EngineArgs {

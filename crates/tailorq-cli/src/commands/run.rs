@@ -46,7 +46,7 @@ pub fn execute(args: &RunArgs, console: &Console) -> anyhow::Result<()> {
     let opened = super::open(&args.model, console)?;
     let ids = prompt_tokens(&opened, args, &prompt)?;
     let device = args.engine.device();
-    let mut session = Session::new(&opened.model, device.as_ref());
+    let mut session = Session::with(&opened.model, device.as_ref(), args.engine.kv);
     let mut written = Ok(());
     let generation = generate(
         &mut session,

@@ -1,23 +1,30 @@
 //! Causal softmax attention over ragged spans.
 //!
 //! A task is a tile of query rows and all query heads that share one key head. Many queries: scores and mixed values
-//! are matrix products over the keys that any query of the tile sees. Few queries (decoding): each head is a walk over
-//! its keys.
+//! are matrix products over the keys that any query of the tile sees. Few queries: each head is a walk over its keys; where
+//! every sequence has one query (decoding), heads that share keys walk together and nothing is asked of the allocator.
 
 use super::gemm::{View, gemm};
 use super::simd::Isa;
 use super::tile::Tile;
-use super::{dot, exp, scratch};
-use crate::{AttentionShape, AttentionSpan, shapes};
+use super::{exp, scratch, walk};
+use crate::{AttentionShape, AttentionSpan, Part, shapes};
 use rayon::prelude::*;
 
 /// Rows of the score matrix that a task aims at: query rows times query heads.
 const SCORES: usize = 128;
 /// Spans of up to this many query rows are walked head by head.
 const FEW: usize = 4;
+/// Keys times elements of heads below which a step is not divided among threads.
+const WALK_TASK: usize = 1 << 15;
 
 pub(super) fn attention(isa: Isa, shape: AttentionShape, q: &[f32], spans: &[AttentionSpan<'_>], y: &mut [f32]) {
     shapes::attention(shape, q, spans, y);
+    if spans.len() * shape.heads * shape.head_dim == q.len()
+        && spans.iter().enumerate().all(|(i, span)| span.rows == (i..i + 1))
+    {
+        return step(isa, shape, q, spans, y);
+    }
     let AttentionShape { heads, kv_heads, head_dim, .. } = shape;
     let (width, shared) = (heads * head_dim, heads / kv_heads);
     let queries = (SCORES / shared).max(16);
@@ -41,7 +48,7 @@ pub(super) fn attention(isa: Isa, shape: AttentionShape, q: &[f32], spans: &[Att
     }
     tasks.into_par_iter().for_each(|task| {
         if task.span.rows.len() <= FEW {
-            walk(isa, shape, q, task);
+            few(isa, shape, q, task);
         } else {
             multiply(isa, shape, q, task);
         }
@@ -62,44 +69,98 @@ impl Task<'_, '_> {
         ((self.span.rows.start + self.first) * shape.heads + self.head) * shape.head_dim
     }
 
-    /// Where the head's part of key `key` starts.
-    fn key(&self, shape: AttentionShape, key: usize) -> usize {
-        let kv_head = self.head / (shape.heads / shape.kv_heads);
-        (key * shape.kv_heads + kv_head) * shape.head_dim
+    /// The head whose keys and values these are.
+    fn kv_head(&self, shape: AttentionShape) -> usize {
+        self.head / (shape.heads / shape.kv_heads)
+    }
+}
+
+/// One query of every sequence.
+fn step(isa: Isa, shape: AttentionShape, q: &[f32], spans: &[AttentionSpan<'_>], y: &mut [f32]) {
+    let n_walks = spans.len() * walks_of_a_row(shape);
+    if n_walks == 0 {
+        return;
+    }
+    let visible = |span: &AttentionSpan<'_>| shapes::visible(span.past, shape.window).len();
+    let work = spans.iter().map(visible).sum::<usize>() * shape.heads * shape.head_dim;
+    Step { isa, shape, q, spans, least: (WALK_TASK * n_walks / work.max(1)).max(1) }.walks(0, n_walks, y);
+}
+
+/// Walks of one row: those of a key head are cut into groups of at most [`walk::HEADS`] heads.
+fn walks_of_a_row(shape: AttentionShape) -> usize {
+    shape.kv_heads * (shape.heads / shape.kv_heads).div_ceil(walk::HEADS)
+}
+
+struct Step<'a> {
+    isa: Isa,
+    shape: AttentionShape,
+    q: &'a [f32],
+    spans: &'a [AttentionSpan<'a>],
+    /// Walks that are not divided further.
+    least: usize,
+}
+
+impl Step<'_> {
+    /// Where the outputs of a walk start.
+    fn start(&self, walk: usize) -> usize {
+        let AttentionShape { heads, kv_heads, head_dim, .. } = self.shape;
+        let shared = heads / kv_heads;
+        let groups = shared.div_ceil(walk::HEADS);
+        (walk / groups * shared + walk % groups * walk::HEADS) * head_dim
+    }
+
+    /// The walks `first..end`, whose outputs are `y`.
+    fn walks(&self, first: usize, end: usize, y: &mut [f32]) {
+        if end - first > self.least {
+            let middle = usize::midpoint(first, end);
+            let (low, high) = y.split_at_mut(self.start(middle) - self.start(first));
+            rayon::join(|| self.walks(first, middle, low), || self.walks(middle, end, high));
+            return;
+        }
+        let mut rest = y;
+        for i in first..end {
+            let at = self.start(i)..self.start(i + 1);
+            let (y, after) = rest.split_at_mut(at.len());
+            rest = after;
+            let span = &self.spans[i / walks_of_a_row(self.shape)];
+            let head = at.start / self.shape.head_dim % self.shape.heads;
+            let kv_head = head / (self.shape.heads / self.shape.kv_heads);
+            let visible = shapes::visible(span.past, self.shape.window);
+            walk::walk(self.isa, self.shape, &self.q[at], span.source, kv_head, visible, y);
+        }
     }
 }
 
 /// One head, query by query.
-fn walk(isa: Isa, shape: AttentionShape, q: &[f32], mut task: Task<'_, '_>) {
-    let AttentionShape { heads, kv_heads, head_dim, window } = shape;
+fn few(isa: Isa, shape: AttentionShape, q: &[f32], mut task: Task<'_, '_>) {
+    let AttentionShape { heads, head_dim, window, .. } = shape;
     for i in 0..task.y.rows() {
         let visible = shapes::visible(task.span.past + task.first + i, window);
         let query = task.query(shape) + i * heads * head_dim;
-        let (at, stride) = (task.key(shape, visible.start), kv_heads * head_dim);
-        scratch::with(visible.len(), |scores| {
-            let scale = 1.0 / (head_dim as f32).sqrt();
-            dot::dot_rows(isa, &q[query..query + head_dim], &task.span.keys[at..], stride, scale, scores);
-            let total = exp::softmax_unscaled(isa, scores);
-            dot::mix_rows(isa, scores, &task.span.values[at..], stride, 1.0 / total, task.y.row_mut(i));
-        });
+        let (q, kv_head) = (&q[query..query + head_dim], task.kv_head(shape));
+        walk::walk(isa, shape, q, task.span.source, kv_head, visible, task.y.row_mut(i));
     }
 }
 
 /// All heads of one key head and a tile of queries by two matrix products.
 fn multiply(isa: Isa, shape: AttentionShape, q: &[f32], mut task: Task<'_, '_>) {
-    let AttentionShape { heads, kv_heads, head_dim, window } = shape;
-    let (rows, tile_width, kv_width) = (task.y.rows(), task.y.cols(), kv_heads * head_dim);
+    let AttentionShape { heads, head_dim, window, .. } = shape;
+    let (rows, tile_width) = (task.y.rows(), task.y.cols());
     let shared = tile_width / head_dim;
     // The keys that any query of the tile sees.
     let position = task.span.past + task.first;
     let (start, end) = (shapes::visible(position, window).start, position + rows);
-    let (n, n_queries, at) = (end - start, rows * shared, task.key(shape, start));
-    let keys = View::new(&task.span.keys[at..], n, head_dim, kv_width);
-    let values = View::new(&task.span.values[at..], n, head_dim, kv_width);
-    scratch::with(n_queries * (n + head_dim + 1), |buffer| {
+    let (n, n_queries) = (end - start, rows * shared);
+    scratch::with(n_queries * (n + head_dim + 1) + 2 * n * head_dim, |buffer| {
         // Rows are (query, head): a row of the tile is `shared` rows of each of these.
         let (scores, buffer) = buffer.split_at_mut(n_queries * n);
-        let (mixed, totals) = buffer.split_at_mut(n_queries * head_dim);
+        let (mixed, buffer) = buffer.split_at_mut(n_queries * head_dim);
+        let (totals, buffer) = buffer.split_at_mut(n_queries);
+        let (keys, values) = buffer.split_at_mut(n * head_dim);
+        for (part, rows) in [(Part::Keys, &mut *keys), (Part::Values, &mut *values)] {
+            task.span.source.read(part, shape, task.kv_head(shape), start..end, rows);
+        }
+        let (keys, values) = (View::new(keys, n, head_dim, head_dim), View::new(values, n, head_dim, head_dim));
         for (i, row) in mixed.chunks_exact_mut(tile_width).enumerate() {
             let query = task.query(shape) + i * heads * head_dim;
             row.copy_from_slice(&q[query..query + tile_width]);

@@ -1,6 +1,7 @@
-//! Dot products and weighted sums of rows, each in a fixed order.
+//! Dot products of rows, each in a fixed order.
 
 use super::simd::{LANES, Simd, per_isa};
+use half::f16;
 
 per_isa! {
     /// `out[t] = dot(row t of x, w)`, rows of `w.len()` elements: sixteen lanes by four accumulators, the tail as if
@@ -8,19 +9,53 @@ per_isa! {
     pub(super) fn dot_tokens(x: &[f32], w: &[f32], out: &mut [f32]) = dot_tokens_body
 }
 
-per_isa! {
-    /// `out[j] = scale * dot(q, row j of rows)`, where row `j` starts at `j * stride` and is as long as `q`.
-    pub(super) fn dot_rows(q: &[f32], rows: &[f32], stride: usize, scale: f32, out: &mut [f32]) = dot_rows_body
+/// Elements in which rows are stored.
+pub(super) trait Stored: Copy {
+    /// What fills a vector behind the end of a row.
+    const ZERO: Self;
+
+    /// Sixteen of them as f32.
+    fn load<S: Simd>(simd: S, from: &[Self; LANES]) -> S::F;
+
+    /// The first lanes of a short slice, 0 in the others.
+    #[inline(always)]
+    fn load_partial<S: Simd>(simd: S, from: &[Self]) -> S::F {
+        let mut lanes = [Self::ZERO; LANES];
+        lanes[..from.len()].copy_from_slice(from);
+        Self::load(simd, &lanes)
+    }
 }
 
-per_isa! {
-    /// `y = scale * sum_j weights[j] * row j of rows`, where row `j` starts at `j * stride` and is as long as `y`.
-    pub(super) fn mix_rows(weights: &[f32], rows: &[f32], stride: usize, scale: f32, y: &mut [f32]) = mix_rows_body
+impl Stored for f32 {
+    const ZERO: Self = 0.0;
+
+    #[inline(always)]
+    fn load<S: Simd>(simd: S, from: &[Self; LANES]) -> S::F {
+        simd.load(from)
+    }
+}
+
+impl Stored for f16 {
+    const ZERO: Self = f16::ZERO;
+
+    #[inline(always)]
+    fn load<S: Simd>(simd: S, from: &[Self; LANES]) -> S::F {
+        simd.load_f16(from)
+    }
+}
+
+impl Stored for i8 {
+    const ZERO: Self = 0;
+
+    #[inline(always)]
+    fn load<S: Simd>(simd: S, from: &[Self; LANES]) -> S::F {
+        simd.load_i8(from)
+    }
 }
 
 /// The dot products of `N` rows with `w`.
 #[inline(always)]
-fn dots<S: Simd, const N: usize>(simd: S, x: [&[f32]; N], w: &[f32]) -> [f32; N] {
+pub(super) fn dots<S: Simd, T: Stored, const N: usize>(simd: S, x: [&[f32]; N], w: &[T]) -> [f32; N] {
     for x in x {
         assert_eq!(x.len(), w.len(), "dot: lengths");
     }
@@ -29,7 +64,7 @@ fn dots<S: Simd, const N: usize>(simd: S, x: [&[f32]; N], w: &[f32]) -> [f32; N]
     let mut sums = [[simd.splat(0.0); 4]; N];
     for (i, four) in fours.iter().enumerate() {
         for (lane, w) in four.iter().enumerate() {
-            let w = simd.load(w);
+            let w = T::load(simd, w);
             for t in 0..N {
                 let x = &x[t].as_chunks::<LANES>().0[4 * i + lane];
                 sums[t][lane] = simd.mul_add(simd.load(x), w, sums[t][lane]);
@@ -37,14 +72,14 @@ fn dots<S: Simd, const N: usize>(simd: S, x: [&[f32]; N], w: &[f32]) -> [f32; N]
         }
     }
     for (i, w) in rest.iter().enumerate() {
-        let w = simd.load(w);
+        let w = T::load(simd, w);
         for t in 0..N {
             let x = &x[t].as_chunks::<LANES>().0[4 * fours.len() + i];
             sums[t][0] = simd.mul_add(simd.load(x), w, sums[t][0]);
         }
     }
     if !tail.is_empty() {
-        let w = simd.load_partial(tail, 0.0);
+        let w = T::load_partial(simd, tail);
         for t in 0..N {
             let x = simd.load_partial(x[t].as_chunks::<LANES>().1, 0.0);
             sums[t][1] = simd.mul_add(x, w, sums[t][1]);
@@ -77,71 +112,23 @@ fn dot_tokens_body<S: Simd>(simd: S, x: &[f32], w: &[f32], out: &mut [f32]) {
     }
 }
 
-#[inline(always)]
-fn dot_rows_body<S: Simd>(simd: S, q: &[f32], rows: &[f32], stride: usize, scale: f32, out: &mut [f32]) {
-    for (j, out) in out.iter_mut().enumerate() {
-        *out = scale * dot_body(simd, q, &rows[j * stride..j * stride + q.len()]);
-    }
-}
-
-#[inline(always)]
-fn mix_rows_body<S: Simd>(simd: S, weights: &[f32], rows: &[f32], stride: usize, scale: f32, y: &mut [f32]) {
-    let mut at = 0;
-    let (fours, rest) = y.as_chunks_mut::<{ 4 * LANES }>();
-    for y in fours {
-        let mut sums = [simd.splat(0.0); 4];
-        for (j, &w) in weights.iter().enumerate() {
-            let row = &rows[j * stride + at..j * stride + at + 4 * LANES];
-            let (row, _) = row.as_chunks::<LANES>();
-            let w = simd.splat(w);
-            for (sum, row) in sums.iter_mut().zip(row) {
-                *sum = simd.mul_add(w, simd.load(row), *sum);
-            }
-        }
-        let (y, _) = y.as_chunks_mut::<LANES>();
-        for (y, sum) in y.iter_mut().zip(sums) {
-            simd.store(simd.mul(sum, simd.splat(scale)), y);
-        }
-        at += 4 * LANES;
-    }
-    for y in rest.chunks_mut(LANES) {
-        let mut sum = simd.splat(0.0);
-        for (j, &w) in weights.iter().enumerate() {
-            let row = &rows[j * stride + at..j * stride + at + y.len()];
-            sum = simd.mul_add(simd.splat(w), simd.load_partial(row, 0.0), sum);
-        }
-        simd.store_partial(simd.mul(sum, simd.splat(scale)), y);
-        at += y.len();
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::cpu::simd::Isa;
 
     #[test]
-    fn dots_and_mixes_of_all_lengths() {
+    fn dots_of_all_lengths() {
         let mut rng = tailorq_tensor::Rng::new(1);
         for n in (0..70).chain([127, 128, 129, 576]) {
             let a: Vec<f32> = (0..n).map(|_| rng.normal()).collect();
-            let b: Vec<f32> = (0..n * 3).map(|_| rng.normal()).collect();
+            let b: Vec<f32> = (0..n).map(|_| rng.normal()).collect();
             for isa in Isa::available() {
-                let mut dots = [f32::NAN; 3];
-                dot_rows(isa, &a, &b, n, 2.0, &mut dots);
-                let (mut tokens, five) = ([f32::NAN; 5], [&a, &a, &b[..n], &a, &a].concat());
-                dot_tokens(isa, &five, &b[..n], &mut tokens);
-                assert_eq!(tokens.map(|t| 2.0 * t)[3..], [dots[0]; 2], "four tokens at once add as one does");
-                let mut mix = vec![f32::NAN; n];
-                mix_rows(isa, &[1.0, -2.0, 0.5], &b, n, 2.0, &mut mix);
-                for j in 0..3 {
-                    let exact: f64 = a.iter().zip(&b[j * n..]).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum();
-                    assert!((2.0 * exact - f64::from(dots[j])).abs() < 1e-4, "{} dot of {n}", isa.name());
-                }
-                for (i, &found) in mix.iter().enumerate() {
-                    let exact = 2.0 * (b[i] - 2.0 * b[n + i] + 0.5 * b[2 * n + i]);
-                    assert!((exact - found).abs() < 1e-5, "{} mix of {n} at {i}", isa.name());
-                }
+                let (mut tokens, five) = ([f32::NAN; 5], [&a[..], &a, &b, &a, &a].concat());
+                dot_tokens(isa, &five, &b, &mut tokens);
+                assert_eq!(tokens[3], tokens[4], "four tokens at once add as one does");
+                let exact: f64 = a.iter().zip(&b).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum();
+                assert!((exact - f64::from(tokens[0])).abs() < 1e-4, "{} dot of {n}", isa.name());
             }
         }
     }

@@ -20,6 +20,7 @@ mod scratch;
 mod simd;
 mod tile;
 mod unpack;
+mod walk;
 
 use crate::{
     Activations, AttentionShape, AttentionSpan, Device, GradientSums, Heads, HeadsMut, LogSumExp, NotPositiveDefinite,

@@ -5,7 +5,7 @@
 use half::{bf16, f16};
 use std::ops::Range;
 use std::sync::Arc;
-use tailorq_kernels::{AttentionSpan, RopeTable};
+use tailorq_kernels::{AttentionSpan, KeyValues, KvBlock, KvType, RopeTable};
 use tailorq_tensor::{
     Bits, DType, DenseRows, ElementCorrections, Group, Layout, Matrix, PackedMatrix, Rng, SharedBytes, TILE, TileBits,
     TileCorrection, TileCorrections, Weight,
@@ -99,8 +99,16 @@ impl Sequence {
         Sequence { rows, past, keys: normal(rng, n), values: normal(rng, n) }
     }
 
+    /// The same keys and values in a cache.
+    pub fn cached(&self, kind: KvType, kv_heads: usize, head_dim: usize) -> KvBlock {
+        let mut block = KvBlock::new(kind, kv_heads, head_dim);
+        block.push(&self.keys, &self.values);
+        block
+    }
+
     pub fn span(&self) -> AttentionSpan<'_> {
-        AttentionSpan { rows: self.rows.clone(), keys: &self.keys, values: &self.values, past: self.past }
+        let source = KeyValues::Rows { keys: &self.keys, values: &self.values };
+        AttentionSpan { rows: self.rows.clone(), source, past: self.past }
     }
 }
 

@@ -2,9 +2,10 @@
 #![allow(clippy::undocumented_unsafe_blocks, reason = "one reason for all of them stands at the token")]
 
 use super::{LANES, Simd};
+use half::f16;
 use std::arch::x86_64::*;
 
-/// The right to use avx2 and fma.
+/// The right to use avx2, fma and f16c.
 ///
 /// Every `unsafe` block below calls an intrinsic that needs no more than these features, which the processor has
 /// because the token exists. Loads and stores go through references to arrays of the right size.
@@ -13,7 +14,7 @@ pub(crate) struct Avx2(());
 
 impl Avx2 {
     /// # Safety
-    /// The processor has avx2 and fma.
+    /// The processor has avx2, fma and f16c.
     #[inline(always)]
     pub(crate) unsafe fn new() -> Self {
         Avx2(())
@@ -64,6 +65,21 @@ impl Simd for Avx2 {
     #[inline(always)]
     fn load(self, from: &[f32; LANES]) -> Self::F {
         unsafe { [_mm256_loadu_ps(from.as_ptr()), _mm256_loadu_ps(from.as_ptr().add(8))] }
+    }
+    #[inline(always)]
+    fn load_f16(self, from: &[f16; LANES]) -> Self::F {
+        unsafe {
+            let at: *const __m128i = from.as_ptr().cast();
+            [_mm256_cvtph_ps(_mm_loadu_si128(at)), _mm256_cvtph_ps(_mm_loadu_si128(at.add(1)))]
+        }
+    }
+    #[inline(always)]
+    fn load_i8(self, from: &[i8; LANES]) -> Self::F {
+        unsafe {
+            let all = _mm_loadu_si128(from.as_ptr().cast());
+            let upper = _mm_unpackhi_epi64(all, all);
+            [_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(all)), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(upper))]
+        }
     }
     #[inline(always)]
     fn store(self, value: Self::F, to: &mut [f32; LANES]) {

@@ -2,9 +2,10 @@
 #![allow(clippy::undocumented_unsafe_blocks, reason = "one reason for all of them stands at the token")]
 
 use super::{LANES, Simd, avx2};
+use half::f16;
 use std::arch::x86_64::*;
 
-/// The right to use avx512f, avx2 and fma.
+/// The right to use avx512f, avx2, fma and f16c.
 ///
 /// Every `unsafe` block below calls an intrinsic that needs no more than these features, which the processor has
 /// because the token exists. Loads and stores go through references to arrays of the right size.
@@ -13,7 +14,7 @@ pub(crate) struct Avx512(());
 
 impl Avx512 {
     /// # Safety
-    /// The processor has avx512f, avx2 and fma.
+    /// The processor has avx512f, avx2, fma and f16c.
     #[inline(always)]
     pub(crate) unsafe fn new() -> Self {
         Avx512(())
@@ -30,6 +31,14 @@ impl Simd for Avx512 {
     #[inline(always)]
     fn load(self, from: &[f32; LANES]) -> Self::F {
         unsafe { _mm512_loadu_ps(from.as_ptr()) }
+    }
+    #[inline(always)]
+    fn load_f16(self, from: &[f16; LANES]) -> Self::F {
+        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(from.as_ptr().cast())) }
+    }
+    #[inline(always)]
+    fn load_i8(self, from: &[i8; LANES]) -> Self::F {
+        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from.as_ptr().cast()))) }
     }
     #[inline(always)]
     fn store(self, value: Self::F, to: &mut [f32; LANES]) {

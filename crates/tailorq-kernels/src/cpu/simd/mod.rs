@@ -17,6 +17,8 @@ pub(crate) use avx2::Avx2;
 pub(crate) use avx512::Avx512;
 pub(crate) use portable::Portable;
 
+use half::f16;
+
 /// Lanes of a vector.
 pub(crate) const LANES: usize = 16;
 
@@ -39,7 +41,8 @@ impl Isa {
         let mut all = Vec::new();
         #[cfg(target_arch = "x86_64")]
         {
-            let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+            let avx2 =
+                is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
             if avx2 && is_x86_feature_detected!("avx512f") {
                 all.push(Isa(Level::Avx512));
             }
@@ -74,6 +77,10 @@ pub(crate) trait Simd: Copy {
 
     fn splat(self, value: f32) -> Self::F;
     fn load(self, from: &[f32; LANES]) -> Self::F;
+    /// Sixteen half-precision numbers.
+    fn load_f16(self, from: &[f16; LANES]) -> Self::F;
+    /// Sixteen small integers.
+    fn load_i8(self, from: &[i8; LANES]) -> Self::F;
     fn store(self, value: Self::F, to: &mut [f32; LANES]);
     fn add(self, a: Self::F, b: Self::F) -> Self::F;
     fn sub(self, a: Self::F, b: Self::F) -> Self::F;
@@ -131,23 +138,23 @@ macro_rules! per_isa {
         $(#[$meta])*
         $vis fn $name(isa: $crate::cpu::simd::Isa, $($arg: $ty),*) $(-> $ret)? {
             #[cfg(target_arch = "x86_64")]
-            #[target_feature(enable = "avx512f,avx2,fma")]
+            #[target_feature(enable = "avx512f,avx2,fma,f16c")]
             fn avx512($($arg: $ty),*) $(-> $ret)? {
                 // SAFETY: this function has the features that the token stands for.
                 $body(unsafe { $crate::cpu::simd::Avx512::new() }, $($arg),*)
             }
             #[cfg(target_arch = "x86_64")]
-            #[target_feature(enable = "avx2,fma")]
+            #[target_feature(enable = "avx2,fma,f16c")]
             fn avx2($($arg: $ty),*) $(-> $ret)? {
                 // SAFETY: this function has the features that the token stands for.
                 $body(unsafe { $crate::cpu::simd::Avx2::new() }, $($arg),*)
             }
             match isa.level() {
                 #[cfg(target_arch = "x86_64")]
-                // SAFETY: such an `Isa` is made only where the processor has avx512f, avx2 and fma.
+                // SAFETY: such an `Isa` is made only where the processor has avx512f, avx2, fma and f16c.
                 $crate::cpu::simd::Level::Avx512 => unsafe { avx512($($arg),*) },
                 #[cfg(target_arch = "x86_64")]
-                // SAFETY: such an `Isa` is made only where the processor has avx2 and fma.
+                // SAFETY: such an `Isa` is made only where the processor has avx2, fma and f16c.
                 $crate::cpu::simd::Level::Avx2 => unsafe { avx2($($arg),*) },
                 $crate::cpu::simd::Level::Portable => $body($crate::cpu::simd::Portable, $($arg),*),
             }

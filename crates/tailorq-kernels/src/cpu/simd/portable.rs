@@ -1,6 +1,7 @@
 //! Lanes for processors without AVX2: plain arrays, which the compiler vectorizes with what there is.
 
 use super::{LANES, Simd};
+use half::f16;
 
 /// Needs no right: every processor can do this.
 #[derive(Clone, Copy)]
@@ -22,6 +23,14 @@ impl Simd for Portable {
     #[inline(always)]
     fn load(self, from: &[f32; LANES]) -> Self::F {
         *from
+    }
+    #[inline(always)]
+    fn load_f16(self, from: &[f16; LANES]) -> Self::F {
+        from.map(f16::to_f32)
+    }
+    #[inline(always)]
+    fn load_i8(self, from: &[i8; LANES]) -> Self::F {
+        from.map(f32::from)
     }
     #[inline(always)]
     fn store(self, value: Self::F, to: &mut [f32; LANES]) {

@@ -1,6 +1,7 @@
 //! Each instruction set against the portable lanes, operation by operation.
 
 use super::{Isa, LANES, Portable, Simd};
+use half::f16;
 
 /// What every operation gives for these inputs, in a row.
 #[inline(always)]
@@ -23,6 +24,8 @@ fn all_operations<S: Simd>(simd: S, a: &[f32; LANES], b: &[f32; LANES], bits: u6
         integers,
         simd.codes8([words[0], words[1], !words[0], words[1].rotate_left(7)]),
         simd.load_partial(&a[..5], 3.0),
+        simd.load_f16(&a.map(f16::from_f32)),
+        simd.load_i8(&std::array::from_fn(|i| (bits >> (3 * i)) as i8)),
         // Small integers: a fused multiply-add has nothing to round.
         simd.mul_add(integers, simd.codes2(words[0]), simd.splat(3.0)),
     ];
