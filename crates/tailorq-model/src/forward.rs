@@ -1,10 +1,12 @@
 //! The forward pass of a decoder, whole or in the stages that a streaming quantizer needs.
 
+use crate::config::ModelConfig;
 use crate::kv::KvCache;
 use crate::model::{Block, Linear, Model};
+use crate::workspace::Workspace;
 use std::ops::Range;
 use std::sync::Arc;
-use tailorq_kernels::{AttentionShape, AttentionSpan, Device, KeyValues, KvBlock, RopeTable};
+use tailorq_kernels::{AttentionShape, AttentionSpan, Device, KeyValues, RopeTable};
 use tailorq_tensor::{InputGroup, Matrix, Slot};
 
 /// Words of the vocabulary whose logits are computed at once: with 2048 tokens, 32 MiB.
@@ -53,14 +55,14 @@ impl BlockStage<'_> {
 
     /// The mixed heads from the input of q, k and v: the input of o. Positions start at 0 in every span. `[n, heads * head_dim]`.
     pub fn attention_mix(&self, attention_input: &Matrix, spans: &[Range<usize>]) -> Matrix {
-        let (q, k, v, _) = self.rotated(attention_input, spans, |_| 0);
+        let (q, k, v, _) = self.rotated(attention_input, spans);
         self.mix(&[q, k, v], spans)
     }
 
     /// Queries, keys and values of fresh sequences, ready to be mixed; with them queries and keys as they were before
     /// their norms, where the architecture has such.
     pub(crate) fn heads(&self, x: &Matrix, spans: &[Range<usize>]) -> ([Matrix; 3], Option<[Matrix; 2]>) {
-        let (q, k, v, plain) = self.rotated(x, spans, |_| 0);
+        let (q, k, v, plain) = self.rotated(x, spans);
         ([q, k, v], plain)
     }
 
@@ -68,27 +70,6 @@ impl BlockStage<'_> {
     pub(crate) fn mix(&self, [q, k, v]: &[Matrix; 3], spans: &[Range<usize>]) -> Matrix {
         let spans: Vec<_> = spans.iter().map(|rows| fresh_span(rows, k.cols(), k, v)).collect();
         self.attend(q, &spans)
-    }
-
-    /// As [`BlockStage::attention_mix`], with one cache a span: its keys and values come first and grow by the new ones.
-    fn attention_mix_cached(
-        &self,
-        attention_input: &Matrix,
-        spans: &[Range<usize>],
-        past: &[usize],
-        caches: &mut [&mut KvBlock],
-    ) -> Matrix {
-        let (q, k, v, _) = self.rotated(attention_input, spans, |span_idx| past[span_idx]);
-        let width = k.cols();
-        for (rows, cache) in spans.iter().zip(caches.iter_mut()) {
-            let part = rows.start * width..rows.end * width;
-            cache.push(&k.data()[part.clone()], &v.data()[part]);
-        }
-        let spans: Vec<_> = (spans.iter().zip(past))
-            .zip(caches.iter())
-            .map(|((rows, &past), cache)| AttentionSpan { rows: rows.clone(), source: KeyValues::Cache(cache), past })
-            .collect();
-        self.attend(&q, &spans)
     }
 
     /// `residual += o(mixed)`.
@@ -122,14 +103,9 @@ impl BlockStage<'_> {
         self.add_mlp(&hidden, residual);
     }
 
-    /// Queries, keys and values, heads normalised (if the architecture does) and rotated; span `i` begins at position
-    /// `first(i)`. Last, queries and keys as they were before such norms.
-    fn rotated(
-        &self,
-        x: &Matrix,
-        spans: &[Range<usize>],
-        first: impl Fn(usize) -> usize,
-    ) -> (Matrix, Matrix, Matrix, Option<[Matrix; 2]>) {
+    /// Queries, keys and values, heads normalised (if the architecture does) and rotated. Last, queries and keys as they were
+    /// before such norms.
+    fn rotated(&self, x: &Matrix, spans: &[Range<usize>]) -> (Matrix, Matrix, Matrix, Option<[Matrix; 2]>) {
         let (mut q, mut k, v) = (self.apply(Slot::Q, x), self.apply(Slot::K, x), self.apply(Slot::V, x));
         let plain = self.block.qk_norm.as_ref().map(|(q_norm, k_norm)| {
             // A head is a row of `head_dim` elements, so the norm of rows is the norm of heads.
@@ -140,7 +116,7 @@ impl BlockStage<'_> {
                 before
             })
         });
-        let positions = positions(x.rows(), spans, first);
+        let positions = positions(x.rows(), spans, |_| 0);
         let table = self.rope_table(&positions);
         self.device.rope(q.data_mut(), &table, &positions);
         self.device.rope(k.data_mut(), &table, &positions);
@@ -153,13 +129,7 @@ impl BlockStage<'_> {
     }
 
     pub(crate) fn attention_shape(&self) -> AttentionShape {
-        let config = &self.model.config;
-        AttentionShape {
-            heads: config.n_heads,
-            kv_heads: config.n_kv_heads,
-            head_dim: config.head_dim,
-            window: config.sliding_window,
-        }
+        attention_shape(&self.model.config)
     }
 
     fn attend(&self, q: &Matrix, spans: &[AttentionSpan<'_>]) -> Matrix {
@@ -179,6 +149,16 @@ impl BlockStage<'_> {
     }
 }
 
+/// Heads as attention wants to know them.
+pub(crate) fn attention_shape(config: &ModelConfig) -> AttentionShape {
+    AttentionShape {
+        heads: config.n_heads,
+        kv_heads: config.n_kv_heads,
+        head_dim: config.head_dim,
+        window: config.sliding_window,
+    }
+}
+
 fn apply_linear(device: &dyn Device, linear: &Linear, x: &Matrix) -> Matrix {
     let mut y = Matrix::zeros(x.rows(), linear.weight.rows());
     device.linear(x.data(), &linear.weight, linear.bias.as_deref(), y.data_mut());
@@ -194,14 +174,26 @@ fn fresh_span<'a>(rows: &Range<usize>, width: usize, k: &'a Matrix, v: &'a Matri
 
 /// The position of every row: counted up from `first(i)` in span `i`.
 pub(crate) fn positions(n_rows: usize, spans: &[Range<usize>], first: impl Fn(usize) -> usize) -> Vec<u32> {
-    let mut positions = vec![0; n_rows];
+    let mut all = Vec::new();
+    positions_into(&mut all, n_rows, spans, first);
+    all
+}
+
+/// As [`positions`], in place of what the vector held.
+pub(crate) fn positions_into(
+    positions: &mut Vec<u32>,
+    n_rows: usize,
+    spans: &[Range<usize>],
+    first: impl Fn(usize) -> usize,
+) {
+    positions.clear();
+    positions.resize(n_rows, 0);
     for (span_idx, rows) in spans.iter().enumerate() {
         for (i, position) in positions[rows.clone()].iter_mut().enumerate() {
             *position =
                 u32::try_from(first(span_idx) + i).expect("a sequence of more than 2^32 tokens does not fit memory");
         }
     }
-    positions
 }
 
 impl Model {
@@ -223,41 +215,16 @@ impl Model {
     /// All blocks and the final norm; appends to each sequence's cache when caches are given (one a span; positions go
     /// on from what a cache holds). Returns `[batch.ids.len(), hidden]`.
     pub fn hidden(&self, device: &dyn Device, batch: &Batch, caches: Option<&mut [KvCache]>) -> Matrix {
+        if let Some(caches) = caches {
+            let mut workspace = Workspace::new();
+            let hidden = self.read(device, &batch.ids, &batch.spans, caches, &mut workspace).to_vec();
+            return Matrix::from_vec(batch.ids.len(), self.config.hidden, hidden);
+        }
         let mut residual = self.embed(device, &batch.ids);
-        match caches {
-            None => {
-                for block in &self.blocks {
-                    self.forward_block(device, block, &batch.spans, &mut residual);
-                }
-            }
-            Some(caches) => self.forward_cached(device, &batch.spans, caches, &mut residual),
+        for block in &self.blocks {
+            self.forward_block(device, block, &batch.spans, &mut residual);
         }
         self.final_norm(device, &residual)
-    }
-
-    /// All blocks with caches, in place.
-    fn forward_cached(
-        &self,
-        device: &dyn Device,
-        spans: &[Range<usize>],
-        caches: &mut [KvCache],
-        residual: &mut Matrix,
-    ) {
-        assert_eq!(spans.len(), caches.len(), "one cache a sequence");
-        let past: Vec<usize> = caches.iter().map(KvCache::len).collect();
-        for cache in caches.iter_mut() {
-            cache.prepare(&self.config);
-        }
-        for (block_idx, block) in self.blocks.iter().enumerate() {
-            let stage = BlockStage { model: self, block, device };
-            let mut parts: Vec<_> = caches.iter_mut().map(|c| &mut c.blocks[block_idx]).collect();
-            let mixed = stage.attention_mix_cached(&stage.attention_input(residual), spans, &past, &mut parts);
-            stage.add_attention(&mixed, residual);
-            stage.mlp(residual);
-        }
-        for (cache, rows) in caches.iter_mut().zip(spans) {
-            cache.len += rows.len();
-        }
     }
 
     /// The final norm of the residual stream: what the head reads. `[n, hidden]`.

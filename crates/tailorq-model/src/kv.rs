@@ -1,6 +1,7 @@
 //! Keys and values of one sequence.
 
 use crate::config::ModelConfig;
+use crate::model::Model;
 use tailorq_kernels::{KvBlock, KvType};
 
 /// Per block, the keys (rotated) and values of all tokens so far. Clones share what they have in common.
@@ -45,9 +46,10 @@ impl KvCache {
         }
     }
 
-    /// Makes room for `tokens` tokens in all, so that reading them asks for no memory.
-    pub fn reserve(&mut self, config: &ModelConfig, tokens: usize) {
-        self.prepare(config);
+    /// Makes room for `tokens` tokens of `model` in all, rotary angles included, so that reading them asks for no memory.
+    pub fn reserve(&mut self, model: &Model, tokens: usize) {
+        self.prepare(&model.config);
+        model.rope.table(tokens);
         for block in &mut self.blocks {
             block.reserve(tokens);
         }

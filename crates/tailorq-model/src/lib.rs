@@ -14,6 +14,7 @@ mod template;
 #[doc(hidden)]
 pub mod testing;
 mod tokenizer;
+mod workspace;
 
 pub use arch::{Architecture, Bias, LinearDecl};
 pub use backward::{LossGradient, Tap, Target, next_token_targets};
@@ -26,3 +27,4 @@ pub use model::{Block, Linear, Model};
 pub use tape::{Spill, Tape, TapeError};
 pub use template::{ChatMessage, ChatTemplate};
 pub use tokenizer::Tokenizer;
+pub use workspace::Workspace;

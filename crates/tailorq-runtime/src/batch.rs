@@ -16,8 +16,7 @@ use crate::sampler::{Sampler, SamplerOptions};
 use std::ops::ControlFlow;
 use std::slice;
 use tailorq_kernels::{Device, KvType};
-use tailorq_model::{Batch, KvCache, Model, Tokenizer};
-use tailorq_tensor::Matrix;
+use tailorq_model::{KvCache, Model, Tokenizer, Workspace};
 
 /// Tokens that are read at once, and the grain in which prompts share what was read.
 pub const PREFIX_CHUNK: usize = 128;
@@ -107,6 +106,8 @@ pub fn generate_batch(
         donor: None,
         running: Vec::new(),
         caches: Vec::new(),
+        next: Vec::new(),
+        workspace: Workspace::new(),
         finished: requests.iter().map(|_| None).collect(),
         n_finished: 0,
     };
@@ -204,6 +205,9 @@ struct Stage<'a> {
     running: Vec<Running<'a>>,
     /// One for each of `running`, apart because the model wants them side by side.
     caches: Vec<KvCache>,
+    /// The token that each of them reads next.
+    next: Vec<u32>,
+    workspace: Workspace,
     finished: Vec<Option<Completion>>,
     n_finished: usize,
 }
@@ -262,17 +266,25 @@ impl Stage<'_> {
             donor.truncate(keep);
             self.donor = Some(donor);
         }
-        let mut last = None;
-        for chunk in prompt[shared..].chunks(PREFIX_CHUNK) {
+        let n_chunks = (prompt.len() - shared).div_ceil(PREFIX_CHUNK);
+        for (i, chunk) in prompt[shared..].chunks(PREFIX_CHUNK).enumerate() {
             self.report(None)?;
-            let hidden = self.model.hidden(self.device, &Batch::new([chunk]), Some(slice::from_mut(&mut cache)));
+            let logits = if i + 1 < n_chunks {
+                let all = 0..chunk.len();
+                let cache = slice::from_mut(&mut cache);
+                self.model.read(self.device, chunk, slice::from_ref(&all), cache, &mut self.workspace);
+                None
+            } else {
+                Some(self.model.read_prompt(self.device, chunk, &mut cache, &mut self.workspace).to_vec())
+            };
             if keep > 0 && cache.len() == keep {
                 self.donor = Some(cache.clone());
             }
-            last = Some(Matrix::from_vec(1, hidden.cols(), hidden.row(hidden.rows() - 1).to_vec()));
+            if let Some(logits) = logits {
+                return Ok((cache, logits));
+            }
         }
-        let hidden = last.ok_or(RuntimeError::EmptyPrompt)?;
-        Ok((cache, self.model.logits(self.device, &hidden).into_vec()))
+        Err(RuntimeError::EmptyPrompt)
     }
 
     /// Takes the most likely token into the sequence; says why the sequence ends, if it does.
@@ -308,20 +320,22 @@ impl Stage<'_> {
     /// One token for every running sequence.
     fn step(&mut self) -> Result<(), RuntimeError> {
         self.report(None)?;
-        let batch = Batch::new(self.running.iter().map(|r| slice::from_ref(&r.next)));
-        let hidden = self.model.hidden(self.device, &batch, Some(&mut self.caches));
-        let logits = self.model.logits(self.device, &hidden);
-        let sequences = std::mem::take(&mut self.running);
-        let caches = std::mem::take(&mut self.caches);
-        for (row, (mut sequence, cache)) in sequences.into_iter().zip(caches).enumerate() {
-            match self.accept(&mut sequence, logits.row(row))? {
-                Some(finish) => self.retire(sequence, finish)?,
-                None => {
-                    self.running.push(sequence);
-                    self.caches.push(cache);
+        self.next.clear();
+        self.next.extend(self.running.iter().map(|r| r.next));
+        let mut workspace = std::mem::take(&mut self.workspace);
+        let (mut running, mut caches) = (std::mem::take(&mut self.running), std::mem::take(&mut self.caches));
+        let logits = self.model.step(self.device, &self.next, &mut caches, &mut workspace);
+        let mut place = 0;
+        for logits in logits.chunks_exact(self.model.head.rows()) {
+            match self.accept(&mut running[place], logits)? {
+                Some(finish) => {
+                    caches.remove(place);
+                    self.retire(running.remove(place), finish)?;
                 }
+                None => place += 1,
             }
         }
+        (self.workspace, self.running, self.caches) = (workspace, running, caches);
         Ok(())
     }
 }

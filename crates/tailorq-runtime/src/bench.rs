@@ -9,8 +9,8 @@ use std::ops::ControlFlow;
 use std::slice;
 use std::time::{Duration, Instant};
 use tailorq_kernels::{Device, KvType};
-use tailorq_model::{Batch, KvCache, Linear, Model};
-use tailorq_tensor::{Matrix, Rng, Weight};
+use tailorq_model::{KvCache, Linear, Model, Workspace};
+use tailorq_tensor::{Rng, Weight};
 
 /// Tokens that every generated sequence begins with.
 pub const BENCH_START: usize = 4;
@@ -165,7 +165,7 @@ pub fn bench(
     if needed > limit {
         return Err(RuntimeError::ContextFull { needed, limit });
     }
-    let stage = Stage { model, device, options };
+    let mut stage = Stage { model, device, options, workspace: Workspace::new() };
     let mut begin = |what, i| if on_stage(what, i).is_break() { Err(RuntimeError::Interrupted) } else { Ok(()) };
     begin(BenchStage::FirstToken, 0)?;
     let first_token = stage.first_token()?;
@@ -210,6 +210,7 @@ struct Stage<'a> {
     model: &'a Model,
     device: &'a dyn Device,
     options: BenchOptions,
+    workspace: Workspace,
 }
 
 impl Stage<'_> {
@@ -224,46 +225,45 @@ impl Stage<'_> {
     }
 
     /// The logits after the last of `ids`, which are read after what the cache holds.
-    fn read(&self, ids: &[u32], cache: &mut KvCache) -> Matrix {
-        let mut last = Matrix::zeros(1, self.model.config.hidden);
-        for chunk in ids.chunks(crate::PREFILL_CHUNK) {
-            let hidden = self.model.hidden(self.device, &Batch::new([chunk]), Some(slice::from_mut(cache)));
-            last.row_mut(0).copy_from_slice(hidden.row(chunk.len() - 1));
+    fn read(&mut self, ids: &[u32], cache: &mut KvCache) -> &[f32] {
+        let last = (ids.len() - 1) / crate::PREFILL_CHUNK * crate::PREFILL_CHUNK;
+        for chunk in ids[..last].chunks(crate::PREFILL_CHUNK) {
+            let all = 0..chunk.len();
+            let cache = slice::from_mut(&mut *cache);
+            self.model.read(self.device, chunk, slice::from_ref(&all), cache, &mut self.workspace);
         }
-        self.model.logits(self.device, &last)
+        self.model.read_prompt(self.device, &ids[last..], cache, &mut self.workspace)
     }
 
-    fn first_token(&self) -> Result<Duration, RuntimeError> {
+    fn first_token(&mut self) -> Result<Duration, RuntimeError> {
+        let (ids, mut cache) = (self.tokens(BENCH_START, 0), self.cache());
         let started = Instant::now();
-        let logits = self.read(&self.tokens(BENCH_START, 0), &mut self.cache());
-        most_likely(logits.row(0))?;
+        most_likely(self.read(&ids, &mut cache))?;
         Ok(started.elapsed())
     }
 
-    fn prompt(&self) -> Duration {
-        let ids = self.tokens(self.options.prompt, 1);
+    fn prompt(&mut self) -> Duration {
+        let (ids, mut cache) = (self.tokens(self.options.prompt, 1), self.cache());
         let started = Instant::now();
-        self.read(&ids, &mut self.cache());
+        self.read(&ids, &mut cache);
         started.elapsed()
     }
 
     /// Time of all steps, and the mean of the bytes of keys and values that a step reads.
-    fn generate(&self) -> Result<(Duration, usize), RuntimeError> {
+    fn generate(&mut self) -> Result<(Duration, usize), RuntimeError> {
         let mut caches = vec![self.cache(); self.options.batch];
         let mut next = Vec::new();
         for (i, cache) in caches.iter_mut().enumerate() {
-            let logits = self.read(&self.tokens(BENCH_START, 2 + i as u64), cache);
-            next.push(most_likely(logits.row(0))?);
+            let ids = self.tokens(BENCH_START, 2 + i as u64);
+            next.push(most_likely(self.read(&ids, cache))?);
         }
         let bytes = |caches: &[KvCache]| caches.iter().map(KvCache::bytes).sum::<usize>();
         let before = bytes(&caches);
         let started = Instant::now();
         for _ in 0..self.options.generate {
-            let batch = Batch::new(next.iter().map(slice::from_ref));
-            let hidden = self.model.hidden(self.device, &batch, Some(&mut caches));
-            let logits = self.model.logits(self.device, &hidden);
-            for (row, next) in next.iter_mut().enumerate() {
-                *next = most_likely(logits.row(row))?;
+            let logits = self.model.step(self.device, &next, &mut caches, &mut self.workspace);
+            for (next, logits) in next.iter_mut().zip(logits.chunks_exact(self.model.head.rows())) {
+                *next = most_likely(logits)?;
             }
         }
         Ok((started.elapsed(), usize::midpoint(before, bytes(&caches))))

@@ -97,7 +97,7 @@ pub fn generate(
 ) -> Result<Generation, RuntimeError> {
     let mut sampler = Sampler::new(options.sampler)?;
     let started = Instant::now();
-    let mut logits = session.prefill(prompt, cancelled)?;
+    session.prefill(prompt, cancelled)?;
     let prefill = started.elapsed();
     let mut output = Output::new(tokenizer, &options.stop);
     let finish = loop {
@@ -107,7 +107,7 @@ pub fn generate(
         if cancelled() {
             break FinishReason::Interrupted;
         }
-        let id = sampler.sample(&logits, session.tokens())?;
+        let id = sampler.sample(session.logits(), session.tokens())?;
         if tokenizer.eos.contains(&id) {
             break FinishReason::EndOfSequence;
         }
@@ -123,7 +123,7 @@ pub fn generate(
         }
         // The logits after the last token would not be used.
         if output.tokens.len() < options.max_tokens {
-            logits = session.step(id)?;
+            session.step(id)?;
         }
     };
     if let Some(text) = output.finish(finish)?

@@ -58,13 +58,20 @@ impl Default for SamplerOptions {
 pub struct Sampler {
     options: SamplerOptions,
     rng: Rng,
+    /// Memory for the logits with the penalty.
+    penalized: Vec<f32>,
+    /// Memory for the tokens that may be drawn.
+    order: Vec<(u32, f32)>,
+    /// Those that pass all filters, most likely first, each with its weight relative to the most likely one.
+    candidates: Vec<(u32, f64)>,
 }
 
 impl Sampler {
     /// A sampler, or an error that names the option outside its range.
     pub fn new(options: SamplerOptions) -> Result<Self, RuntimeError> {
         options.check()?;
-        Ok(Sampler { options, rng: Rng::new(options.seed) })
+        let rng = Rng::new(options.seed);
+        Ok(Sampler { options, rng, penalized: Vec::new(), order: Vec::new(), candidates: Vec::new() })
     }
 
     /// The next token for `logits: [vocab]`; `history` is the sequence so far, which the repetition penalty reads.
@@ -72,65 +79,74 @@ impl Sampler {
         if logits.iter().any(|l| l.is_nan() || *l == f32::INFINITY) {
             return Err(RuntimeError::BadLogits);
         }
-        let penalized = self.penalized(logits, history);
-        let logits = penalized.as_deref().unwrap_or(logits);
+        if self.options.repetition_penalty == 1.0 {
+            return self.choose(logits);
+        }
+        let mut penalized = std::mem::take(&mut self.penalized);
+        self.penalize(logits, history, &mut penalized);
+        let chosen = self.choose(&penalized);
+        self.penalized = penalized;
+        chosen
+    }
+
+    fn choose(&mut self, logits: &[f32]) -> Result<u32, RuntimeError> {
         if self.options.temperature == 0.0 {
             return greedy(logits);
         }
-        let candidates = self.candidates(logits)?;
-        Ok(self.draw(&candidates))
+        self.filter(logits)?;
+        Ok(self.draw())
     }
 
-    /// A copy of the logits with the repetition penalty, or `None` when it is off.
-    fn penalized(&self, logits: &[f32], history: &[u32]) -> Option<Vec<f32>> {
+    /// Makes `penalized` a copy of the logits with the repetition penalty.
+    fn penalize(&self, logits: &[f32], history: &[u32], penalized: &mut Vec<f32>) {
         let penalty = self.options.repetition_penalty;
-        if penalty == 1.0 {
-            return None;
-        }
-        let mut penalized = logits.to_vec();
+        penalized.clear();
+        penalized.extend_from_slice(logits);
         for &id in history {
             // Reading the untouched logits makes the penalty apply once, however often a token occurs.
             if let Some(&logit) = logits.get(id as usize) {
                 penalized[id as usize] = if logit > 0.0 { logit / penalty } else { logit * penalty };
             }
         }
-        Some(penalized)
     }
 
-    /// The tokens that pass all filters, most likely first, each with its weight relative to the most likely one.
-    fn candidates(&self, logits: &[f32]) -> Result<Vec<(u32, f64)>, RuntimeError> {
-        let mut order: Vec<(u32, f32)> = (0u32..).zip(logits.iter().copied()).filter(|(_, l)| l.is_finite()).collect();
+    /// Finds the candidates.
+    fn filter(&mut self, logits: &[f32]) -> Result<(), RuntimeError> {
+        let Sampler { options, order, candidates, .. } = self;
+        order.clear();
+        order.extend((0u32..).zip(logits.iter().copied()).filter(|(_, l)| l.is_finite()));
         if order.is_empty() {
             return Err(RuntimeError::BadLogits);
         }
         // Ties go to the smaller id, so that the order is total and the draw reproducible.
         let more_likely = |a: &(u32, f32), b: &(u32, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
-        let k = self.options.top_k;
+        let k = options.top_k;
         if k > 0 && k < order.len() {
             order.select_nth_unstable_by(k, more_likely);
             order.truncate(k);
         }
         order.sort_unstable_by(more_likely);
-        let (temperature, best) = (f64::from(self.options.temperature), f64::from(order[0].1));
-        let mut weighted: Vec<(u32, f64)> =
-            order.into_iter().map(|(id, l)| (id, ((f64::from(l) - best) / temperature).exp())).collect();
-        if self.options.top_p < 1.0 {
-            let goal = f64::from(self.options.top_p) * weighted.iter().map(|c| c.1).sum::<f64>();
+        let (temperature, best) = (f64::from(options.temperature), f64::from(order[0].1));
+        candidates.clear();
+        candidates.extend(order.iter().map(|&(id, l)| (id, ((f64::from(l) - best) / temperature).exp())));
+        if options.top_p < 1.0 {
+            let goal = f64::from(options.top_p) * candidates.iter().map(|c| c.1).sum::<f64>();
             let mut mass = 0.0;
             // A token stays while those before it have not reached the goal, so the first always does.
-            weighted.retain(|c| {
+            candidates.retain(|c| {
                 let stays = mass < goal;
                 mass += c.1;
                 stays
             });
         }
-        let floor = f64::from(self.options.min_p);
+        let floor = f64::from(options.min_p);
         // The first weight is 1, so it always stays.
-        weighted.retain(|c| c.1 >= floor);
-        Ok(weighted)
+        candidates.retain(|c| c.1 >= floor);
+        Ok(())
     }
 
-    fn draw(&mut self, candidates: &[(u32, f64)]) -> u32 {
+    fn draw(&mut self) -> u32 {
+        let candidates = &self.candidates;
         let total: f64 = candidates.iter().map(|c| c.1).sum();
         let mut left = self.rng.uniform() * total;
         for &(id, weight) in candidates {

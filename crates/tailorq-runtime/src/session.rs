@@ -3,8 +3,7 @@
 use crate::error::RuntimeError;
 use std::slice;
 use tailorq_kernels::{Device, KvType};
-use tailorq_model::{Batch, KvCache, Model};
-use tailorq_tensor::Matrix;
+use tailorq_model::{KvCache, Model, Workspace};
 
 /// Tokens that a prefill sends through the model at once: enough to keep the matrix products busy, few enough to keep
 /// the activations small and an interruption prompt.
@@ -16,6 +15,8 @@ pub struct Session<'a> {
     device: &'a dyn Device,
     cache: KvCache,
     tokens: Vec<u32>,
+    workspace: Workspace,
+    logits: Vec<f32>,
 }
 
 impl<'a> Session<'a> {
@@ -26,7 +27,8 @@ impl<'a> Session<'a> {
 
     /// An empty sequence that stores keys and values in this precision.
     pub fn with(model: &'a Model, device: &'a dyn Device, kv: KvType) -> Self {
-        Session { model, device, cache: KvCache::with(kv), tokens: Vec::new() }
+        let (cache, workspace) = (KvCache::with(kv), Workspace::new());
+        Session { model, device, cache, tokens: Vec::new(), workspace, logits: Vec::new() }
     }
 
     /// The model that runs.
@@ -60,27 +62,52 @@ impl<'a> Session<'a> {
         kept
     }
 
+    /// Makes room for a sequence of `tokens` tokens (or the model's context, if that is less), so that steps up to there ask
+    /// for no memory.
+    pub fn reserve(&mut self, tokens: usize) {
+        let tokens = tokens.min(self.context_limit());
+        self.cache.reserve(self.model, tokens);
+        self.tokens.reserve(tokens.saturating_sub(self.tokens.len()));
+    }
+
     /// Reads `ids` after what was read before, [`PREFILL_CHUNK`] tokens at a time, and returns the logits `[vocab]` that
     /// follow the last of them. `cancelled` is asked before every chunk.
     ///
     /// Nothing is read when an id is unknown or the sequence would not fit the context; after an interruption the
     /// sequence ends with the last whole chunk.
-    pub fn prefill(&mut self, ids: &[u32], cancelled: &dyn Fn() -> bool) -> Result<Vec<f32>, RuntimeError> {
+    pub fn prefill(&mut self, ids: &[u32], cancelled: &dyn Fn() -> bool) -> Result<&[f32], RuntimeError> {
         self.check(ids)?;
-        let mut last = None;
-        for chunk in ids.chunks(PREFILL_CHUNK) {
+        if ids.is_empty() {
+            return Err(RuntimeError::EmptyPrompt);
+        }
+        let n_chunks = ids.len().div_ceil(PREFILL_CHUNK);
+        for (i, chunk) in ids.chunks(PREFILL_CHUNK).enumerate() {
             if cancelled() {
                 return Err(RuntimeError::Interrupted);
             }
-            last = Some(self.read(chunk));
+            let Session { model, device, cache, workspace, .. } = self;
+            if i + 1 < n_chunks {
+                let all = 0..chunk.len();
+                model.read(*device, chunk, slice::from_ref(&all), slice::from_mut(cache), workspace);
+            } else {
+                let logits = model.read_prompt(*device, chunk, cache, workspace);
+                self.logits.clear();
+                self.logits.extend_from_slice(logits);
+            }
+            self.tokens.extend_from_slice(chunk);
         }
-        let hidden = last.ok_or(RuntimeError::EmptyPrompt)?;
-        Ok(self.model.logits(self.device, &hidden).into_vec())
+        Ok(&self.logits)
     }
 
-    /// Reads one token and returns the logits `[vocab]` that follow it.
-    pub fn step(&mut self, id: u32) -> Result<Vec<f32>, RuntimeError> {
+    /// Reads one token and returns the logits `[vocab]` that follow it. After the first step this asks the allocator for
+    /// nothing but, every now and then, a page of the cache (see [`Session::reserve`]).
+    pub fn step(&mut self, id: u32) -> Result<&[f32], RuntimeError> {
         self.prefill(&[id], &|| false)
+    }
+
+    /// The logits `[vocab]` after the last token that was read; none before the first.
+    pub fn logits(&self) -> &[f32] {
+        &self.logits
     }
 
     fn check(&self, ids: &[u32]) -> Result<(), RuntimeError> {
@@ -94,13 +121,5 @@ impl<'a> Session<'a> {
             return Err(RuntimeError::ContextFull { needed, limit });
         }
         Ok(())
-    }
-
-    /// The last row of the hidden states of `chunk`: `[1, hidden]`.
-    fn read(&mut self, chunk: &[u32]) -> Matrix {
-        let batch = Batch::new([chunk]);
-        let hidden = self.model.hidden(self.device, &batch, Some(slice::from_mut(&mut self.cache)));
-        self.tokens.extend_from_slice(chunk);
-        Matrix::from_vec(1, hidden.cols(), hidden.row(hidden.rows() - 1).to_vec())
     }
 }
