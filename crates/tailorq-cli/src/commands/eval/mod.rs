@@ -14,7 +14,7 @@ use std::cell::RefCell;
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
-use tailorq::{Device, OpenedModel};
+use tailorq::{Activations, Device, OpenedModel};
 use tailorq_eval::{Cache, CalibrationItems, ItemOptions, ItemRecord, PromptStyle, Subject, Task, TaskOptions, task};
 
 /// Measure a model by tasks: perplexity on a text, answers to a data set's questions, likelihoods of your own completions.
@@ -77,6 +77,9 @@ pub struct EvalArgs {
     /// Compare with this model (usually the original)
     #[arg(long, value_name = "MODEL")]
     reference: Option<String>,
+    /// Precision in which packed weights meet activations: f32, or int8 as `run` has it. The reference always has f32
+    #[arg(long, default_value_t = Activations::F32, value_name = "TYPE")]
+    activations: Activations,
 }
 
 fn after_help() -> String {
@@ -106,9 +109,10 @@ pub fn execute(args: &EvalArgs, console: &Console) -> anyhow::Result<()> {
     let opened = super::open(&args.model, console)?;
     let reference = args.reference.as_deref().map(|source| super::open(source, console)).transpose()?;
     let calibration = calibration_items([Some(&opened), reference.as_ref()])?;
-    let hashes = args.cache.as_ref().map(|_| model_hashes(&opened, reference.as_ref())).transpose()?;
+    let hashes =
+        args.cache.as_ref().map(|_| model_hashes(&opened, reference.as_ref(), args.activations)).transpose()?;
     let cache = args.cache.as_deref().zip(hashes.as_ref());
-    let device = tailorq::cpu();
+    let (device, exact) = (tailorq::cpu_with(args.activations), tailorq::cpu());
     let log = args.log_samples.as_deref().map(SampleLog::create).transpose()?;
     let write = |record: &ItemRecord| {
         if let Some(log) = &log {
@@ -119,7 +123,7 @@ pub fn execute(args: &EvalArgs, console: &Console) -> anyhow::Result<()> {
         text: text.as_deref(),
         window: args.window.map(|n| n as usize),
         windows: args.windows.map(|n| n as usize),
-        reference: reference.as_ref().map(|opened| subject(opened, device.as_ref())),
+        reference: reference.as_ref().map(|opened| subject(opened, exact.as_ref())),
         items: ItemOptions {
             data: args.data.as_deref(),
             limit: args.limit.map(|n| n as usize),
@@ -171,8 +175,17 @@ fn calibration_items(models: [Option<&OpenedModel>; 2]) -> anyhow::Result<Vec<Ca
 }
 
 /// By what the cache tells models apart.
-fn model_hashes(opened: &OpenedModel, reference: Option<&OpenedModel>) -> anyhow::Result<(String, Option<String>)> {
-    Ok((tailorq::model_sha256(opened)?, reference.map(tailorq::model_sha256).transpose()?))
+fn model_hashes(
+    opened: &OpenedModel,
+    reference: Option<&OpenedModel>,
+    activations: Activations,
+) -> anyhow::Result<(String, Option<String>)> {
+    let mut hash = tailorq::model_sha256(opened)?;
+    if activations != Activations::F32 {
+        // Another precision is another model.
+        hash = format!("{hash} {activations}");
+    }
+    Ok((hash, reference.map(tailorq::model_sha256).transpose()?))
 }
 
 /// A file that gets a line for each item. Writing cannot fail where items are scored, so a failure is kept for the end.
