@@ -3,6 +3,7 @@
 //! `cargo bench -p tailorq-kernels --bench packed [-- THREADS...]`. For each shape and layout: enough distinct matrices that
 //! the cache holds none of them, read once each inside one parallel region in which every thread has its share of the rows.
 //! Rounds of all programs alternate; medians are printed.
+#![allow(clippy::print_stdout, reason = "a benchmark is a program")]
 
 use half::f16;
 use std::hint::black_box;

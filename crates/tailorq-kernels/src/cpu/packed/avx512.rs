@@ -178,9 +178,9 @@ impl Kernel<'_> {
                 for r in 0..R {
                     scales[r] = self.scales(rows[r], chunk);
                     let offset = _mm512_mul_ps(scales[r], self.zeros(rows[r], chunk));
-                    for t in 0..N {
+                    for (t, sum) in sums[r].iter_mut().enumerate() {
                         let of_group = _mm512_load_ps(x.sums.as_ptr().add((token + t) * x.chunks + chunk).cast());
-                        sums[r][t] = _mm512_fnmadd_ps(offset, of_group, sums[r][t]);
+                        *sum = _mm512_fnmadd_ps(offset, of_group, *sum);
                     }
                 }
                 for s in chunk * per_chunk..steps.min((chunk + 1) * per_chunk) {
@@ -197,7 +197,7 @@ impl Kernel<'_> {
                         };
                         let planes = C::planes(_mm512_maskz_loadu_epi32(mask, from.cast()), high);
                         let scale = _mm512_permutexvar_ps(indices, scales[r]);
-                        for t in 0..N {
+                        for (t, sum) in sums[r].iter_mut().enumerate() {
                             let step = (token + t) * x.steps + s;
                             let codes: *const Plane = x.codes.as_ptr().add(step * C::PLANES);
                             let mut dots = _mm512_setzero_si512();
@@ -206,7 +206,7 @@ impl Kernel<'_> {
                             }
                             let x_scale = _mm512_load_ps(x.scales.as_ptr().add(step).cast());
                             let values = _mm512_mul_ps(_mm512_cvtepi32_ps(dots), x_scale);
-                            sums[r][t] = _mm512_fmadd_ps(values, scale, sums[r][t]);
+                            *sum = _mm512_fmadd_ps(values, scale, *sum);
                         }
                     }
                 }

@@ -6,6 +6,8 @@
 
 mod activations;
 #[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
 mod avx512;
 mod base;
 mod corrections;
@@ -136,6 +138,11 @@ fn base_rows(isa: Isa, base: &Base<'_>, x: &Quantized, first: usize, y: &mut Til
         Level::Avx512 if avx512::available() => {
             // SAFETY: the processor has what the kernel needs.
             unsafe { avx512::rows(base, x, first, y) }
+        }
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx512 | Level::Avx2 if avx2::available() => {
+            // SAFETY: the processor has what the kernel needs.
+            unsafe { avx2::rows(base, x, first, y) }
         }
         _ => portable::rows(base, x, first, y),
     }

@@ -217,9 +217,8 @@ impl Panel {
                 }
                 for t in 0..TOKENS {
                     let sum = _mm512_set1_ps(*sums[t].add(wg));
-                    for register in 0..REGISTERS {
-                        let offset = weights(&self.offsets, register);
-                        totals[register][t] = _mm512_fnmadd_ps(offset, sum, totals[register][t]);
+                    for (register, totals) in totals.iter_mut().enumerate() {
+                        totals[t] = _mm512_fnmadd_ps(weights(&self.offsets, register), sum, totals[t]);
                     }
                 }
             }

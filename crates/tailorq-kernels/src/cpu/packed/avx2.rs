@@ -1,0 +1,351 @@
+//! Codes times 8-bit activations with AVX2.
+//!
+//! The steps of `avx512.rs` in halves of eight lanes. `vpmaddubsw` adds pairs of products in 16 bits, which codes of up to 4
+//! bits cannot fill: the planes of a step are added there before one `vpmaddwd` widens them. Codes of 8 bits are split into
+//! their low seven bits and their high bit.
+
+use super::activations::{LANES, Quantized};
+use super::base::{Base, LaneGroups};
+use crate::cpu::tile::Tile;
+use std::arch::x86_64::*;
+use tailorq_tensor::Bits;
+
+/// Lanes of a register.
+const HALF: usize = 8;
+
+/// Whether this processor has what the kernels use.
+pub(super) fn available() -> bool {
+    is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
+}
+
+/// `y[t, i] = base[first + i] x[t]` for all of `y`, whose rows are tokens.
+///
+/// # Safety
+/// The processor is [`available`].
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) unsafe fn rows(base: &Base<'_>, x: &Quantized, first: usize, y: &mut Tile<'_>) {
+    let kernel = Kernel { base, x, groups: base.lane_groups(), zeros: ZeroBits::new(base.bits()) };
+    // SAFETY: the processor has the features of this function, and the slices are as long as a `Base` says.
+    unsafe {
+        match base.layout.bits {
+            Bits::Two => kernel.all::<Two>(first, y),
+            Bits::Three => kernel.all::<Three>(first, y),
+            Bits::Four => kernel.all::<Four>(first, y),
+            Bits::Eight => kernel.all::<Eight>(first, y),
+        }
+    }
+}
+
+/// How eight words meet the activations of their planes.
+trait Codes {
+    const PLANES: usize;
+    const HIGHS: bool = false;
+    /// Planes of bytes that [`Codes::dots`] multiplies.
+    unsafe fn planes(words: __m256i, highs: __m256i) -> [__m256i; 4];
+    /// Eight sums of the products with the activations at `x`, of which a plane's start 64 bytes after the one before.
+    #[inline(always)]
+    unsafe fn dots(planes: &[__m256i; 4], x: *const u8) -> __m256i {
+        // SAFETY: inlined into a function with the features; the caller has the planes. So below.
+        unsafe {
+            let mut sums = _mm256_setzero_si256();
+            for (p, plane) in planes.iter().enumerate().take(Self::PLANES) {
+                let x = _mm256_load_si256(x.add(64 * p).cast());
+                sums = _mm256_add_epi16(sums, _mm256_maddubs_epi16(*plane, x));
+            }
+            _mm256_madd_epi16(sums, _mm256_set1_epi16(1))
+        }
+    }
+}
+
+struct Two;
+struct Three;
+struct Four;
+struct Eight;
+
+impl Codes for Two {
+    const PLANES: usize = 4;
+    #[inline(always)]
+    unsafe fn planes(words: __m256i, _: __m256i) -> [__m256i; 4] {
+        // SAFETY: see `Codes::dots`.
+        unsafe {
+            let mask = _mm256_set1_epi8(3);
+            [
+                _mm256_and_si256(words, mask),
+                _mm256_and_si256(_mm256_srli_epi16::<2>(words), mask),
+                _mm256_and_si256(_mm256_srli_epi16::<4>(words), mask),
+                _mm256_and_si256(_mm256_srli_epi16::<6>(words), mask),
+            ]
+        }
+    }
+}
+
+impl Codes for Three {
+    const PLANES: usize = 4;
+    const HIGHS: bool = true;
+    #[inline(always)]
+    unsafe fn planes(words: __m256i, highs: __m256i) -> [__m256i; 4] {
+        // SAFETY: see `Codes::dots`.
+        unsafe {
+            // The four high bits of each byte's codes come to the low end of that byte: bits 0-3, 4-7, 8-11, 12-15 of the lane.
+            let low = _mm256_and_si256(highs, _mm256_set1_epi32(0x000F));
+            let second = _mm256_and_si256(_mm256_slli_epi32::<4>(highs), _mm256_set1_epi32(0x0F00));
+            let third = _mm256_and_si256(_mm256_slli_epi32::<8>(highs), _mm256_set1_epi32(0x000F_0000));
+            let fourth = _mm256_and_si256(_mm256_slli_epi32::<12>(highs), _mm256_set1_epi32(0x0F00_0000));
+            let h = _mm256_or_si256(_mm256_or_si256(low, second), _mm256_or_si256(third, fourth));
+            let four = _mm256_set1_epi8(4);
+            let [a, b, c, d] = Two::planes(words, highs);
+            [
+                _mm256_or_si256(a, _mm256_and_si256(_mm256_slli_epi16::<2>(h), four)),
+                _mm256_or_si256(b, _mm256_and_si256(_mm256_slli_epi16::<1>(h), four)),
+                _mm256_or_si256(c, _mm256_and_si256(h, four)),
+                _mm256_or_si256(d, _mm256_and_si256(_mm256_srli_epi16::<1>(h), four)),
+            ]
+        }
+    }
+}
+
+impl Codes for Four {
+    const PLANES: usize = 2;
+    #[inline(always)]
+    unsafe fn planes(words: __m256i, _: __m256i) -> [__m256i; 4] {
+        // SAFETY: see `Codes::dots`.
+        unsafe {
+            let mask = _mm256_set1_epi8(15);
+            let low = _mm256_and_si256(words, mask);
+            let high = _mm256_and_si256(_mm256_srli_epi16::<4>(words), mask);
+            [low, high, low, high]
+        }
+    }
+}
+
+impl Codes for Eight {
+    const PLANES: usize = 1;
+    #[inline(always)]
+    unsafe fn planes(words: __m256i, _: __m256i) -> [__m256i; 4] {
+        // SAFETY: see `Codes::dots`.
+        unsafe {
+            let low = _mm256_and_si256(words, _mm256_set1_epi8(127));
+            let high = _mm256_and_si256(_mm256_srli_epi16::<7>(words), _mm256_set1_epi8(1));
+            [low, high, low, high]
+        }
+    }
+    #[inline(always)]
+    unsafe fn dots(planes: &[__m256i; 4], x: *const u8) -> __m256i {
+        // SAFETY: see `Codes::dots`.
+        unsafe {
+            let x = _mm256_load_si256(x.cast());
+            let low = _mm256_madd_epi16(_mm256_maddubs_epi16(planes[0], x), _mm256_set1_epi16(1));
+            let high = _mm256_madd_epi16(_mm256_maddubs_epi16(planes[1], x), _mm256_set1_epi16(128));
+            _mm256_add_epi32(low, high)
+        }
+    }
+}
+
+/// What all blocks of a call share.
+struct Kernel<'a> {
+    base: &'a Base<'a>,
+    x: &'a Quantized,
+    groups: LaneGroups,
+    zeros: ZeroBits,
+}
+
+impl Kernel<'_> {
+    /// All rows of `y`: two at a time with one token, one at a time with several.
+    #[inline(always)]
+    unsafe fn all<C: Codes>(&self, first: usize, y: &mut Tile<'_>) {
+        let (n_tokens, n_rows) = (y.rows(), y.cols());
+        // SAFETY: rows and tokens exist.
+        unsafe {
+            if n_tokens == 1 {
+                for i in (0..n_rows).step_by(2) {
+                    // The last block repeats its last row.
+                    let rows = [first + i, first + (i + 1).min(n_rows - 1)];
+                    let sums = self.block::<C, 2, 1>(rows, 0);
+                    for (y, [sum]) in y.row_mut(0)[i..].iter_mut().zip(sums) {
+                        *y = sum;
+                    }
+                }
+                return;
+            }
+            for i in 0..n_rows {
+                for t in (0..n_tokens).step_by(4) {
+                    let n = (n_tokens - t).min(4);
+                    let [sums] = match n {
+                        4 => self.block::<C, 1, 4>([first + i], t),
+                        _ => [std::array::from_fn(|k| {
+                            if k < n { self.block::<C, 1, 1>([first + i], t + k)[0][0] } else { 0.0 }
+                        })],
+                    };
+                    for (k, sum) in sums.into_iter().enumerate().take(n) {
+                        y.row_mut(t + k)[i] = sum;
+                    }
+                }
+            }
+        }
+    }
+
+    /// The products of `R` rows and of `N` tokens from `token` on, `[rows][tokens]`.
+    #[inline(always)]
+    unsafe fn block<C: Codes, const R: usize, const N: usize>(&self, rows: [usize; R], token: usize) -> [[f32; N]; R] {
+        let (base, x) = (self.base, self.x);
+        let (steps, per_chunk) = (base.steps(), base.steps_per_chunk());
+        // SAFETY: every row is in the matrix, so that its words, highs, scales and zeros are; what a row lacks of a register
+        // is not read; the activations have `steps` steps and `chunks` chunks a token.
+        unsafe {
+            let mut sums = [[_mm256_setzero_ps(); N]; R];
+            for chunk in 0..x.chunks {
+                let mut scales = [[_mm256_setzero_ps(); 2]; R];
+                for r in 0..R {
+                    scales[r] = self.scales(rows[r], chunk);
+                    let zeros = self.zeros(rows[r], chunk);
+                    for half in 0..2 {
+                        let offset = _mm256_mul_ps(scales[r][half], zeros[half]);
+                        for (t, sum) in sums[r].iter_mut().enumerate() {
+                            let of_group = &x.sums[(token + t) * x.chunks + chunk].0[half * HALF..];
+                            *sum = _mm256_fnmadd_ps(offset, _mm256_load_ps(of_group.as_ptr()), *sum);
+                        }
+                    }
+                }
+                for s in chunk * per_chunk..steps.min((chunk + 1) * per_chunk) {
+                    let indices = &self.groups.of_step[s & self.groups.mask].0;
+                    for half in 0..2 {
+                        let at = s * LANES + half * HALF;
+                        let n = base.words_per_row.saturating_sub(at).min(HALF);
+                        let index = _mm256_load_si256(indices[half * HALF..].as_ptr().cast());
+                        for r in 0..R {
+                            let words = words_at(&base.words[rows[r] * base.words_per_row..], at, n);
+                            let highs = if C::HIGHS {
+                                highs_at(&base.highs[rows[r] * base.tiles..], at, n)
+                            } else {
+                                _mm256_setzero_si256()
+                            };
+                            let planes = C::planes(words, highs);
+                            // The lanes of a half lie in eight aligned groups.
+                            let of_half = scales[r][indices[half * HALF] as usize / HALF];
+                            let scale = _mm256_permutevar8x32_ps(of_half, index);
+                            for (t, sum) in sums[r].iter_mut().enumerate() {
+                                let step = (token + t) * x.steps + s;
+                                let codes = x.codes.as_ptr().add(step * C::PLANES).cast::<u8>().add(half * 4 * HALF);
+                                let dots = _mm256_cvtepi32_ps(C::dots(&planes, codes));
+                                let x_scale = _mm256_load_ps(x.scales[step].0[half * HALF..].as_ptr());
+                                *sum = _mm256_fmadd_ps(_mm256_mul_ps(dots, x_scale), scale, *sum);
+                            }
+                        }
+                    }
+                }
+            }
+            sums.map(|of_row| of_row.map(|s| add_lanes(s)))
+        }
+    }
+
+    /// The sixteen scales of a chunk; 0 past the last group.
+    #[inline(always)]
+    unsafe fn scales(&self, row: usize, chunk: usize) -> [__m256; 2] {
+        let groups = self.base.groups;
+        let n = (groups - chunk * LANES).min(LANES);
+        let mut halves = [0u16; LANES];
+        let from = row * groups + chunk * LANES;
+        halves[..n].copy_from_slice(&self.base.scales[from..from + n]);
+        // SAFETY: see `Codes::dots`.
+        unsafe {
+            let (low, high) = halves.split_at(HALF);
+            [low, high].map(|h| _mm256_cvtph_ps(_mm_loadu_si128(h.as_ptr().cast())))
+        }
+    }
+
+    /// The sixteen zeros of a chunk; past the last group, of no meaning but finite.
+    #[inline(always)]
+    unsafe fn zeros(&self, row: usize, chunk: usize) -> [__m256; 2] {
+        let base = self.base;
+        // SAFETY: see `Codes::dots`.
+        unsafe {
+            if let Some(middle) = base.middle() {
+                return [_mm256_set1_ps(middle); 2];
+            }
+            let bytes = 2 * base.bits();
+            let n = (base.zero_bytes - chunk * bytes).min(bytes);
+            let from = row * base.zero_bytes + chunk * bytes;
+            let mut stream = [0u8; 16];
+            stream[..n].copy_from_slice(&base.zeros[from..from + n]);
+            self.zeros.unpack(_mm_loadu_si128(stream.as_ptr().cast()))
+        }
+    }
+}
+
+/// Takes sixteen numbers of a few bits each out of a bit stream.
+struct ZeroBits {
+    /// For each lane the four bytes from the one on in which its number begins.
+    bytes: [i32; LANES],
+    /// Where in that byte it begins.
+    shifts: [i32; LANES],
+    mask: i32,
+}
+
+impl ZeroBits {
+    fn new(bits: usize) -> Self {
+        // Bytes past the stream's sixteen hold no bit of any number, whatever they are.
+        let byte = |lane: usize| (lane * bits / 8) as i32;
+        ZeroBits {
+            bytes: std::array::from_fn(|lane| byte(lane) * 0x01_01_01_01 + 0x03_02_01_00),
+            shifts: std::array::from_fn(|lane| (lane * bits % 8) as i32),
+            mask: (1 << bits) - 1,
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn unpack(&self, stream: __m128i) -> [__m256; 2] {
+        // SAFETY: see `Codes::dots`.
+        unsafe {
+            let stream = _mm256_broadcastsi128_si256(stream);
+            [0, HALF].map(|at| {
+                let bytes = _mm256_loadu_si256(self.bytes[at..].as_ptr().cast());
+                let shifts = _mm256_loadu_si256(self.shifts[at..].as_ptr().cast());
+                let numbers = _mm256_srlv_epi32(_mm256_shuffle_epi8(stream, bytes), shifts);
+                _mm256_cvtepi32_ps(_mm256_and_si256(numbers, _mm256_set1_epi32(self.mask)))
+            })
+        }
+    }
+}
+
+/// Words `at..at + n` of a row, `n` up to eight, and zeros.
+#[inline(always)]
+unsafe fn words_at(row: &[u32], at: usize, n: usize) -> __m256i {
+    // SAFETY: see `Codes::dots`; eight words are read only where the row has them.
+    unsafe {
+        if n == HALF {
+            return _mm256_loadu_si256(row[at..at + HALF].as_ptr().cast());
+        }
+        let mut words = [0u32; HALF];
+        if n > 0 {
+            words[..n].copy_from_slice(&row[at..at + n]);
+        }
+        _mm256_loadu_si256(words.as_ptr().cast())
+    }
+}
+
+/// High planes `at..at + n` of a row as 32-bit lanes, and zeros.
+#[inline(always)]
+unsafe fn highs_at(row: &[u16], at: usize, n: usize) -> __m256i {
+    // SAFETY: see `words_at`.
+    unsafe {
+        if n == HALF {
+            return _mm256_cvtepu16_epi32(_mm_loadu_si128(row[at..at + HALF].as_ptr().cast()));
+        }
+        let mut highs = [0u16; HALF];
+        if n > 0 {
+            highs[..n].copy_from_slice(&row[at..at + n]);
+        }
+        _mm256_cvtepu16_epi32(_mm_loadu_si128(highs.as_ptr().cast()))
+    }
+}
+
+/// Lanes 4, 2 and 1 apart.
+#[inline(always)]
+unsafe fn add_lanes(v: __m256) -> f32 {
+    // SAFETY: see `Codes::dots`.
+    unsafe {
+        let four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
+        let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+        _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+    }
+}
