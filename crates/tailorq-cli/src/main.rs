@@ -87,7 +87,8 @@ fn execute(command: Command, threads: usize, console: &Console) -> anyhow::Resul
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let console = Console::new(cli.global.json, cli.global.quiet, cli.global.verbose);
-    let outcome = prepare(&cli.global, &console).and_then(|threads| execute(cli.command, threads, &console));
+    let outcome =
+        prepare(&cli.global, &console).and_then(|threads| tailorq::on_pool(|| execute(cli.command, threads, &console)));
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => report(&error),

@@ -54,4 +54,4 @@ pub use task::retention::{RetainRequest, RetentionReport};
 pub use task::score::{ScoreRequest, score};
 pub use task::scores::{ScoredCandidate, ScoredUnit, Scores};
 pub use task::survey::{SurveyRequest, survey};
-pub use threads::set_threads;
+pub use threads::{on_pool, set_threads};

@@ -11,3 +11,9 @@ pub fn set_threads(threads: Option<usize>) -> Result<usize, String> {
         .map_err(|e| format!("cannot start {n} threads: {e}"))?;
     Ok(n)
 }
+
+/// Runs `body` on a thread of the pool. An operation that such a thread divides starts at once on the others, while one from
+/// outside has to wake them and to be woken by them, which costs a step of decoding more than its arithmetic.
+pub fn on_pool<R: Send>(body: impl FnOnce() -> R + Send) -> R {
+    rayon::scope(|_| body())
+}

@@ -27,6 +27,9 @@ use tailorq_tensor::{InputTransform, PackedMatrix};
 /// Up to this many tokens are multiplied row by row.
 pub(super) const FEW: usize = 12;
 
+/// Bytes of weights below which a task is not divided: a few microseconds of reading.
+const FEW_TASK: usize = 1 << 16;
+
 /// Inputs from which on rows are transformed in parallel.
 const TRANSFORM_TASK: usize = 1 << 16;
 
@@ -61,15 +64,10 @@ pub(super) fn few(isa: Isa, x: &[f32], w: &PackedMatrix, bias: Option<&[f32]>, r
     }
     let Few { mut quantized, mut rotated } = FEW_BUFFERS.take();
     quantized.fill(isa, inputs_of_base(isa, w, x, &mut rotated), w.cols(), w.layout());
-    let base = Base::of(w);
-    // A multiple of the rows that kernels take at once; the partition changes no sum.
-    let task = rows.len().div_ceil(4 * rayon::current_num_threads()).next_multiple_of(4);
-    let parts = Tile::new(y, n, rows.len(), rows.len()).grid(n, task);
-    parts.into_par_iter().for_each(|Part { col, mut tile, .. }| {
-        let first = rows.start + col;
-        base_rows(isa, &base, &quantized, first, &mut tile);
-        corrections::add(isa, w, x, first, bias, &mut tile);
-    });
+    let (base, tile) = (Base::of(w), Tile::new(y, n, rows.len(), rows.len()));
+    // Two tasks a thread, so that one that starts late finds less to do; the partition changes no sum.
+    let least = (rows.len() / (2 * rayon::current_num_threads())).max(FEW_TASK * rows.len() / w.bytes().max(1));
+    Products { isa, w, base, quantized: &quantized, x, bias }.divide(rows.start, tile, least);
     FEW_BUFFERS.set(Few { quantized, rotated });
 }
 
@@ -120,6 +118,32 @@ per_isa! {
 #[inline(always)]
 fn forward_body<S: Simd>(_simd: S, transform: &InputTransform, x: &mut [f32]) {
     transform.forward(x);
+}
+
+/// A call for a few tokens.
+struct Products<'a> {
+    isa: Isa,
+    w: &'a PackedMatrix,
+    base: Base<'a>,
+    quantized: &'a Quantized,
+    x: &'a [f32],
+    bias: Option<&'a [f32]>,
+}
+
+impl Products<'_> {
+    /// The rows from `first` on, whose outputs are the columns of `y`, in tasks of at least `least` rows. Nothing is asked of
+    /// the allocator.
+    fn divide(&self, first: usize, mut y: Tile<'_>, least: usize) {
+        // A multiple of the rows that kernels take at once.
+        let middle = (y.cols() / 2).next_multiple_of(4);
+        if y.cols() >= 2 * least && middle < y.cols() {
+            let (low, high) = y.split_cols(middle);
+            rayon::join(|| self.divide(first, low, least), || self.divide(first + middle, high, least));
+            return;
+        }
+        base_rows(self.isa, &self.base, self.quantized, first, &mut y);
+        corrections::add(self.isa, self.w, self.x, first, self.bias, &mut y);
+    }
 }
 
 /// Without inputs, what is left is the bias.
