@@ -7,7 +7,7 @@
 use crate::cache::{Contents, Finished, Whose, exact, read_exact};
 use crate::calibration::{Identity, check_items};
 use crate::completion::scored_completion;
-use crate::data::{Item, Items, data_file, read_split};
+use crate::data::{DataSet, Item, Items, data_file};
 use crate::error::EvalError;
 use crate::generation::{Question, asked};
 use crate::items::ItemRecord;
@@ -135,10 +135,9 @@ impl Task for NllTask {
     ) -> Result<TaskResult, EvalError> {
         let data = data_file(self.name, options)?;
         let items = match self.gsm8k && !data.is_file() {
-            true => read_split(&data.join("gsm8k"), &["test"], "the items")?,
-            false => Items::read(data)?,
+            true => DataSet::open(self.name, "gsm8k", options)?.items(options)?,
+            false => Items::read(data)?.limited(options),
         };
-        let items = items.limited(options);
         let read = |item: Item<'_>| Question::read_pair(item.row).map_err(|problem| item.fail(problem));
         let identity = |item| read(item).map(|(before, completion)| Identity::new(&asked(&before), &completion));
         let known = check_items(self.name, options, &items, identity)?;

@@ -1,6 +1,7 @@
 //! Items of data sets: where they lie, how they are read, and errors that say which field of which line is amiss.
 
 use crate::error::EvalError;
+use crate::hub::{HUB, HubSet};
 use crate::task::TaskOptions;
 use serde_json::{Map, Value};
 use std::fs::File;
@@ -176,10 +177,39 @@ fn texts(value: &Value) -> Option<Vec<&str>> {
     value.as_array()?.iter().map(Value::as_str).collect()
 }
 
-/// The folder of the data set `name` in the folder of data sets.
-pub(crate) fn data_folder(task: &'static str, name: &str, options: &TaskOptions<'_>) -> Result<PathBuf, EvalError> {
-    let input = "a folder of data sets (--data DIR)";
-    Ok(options.items.data.ok_or(EvalError::MissingInput { task, input })?.join(name))
+/// Where the items of a data set are.
+#[derive(Clone, Debug)]
+pub(crate) enum DataSet {
+    /// In a folder of this machine.
+    Folder(PathBuf),
+    /// On the hub, or in its cache.
+    Hub(&'static HubSet),
+}
+
+impl DataSet {
+    /// The data set `name` in the folder of data sets, or on the hub if that is what the folder is called and there is none
+    /// of that name.
+    pub(crate) fn open(task: &'static str, name: &str, options: &TaskOptions<'_>) -> Result<Self, EvalError> {
+        let input = "a folder of data sets (--data DIR), or --data hub";
+        let data = options.items.data.ok_or(EvalError::MissingInput { task, input })?;
+        if data == Path::new(HUB) && !data.exists() {
+            return Ok(DataSet::Hub(HubSet::find(task, name)?));
+        }
+        Ok(DataSet::Folder(data.join(name)))
+    }
+
+    /// The items to be tested on, as many as asked for.
+    pub(crate) fn items(&self, options: &TaskOptions<'_>) -> Result<Items, EvalError> {
+        Ok(self.split(&["test"], "the items")?.limited(options))
+    }
+
+    /// The items of the first of `names` that there is. `what` is what they are called when there are none.
+    pub(crate) fn split(&self, names: &[&str], what: &str) -> Result<Items, EvalError> {
+        match self {
+            DataSet::Folder(folder) => read_split(folder, names, what),
+            DataSet::Hub(set) => Items::read_all(set.split(names)?),
+        }
+    }
 }
 
 /// The one file of items.
@@ -190,7 +220,7 @@ pub(crate) fn data_file<'a>(task: &'static str, options: &TaskOptions<'a>) -> Re
 
 /// The items of a folder: of the first of `names` that it has, such as `test` for `test.jsonl`, `test.parquet` or
 /// `test-00000-of-00002.parquet` and its like. `what` is what they are called when there are none.
-pub(crate) fn read_split(folder: &Path, names: &[&str], what: &str) -> Result<Items, EvalError> {
+fn read_split(folder: &Path, names: &[&str], what: &str) -> Result<Items, EvalError> {
     let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
     let mut files: Vec<String> = entries.filter_map(|entry| entry.file_name().into_string().ok()).collect();
     files.sort_unstable();
@@ -206,7 +236,7 @@ pub(crate) fn read_split(folder: &Path, names: &[&str], what: &str) -> Result<It
 }
 
 /// The files of a split among sorted `files`: one of its name, or all of a numbered series.
-fn split_files<'a>(files: &'a [String], name: &str) -> Vec<&'a str> {
+pub(crate) fn split_files<'a>(files: &'a [String], name: &str) -> Vec<&'a str> {
     for extension in ["jsonl", "parquet"] {
         let whole = format!("{name}.{extension}");
         if let Some(file) = files.iter().find(|file| **file == whole) {

@@ -25,6 +25,22 @@ pub enum EvalError {
         /// The names that exist.
         known: String,
     },
+    /// A data set of the hub that could not be read.
+    #[error(
+        "the {split} items of {repo}{config} could not be read from the hub: {source}; or give them as {name}/{split}.jsonl with --data DIR"
+    )]
+    HubData {
+        /// Which items.
+        split: String,
+        /// The data set.
+        repo: &'static str,
+        /// Which part of it, after a space.
+        config: String,
+        /// Its folder under `--data`.
+        name: &'static str,
+        /// Why.
+        source: ModelError,
+    },
     /// An option outside its range.
     #[error("{option} is {value}: {remedy}")]
     BadOption {

@@ -1,9 +1,8 @@
 //! Worked examples before an item, as lm-evaluation-harness draws them: anew for each item, by one generator a task.
 
-use crate::data::{Item, Items, read_split};
+use crate::data::{DataSet, Item, Items};
 use crate::error::EvalError;
 use crate::mersenne::{FEWSHOT_SEED, PythonRandom};
-use std::path::Path;
 
 /// Training items from which examples are drawn.
 pub(crate) struct Examples {
@@ -14,13 +13,13 @@ pub(crate) struct Examples {
 }
 
 impl Examples {
-    /// Draws `n` for each item from the training items in `folder`, which are only read if there is something to draw.
-    pub(crate) fn open(folder: &Path, n: usize) -> Result<Self, EvalError> {
+    /// Draws `n` for each item from the training items of a data set, which are only read if there is something to draw.
+    pub(crate) fn open(data: &DataSet, n: usize) -> Result<Self, EvalError> {
         let random = PythonRandom::new(FEWSHOT_SEED);
         if n == 0 {
             return Ok(Examples { n, pool: None, random });
         }
-        let pool = read_split(folder, &["train", "calib"], "the items from which examples are drawn")?;
+        let pool = data.split(&["train", "calib"], "the items from which examples are drawn")?;
         if pool.len() < n {
             let problem = format!("holds {} items, and {n} examples are drawn from them", pool.len());
             return Err(EvalError::Data { path: pool.path().to_owned(), problem });

@@ -13,6 +13,7 @@ mod data;
 mod error;
 mod fewshot;
 mod generation;
+mod hub;
 mod items;
 mod likelihood;
 mod llamacpp;

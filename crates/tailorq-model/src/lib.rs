@@ -22,7 +22,7 @@ pub use config::{ModelConfig, RopeScaling};
 pub use error::ModelError;
 pub use forward::{Batch, BlockStage};
 pub use kv::KvCache;
-pub use load::{ModelFiles, OpenTimes, OpenedModel, open};
+pub use load::{ModelFiles, OpenTimes, OpenedModel, Select, data_set_files, open};
 pub use model::{Block, Linear, Model};
 pub use tape::{Spill, Tape, TapeError};
 pub use template::{ChatMessage, ChatTemplate};

@@ -7,14 +7,13 @@ use super::question::Question;
 use super::run::{Asked, decide, summarize};
 use super::verdict::{Verdict, insert_numbers, insert_share};
 use crate::calibration::{Identity, check_items};
-use crate::data::{Item, data_folder, read_split};
+use crate::data::{DataSet, Item};
 use crate::error::EvalError;
 use crate::items::{python_strip, wilson_interval};
 use crate::prompt::{Lead, Shot};
 use crate::task::{Progress, Subject, Task, TaskOptions, TaskResult};
 use serde_json::{Map, Value};
 use std::collections::{BTreeMap, HashMap};
-use std::path::Path;
 
 /// `mmlu`.
 pub(crate) const MMLU: &dyn Task = &Mmlu;
@@ -117,15 +116,15 @@ impl Task for Mmlu {
         options: &TaskOptions<'_>,
         progress: &mut Progress<'_>,
     ) -> Result<TaskResult, EvalError> {
-        let folder = data_folder(self.name(), "mmlu", options)?;
-        let items = read_split(&folder, &["test"], "the items")?.limited(options);
+        let data = DataSet::open(self.name(), "mmlu", options)?;
+        let items = data.items(options)?;
         let identity = |item: Item<'_>| {
             let beside = item.texts("choices")?.into_iter().map(str::to_owned).collect();
             Ok(Identity { questions: vec![item.text("question")?.to_owned()], beside })
         };
         let known = check_items(self.name(), options, &items, identity)?;
         let n_shots = options.items.num_fewshot.unwrap_or(0);
-        let examples = if n_shots > 0 { Examples::read(&folder, n_shots)? } else { Examples::default() };
+        let examples = if n_shots > 0 { Examples::read(&data, n_shots)? } else { Examples::default() };
         let (mut subjects, mut asked) = (Vec::with_capacity(items.len()), Vec::with_capacity(items.len()));
         for item in items.iter() {
             let name = item.text("subject")?;
@@ -173,9 +172,9 @@ struct Examples {
 }
 
 impl Examples {
-    fn read(folder: &Path, n_shots: usize) -> Result<Self, EvalError> {
+    fn read(data: &DataSet, n_shots: usize) -> Result<Self, EvalError> {
         let mut shots: HashMap<String, Vec<Shot>> = HashMap::new();
-        for item in read_split(folder, &["dev"], "the examples of each subject")?.iter() {
+        for item in data.split(&["dev"], "the examples of each subject")?.iter() {
             let of_subject = shots.entry(item.text("subject")?.to_owned()).or_default();
             if of_subject.len() < n_shots {
                 of_subject.push(read(&item)?.shot());

@@ -24,7 +24,7 @@ pub(crate) use piqa::PIQA;
 pub(crate) use winogrande::WINOGRANDE;
 
 use crate::calibration::{CalibrationCount, check_items};
-use crate::data::{Item, data_folder, read_split};
+use crate::data::{DataSet, Item};
 use crate::error::EvalError;
 use crate::fewshot::Examples;
 use crate::prompt::{Lead, Shot};
@@ -46,11 +46,11 @@ struct ChoiceTask {
 
 impl ChoiceTask {
     fn ask(&self, options: &TaskOptions<'_>) -> Result<(Vec<Asked>, CalibrationCount), EvalError> {
-        let folder = data_folder(self.name, self.name, options)?;
-        let items = read_split(&folder, &["test"], "the items")?.limited(options);
+        let data = DataSet::open(self.name, self.name, options)?;
+        let items = data.items(options)?;
         let identity = |item: Item<'_>| Ok((self.read)(&item)?.identity(&item, self.known_by));
         let known = check_items(self.name, options, &items, identity)?;
-        let mut examples = Examples::open(&folder, options.items.num_fewshot.unwrap_or(0))?;
+        let mut examples = Examples::open(&data, options.items.num_fewshot.unwrap_or(0))?;
         let mut asked = Vec::with_capacity(items.len());
         for item in items.iter() {
             let shots = examples.next().into_iter().map(|shot| Ok((self.read)(&shot)?.shot()));

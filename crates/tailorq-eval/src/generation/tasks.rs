@@ -6,7 +6,7 @@ use super::spider::Databases;
 use super::{Answered, Ending, Exercise, Judgement, MAX_TOKENS, answer, contents};
 use crate::cache::{Finished, Whose};
 use crate::calibration::{CalibrationCount, Identity, check_items};
-use crate::data::{Item, Items, data_file, data_folder, read_split};
+use crate::data::{DataSet, Item, Items, data_file};
 use crate::error::EvalError;
 use crate::fewshot::Examples;
 use crate::items::{ItemRecord, mean_and_stderr};
@@ -53,8 +53,8 @@ impl Task for Gsm8k {
         options: &TaskOptions<'_>,
         progress: &mut Progress<'_>,
     ) -> Result<TaskResult, EvalError> {
-        let folder = data_folder(self.name, "gsm8k", options)?;
-        let items = read_split(&folder, &["test"], "the items")?.limited(options);
+        let data = DataSet::open(self.name, "gsm8k", options)?;
+        let items = data.items(options)?;
         let identity = |item| gsm8k_texts(item).map(|(question, solution)| Identity::new(question, solution));
         let known = check_items(self.name, options, &items, identity)?;
         let n_shots = match self.style {
@@ -64,7 +64,7 @@ impl Task for Gsm8k {
         if options.items.style != PromptStyle::Text && subject.template.is_none() {
             return Err(EvalError::NoTemplate { model: subject.name.to_owned() });
         }
-        let mut examples = Examples::open(&folder, n_shots)?;
+        let mut examples = Examples::open(&data, n_shots)?;
         let mut exercises = Vec::with_capacity(items.len());
         for item in items.iter() {
             let shots = examples.next().into_iter().map(gsm8k_texts).collect::<Result<Vec<_>, EvalError>>()?;
@@ -103,11 +103,17 @@ impl Task for Spider {
         options: &TaskOptions<'_>,
         progress: &mut Progress<'_>,
     ) -> Result<TaskResult, EvalError> {
-        let folder = data_folder(self.name(), "spider", options)?;
-        let items = read_split(&folder, &["test"], "the items")?.limited(options);
+        let data = DataSet::open(self.name(), "spider", options)?;
+        let DataSet::Folder(folder) = &data else {
+            return Err(EvalError::MissingInput {
+                task: self.name(),
+                input: "a folder with its databases (--data DIR)",
+            });
+        };
+        let items = data.items(options)?;
         let identity = |item: Item<'_>| Ok(Identity::new(item.text("question")?, item.text("query")?));
         let known = check_items(self.name(), options, &items, identity)?;
-        let databases = Databases::open(&folder)?;
+        let databases = Databases::open(folder)?;
         let mut exercises = Vec::with_capacity(items.len());
         let mut classes = Vec::with_capacity(items.len());
         for item in items.iter() {

@@ -1,5 +1,9 @@
 //! Hub ids: from `org/name[@revision]` to a directory of the local cache, fetched if need be.
 
+mod data;
+
+pub use data::{Select, data_set_files};
+
 use crate::error::ModelError;
 use hf_hub::api::sync::{ApiBuilder, ApiError, ApiRepo};
 use hf_hub::{Cache, Repo, RepoType};

@@ -6,6 +6,7 @@ mod gguf;
 mod hub;
 mod metadata;
 
+pub use hub::{Select, data_set_files};
 pub(crate) use metadata::Metadata;
 
 use crate::error::ModelError;

@@ -75,7 +75,7 @@ impl<'a> Evaluation<'a> {
             })
         };
         let text = table.text.as_ref().map(read).transpose()?;
-        Ok(Evaluation { table, data: table.data.as_ref().map(|d| experiment.locate(d)), text, cache })
+        Ok(Evaluation { table, data: table.data.as_ref().map(|d| locate_data(experiment, d)), text, cache })
     }
 
     /// Measures a model; `calibration` are items that must not be among the test items.
@@ -133,6 +133,12 @@ impl<'a> Evaluation<'a> {
         }
         Ok(metrics)
     }
+}
+
+/// `hub` is a place of its own, unless a folder beside the experiment is called so.
+fn locate_data(experiment: &Experiment, data: &Path) -> PathBuf {
+    let folder = experiment.locate(data);
+    if data == Path::new("hub") && !folder.exists() { data.to_path_buf() } else { folder }
 }
 
 /// The numbers of a result: those in the harness' notation with what stands beside them, or else its value.

@@ -41,7 +41,8 @@ pub struct EvalArgs {
     /// Score only the first N windows [default: all]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     windows: Option<u32>,
-    /// Folder of data sets (`gsm8k/test.jsonl` or `.parquet`, `spider/...`), or the one file of the tasks jsonl, completion_nll and rolling
+    /// Folder of data sets (`gsm8k/test.jsonl` or `.parquet`, `spider/...`), the one file of the tasks jsonl, completion_nll and rolling, or `hub`
+    /// (without a folder of that name): Parquet files of the hub, from its cache or fetched (HF_HUB_OFFLINE, HF_ENDPOINT, HF_TOKEN)
     #[arg(long, value_name = "PATH")]
     data: Option<PathBuf>,
     /// Score only the first N items [default: all]
