@@ -13,22 +13,23 @@ pub const FORMAT_VERSION: u32 = 3;
 
 /// The version that a configuration of `matrices` carries, the lowest that has all they need, so that readers which know
 /// nothing of the rest go on reading them, and refuse the others: 1 for nothing but a base, 2 with corrections, 3 with an input
-/// transform.
+/// transform, a codebook or 6 bits.
 pub fn format_version<'a>(matrices: impl IntoIterator<Item = &'a PackedSpec>) -> u32 {
-    let needed = |m: &PackedSpec| match (m.transform, m.corrections.is_none()) {
-        (Some(_), _) => 3,
-        (None, false) => 2,
-        (None, true) => 1,
+    let needed = |m: &PackedSpec| match (m.is_plain(), m.corrections.is_none()) {
+        (false, _) => 3,
+        (true, false) => 2,
+        (true, true) => 1,
     };
     matrices.into_iter().map(needed).max().unwrap_or(1)
 }
 
 /// Every part that a packed matrix may have.
-const PARTS: [&str; 11] = [
+const PARTS: [&str; 12] = [
     "codes",
     "codes_high",
     "scales",
     "zeros",
+    "levels",
     "tilemap",
     "mean_scales",
     "tile_codes",
@@ -43,9 +44,10 @@ const PARTS: [&str; 11] = [
 /// | tensor | type | shape | when |
 /// | --- | --- | --- | --- |
 /// | `codes` | U32 | `[rows, tiles * words_per_tile]` | always |
-/// | `codes_high` | U16 | `[rows, tiles]` | 3 bits |
+/// | `codes_high` | U16, for 6 bits U32 | `[rows, tiles]` | 3 and 6 bits |
 /// | `scales` | F16 | `[rows, groups]` | always |
 /// | `zeros` | U8 | `[rows, zero_bytes_per_row]` | asymmetric |
+/// | `levels` | F16 | `[2^bits]` | codebook |
 /// | `tilemap` | U8 | `[rows, ceil(tiles / 8)]` | means of four or tile corrections |
 /// | `mean_scales` | F16 | `[rows, groups]` | means of four |
 /// | `tile_codes` | I8 `[count, 16]` or U8 `[count, 8]` | 8 or 4 bits a code | tile corrections |
@@ -54,7 +56,7 @@ const PARTS: [&str; 11] = [
 /// | `element_cols` | as `element_counts` | `[elements]` | element corrections |
 /// | `element_values` | F16 | `[elements]` | element corrections |
 pub fn packed_specs(layer: &str, spec: &PackedSpec) -> Vec<TensorSpec> {
-    let &PackedSpec { layout, rows, cols, corrections, transform: _ } = spec;
+    let &PackedSpec { layout, rows, cols, corrections, codebook, transform: _ } = spec;
     let tiles = cols.div_ceil(TILE);
     // A hostile width must end as a wrong shape, not as an overflow.
     let words = tiles.saturating_mul(layout.bits.words_per_tile());
@@ -63,12 +65,17 @@ pub fn packed_specs(layer: &str, spec: &PackedSpec) -> Vec<TensorSpec> {
         specs.push(TensorSpec::new(format!("{layer}.{name}"), dtype, shape));
     };
     part("codes", StoredType::U32, &[rows, words]);
-    if layout.bits == Bits::Three {
-        part("codes_high", StoredType::U16, &[rows, tiles]);
+    match layout.bits {
+        Bits::Three => part("codes_high", StoredType::U16, &[rows, tiles]),
+        Bits::Six => part("codes_high", StoredType::U32, &[rows, tiles]),
+        Bits::Two | Bits::Four | Bits::Eight => {}
     }
     part("scales", StoredType::F16, &[rows, layout.group.count(cols)]);
     if !layout.symmetric {
         part("zeros", StoredType::U8, &[rows, layout.zero_bytes_per_row(cols)]);
+    }
+    if codebook {
+        part("levels", StoredType::F16, &[1 << layout.bits.count()]);
     }
     if corrections.mean4.is_some() || corrections.tiles.is_some() {
         part("tilemap", StoredType::U8, &[rows, TileMap::row_bytes(cols)]);
@@ -94,6 +101,7 @@ pub fn packed_specs(layer: &str, spec: &PackedSpec) -> Vec<TensorSpec> {
 pub fn packed_tensors(layer: &str, matrix: &PackedMatrix) -> Vec<(TensorSpec, SharedBytes)> {
     let parts = matrix.parts();
     let mut bytes = vec![Some(&parts.codes), parts.codes_high.as_ref(), Some(&parts.scales), parts.zeros.as_ref()];
+    bytes.push(matrix.level_bytes());
     if let Some(mean4) = matrix.mean4() {
         bytes.extend([mean4.map().bytes(), mean4.scale_bytes()].map(Some));
     }
@@ -152,6 +160,9 @@ fn assemble(spec: &PackedSpec, parts: &Parts) -> Result<PackedMatrix, PackError>
         zeros: parts.find("zeros"),
     };
     let mut matrix = PackedMatrix::new(spec.rows, spec.cols, spec.layout, base)?;
+    if spec.codebook {
+        matrix = matrix.with_levels(parts.get("levels"))?;
+    }
     if let Some(transform) = spec.transform {
         matrix = matrix.with_transform(InputTransform::new(spec.cols, transform)?)?;
     }

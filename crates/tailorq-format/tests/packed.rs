@@ -9,7 +9,7 @@ use tailorq_format::{
 };
 use tailorq_tensor::{
     Bits, CorrectionSpec, ElementCorrections, Group, InputTransform, Layout, MeanTile, PackedMatrix, PackedSpec,
-    ReadRows, Rng, TILE, TileBits, TileCorrection, TileCorrections, TileSpec,
+    ReadRows, Rng, SharedBytes, TILE, TileBits, TileCorrection, TileCorrections, TileSpec,
 };
 
 fn random(rows: usize, cols: usize, layout: Layout, seed: u64) -> PackedMatrix {
@@ -46,10 +46,12 @@ enum Beside {
     MeansAndElements,
     Rotated,
     RotatedAndElements,
+    Codebook,
+    CodebookRotatedAndElements,
 }
 
 impl Beside {
-    const ALL: [Beside; 9] = [
+    const ALL: [Beside; 11] = [
         Beside::Nothing,
         Beside::Elements,
         Beside::Tiles(TileBits::Four),
@@ -59,6 +61,8 @@ impl Beside {
         Beside::MeansAndElements,
         Beside::Rotated,
         Beside::RotatedAndElements,
+        Beside::Codebook,
+        Beside::CodebookRotatedAndElements,
     ];
 
     /// Means need two bits; another matrix goes without them.
@@ -66,8 +70,14 @@ impl Beside {
         let (rows, cols) = (matrix.rows(), matrix.cols());
         let with_elements = |m: PackedMatrix| m.with_elements(elements(rows, cols, seed)).unwrap();
         let rotated = |m: PackedMatrix| m.with_transform(InputTransform::hadamard(cols, seed).unwrap()).unwrap();
+        let codebook = |m: PackedMatrix| match m.layout().has_codebooks() {
+            true => m.clone().with_levels(levels(m.layout().bits)).unwrap(),
+            false => m,
+        };
         match self {
             Beside::Nothing => matrix,
+            Beside::Codebook => codebook(matrix),
+            Beside::CodebookRotatedAndElements => with_elements(rotated(codebook(matrix))),
             Beside::Rotated => rotated(matrix),
             Beside::RotatedAndElements => with_elements(rotated(matrix)),
             Beside::Elements => with_elements(matrix),
@@ -80,6 +90,12 @@ impl Beside {
             Beside::Means | Beside::MeansAndElements => matrix,
         }
     }
+}
+
+/// Levels that are no multiples of anything.
+fn levels(bits: Bits) -> SharedBytes {
+    let n = 1 << bits.count();
+    SharedBytes::from_vec((0..n).map(|i| f16::from_f32((i as f32 - 1.3).powi(3) * 0.1)).collect::<Vec<_>>())
 }
 
 /// The tiles of each row that are marked: in turn some, none and all.
@@ -158,9 +174,10 @@ proptest! {
         let spec = matrix.spec();
         let specs = packed_specs("w", &spec);
         prop_assert_eq!(specs.iter().map(|s| s.bytes().unwrap()).sum::<usize>(), matrix.bytes());
-        let version = if spec.transform.is_some() { 3 } else { 1 + u32::from(!spec.corrections.is_none()) };
+        let version = if spec.transform.is_some() || spec.codebook || layout.bits == Bits::Six { 3 } else { 1 + u32::from(!spec.corrections.is_none()) };
         prop_assert_eq!(format_version([&spec]), version);
-        prop_assert_eq!(format_version([&spec, &PackedSpec::base(1, 1, layout)]), version);
+        let plain = PackedSpec::base(1, 1, Layout { bits: Bits::Two, ..layout });
+        prop_assert_eq!(format_version([&spec, &plain]), version);
         let json = serde_json::to_string(&spec).unwrap();
         prop_assert_eq!(serde_json::from_str::<PackedSpec>(&json).unwrap(), spec);
         let dir = tempfile::tempdir().unwrap();
@@ -205,6 +222,35 @@ fn transforms_that_no_matrix_has_are_refused() {
     let wide = "{\"bits\": 2, \"group\": \"row\", \"symmetric\": true, \"rows\": 0, \"cols\": 4611686018427387904, \
                 \"transform\": {\"kind\": \"hadamard\", \"seed\": 1, \"block\": 1}}";
     assert!(read_packed(&set, "w", &serde_json::from_str(wide).unwrap()).is_err());
+}
+
+#[test]
+fn codebooks_that_are_none_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let layout = Layout { bits: Bits::Two, group: Group::Row, symmetric: true };
+    let matrix = random(2, 40, layout, 1).with_levels(levels(Bits::Two)).unwrap();
+    let (good, spec) = (tensors(&matrix), matrix.spec());
+    let at = good.iter().position(|t| t.0.name == "w.levels").unwrap();
+    let message = |good: &[(TensorSpec, Vec<u8>)], spec: &PackedSpec| {
+        read_packed(&write(dir.path(), good), "w", spec).unwrap_err().to_string()
+    };
+    for bad in [[0.0, f32::NAN, 1.0, 2.0], [0.0, 1.0, 2.0, f32::INFINITY], [0.0, 2.0, 1.0, 3.0]] {
+        let mut wrong = good.clone();
+        wrong[at].1 = bad.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()).collect();
+        let text = message(&wrong, &spec);
+        assert!(text.contains("levels") && text.contains(dir.path().to_str().unwrap()), "{text}");
+    }
+    let mut less = good.clone();
+    less.remove(at);
+    assert!(message(&less, &spec).contains("'w.levels' is missing"));
+    assert!(message(&good, &PackedSpec { codebook: false, ..spec }).contains("'w.levels' is there"));
+    let mut short = good.clone();
+    short[at] = (TensorSpec::new("w.levels".to_string(), StoredType::F16, &[3]), vec![0; 6]);
+    assert!(message(&short, &spec).contains("'w.levels'"));
+    // Zeros and codebooks do not go together, nor do codebooks and wide codes.
+    for layout in [Layout { symmetric: false, ..layout }, Layout { bits: Bits::Eight, ..layout }] {
+        assert!(random(2, 40, layout, 1).with_levels(levels(layout.bits)).is_err());
+    }
 }
 
 #[test]

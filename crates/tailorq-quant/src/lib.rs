@@ -22,5 +22,5 @@ pub use calibrate::{
 };
 pub use circuit::{CircuitSignal, ElementRow, TopElements};
 pub use error::QuantError;
-pub use plan::{Clip, ElementMask, LayerPlan, LayerSettings, TransformSettings};
+pub use plan::{Clip, ElementMask, GridKind, LayerPlan, LayerSettings, TransformSettings};
 pub use quantize::{AlignedSettings, HeldOut, LayerStats, Needs, Note, Quantized, QuantizedWeight, Quantizer, find};

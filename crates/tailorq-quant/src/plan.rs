@@ -81,6 +81,36 @@ impl TransformSettings {
     }
 }
 
+/// What codes stand for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum GridKind {
+    /// Multiples of the scale, counted from a zero.
+    #[default]
+    Affine,
+    /// Places in a codebook of the matrix, times the scale. For symmetric layouts of 2 to 4 bits; wider ones stay affine.
+    Codebook,
+}
+
+impl GridKind {
+    /// Whether it is the one that needs no mention.
+    pub fn is_affine(&self) -> bool {
+        *self == GridKind::Affine
+    }
+}
+
+impl FromStr for GridKind {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<Self, String> {
+        match s {
+            "affine" => Ok(GridKind::Affine),
+            "codebook" => Ok(GridKind::Codebook),
+            _ => Err(format!("there is no grid '{s}': use affine or codebook")),
+        }
+    }
+}
+
 /// How one linear is quantized. Written to recipes and artifacts, so the field names are part of the file format.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -100,6 +130,9 @@ pub struct LayerSettings {
     /// how a plan says 16 where other layers have 2, 3, 4 or 8.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub half: bool,
+    /// What codes stand for; a codebook for methods that can ([`Quantizer::rotates`](crate::Quantizer::rotates)).
+    #[serde(default, skip_serializing_if = "GridKind::is_affine")]
+    pub grid: GridKind,
     /// What is done to the inputs before they meet the packed base; for methods that can
     /// ([`Quantizer::rotates`](crate::Quantizer::rotates)).
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -115,6 +148,11 @@ impl LayerSettings {
         LayerSettings { half: true, ..LayerSettings::new(Bits::Eight, Group::Row) }
     }
 
+    /// Whether codes are places in a codebook.
+    pub fn has_codebook(&self) -> bool {
+        self.grid == GridKind::Codebook && self.layout.bits <= Bits::Four
+    }
+
     /// The defaults for a width and a group: asymmetric, clip search by magnitude, damping 0.01, columns in natural order.
     pub fn new(bits: Bits, group: Group) -> Self {
         LayerSettings {
@@ -123,6 +161,7 @@ impl LayerSettings {
             damping: default_damping(),
             act_order: false,
             half: false,
+            grid: GridKind::Affine,
             transform: None,
             aligned: None,
         }

@@ -7,7 +7,7 @@ use tailorq_quant::quantize::{ClipSearch, Grid, GridRule};
 use tailorq_tensor::{Bits, Rng};
 
 fn rule(bits: Bits, symmetric: bool) -> GridRule {
-    GridRule { bits, symmetric, clip: None }
+    GridRule { bits, symmetric, clip: None, levels: None }
 }
 
 fn normal(n: usize, seed: u64) -> Vec<f32> {

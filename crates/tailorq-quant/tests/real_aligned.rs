@@ -1,4 +1,4 @@
-//! What salient tiles are worth on layers of a real model, on demand: `TAILORQ_TEST_MODELS=DIR TAILORQ_TEST_DATA=DIR cargo
+//! What salient tiles, rotations and codebooks are worth on layers of a real model, on demand: `TAILORQ_TEST_MODELS=DIR TAILORQ_TEST_DATA=DIR cargo
 //! test -p tailorq-quant --test real_aligned -- --ignored --nocapture`.
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
@@ -8,10 +8,10 @@ use std::sync::Mutex;
 use tailorq_kernels::Device;
 use tailorq_quant::quantize::{Aligned, Gptq, Saliency, Salient, Scope, Unit};
 use tailorq_quant::{
-    Activations, AlignedSettings, BlockQuantizer, Clip, LayerPlan, LayerSettings, LayerStats, Needs, QuantError,
-    Quantized, Quantizer, TokenWeight, advance,
+    Activations, AlignedSettings, BlockQuantizer, Clip, GridKind, LayerPlan, LayerSettings, LayerStats, Needs,
+    QuantError, Quantized, Quantizer, TokenWeight, TransformSettings, advance,
 };
-use tailorq_tensor::{Bits, Group, Matrix, TileBits};
+use tailorq_tensor::{Bits, Group, Layout, Matrix, TileBits};
 
 /// The blocks that are looked at.
 const BLOCKS: [usize; 3] = [0, 10, 20];
@@ -69,6 +69,33 @@ fn cases() -> Vec<Case> {
     cases
 }
 
+/// Rotated bases, on affine grids and codebooks.
+fn rotations() -> Vec<Case> {
+    let mut cases: Vec<Case> = Vec::new();
+    for (bits, group) in [(Bits::Two, Group::Inputs(128)), (Bits::Two, Group::Row), (Bits::Three, Group::Inputs(128))] {
+        let plain = LayerSettings::new(bits, group);
+        let by_width = TransformSettings::hadamard(0);
+        let overlapping = TransformSettings { block: Some(512), ..by_width };
+        let codebook = |s: LayerSettings| {
+            let layout = Layout { symmetric: true, ..s.layout };
+            LayerSettings { layout, grid: GridKind::Codebook, ..s }
+        };
+        let rotated = |t| LayerSettings { transform: Some(t), ..plain };
+        let all = [
+            ("affine", plain),
+            ("codebook", codebook(plain)),
+            ("rotated, affine", rotated(by_width)),
+            ("rotated in blocks of 512, affine", rotated(overlapping)),
+            ("rotated, codebook", codebook(rotated(by_width))),
+            ("rotated in blocks of 512, codebook", codebook(rotated(overlapping))),
+        ];
+        for (name, settings) in all {
+            cases.push((format!("GPTQ {} bits, group {group}, {name}", bits.count()), &Gptq, settings));
+        }
+    }
+    cases
+}
+
 /// Runs all cases on every layer and returns the first one's result.
 struct Compare {
     cases: Vec<Case>,
@@ -108,6 +135,16 @@ impl Quantizer for Compare {
 #[test]
 #[ignore = "a measurement"]
 fn salient_tiles_of_real_layers() {
+    measure(cases());
+}
+
+#[test]
+#[ignore = "a measurement"]
+fn rotations_of_real_layers() {
+    measure(rotations());
+}
+
+fn measure(cases: Vec<Case>) {
     let Some((path, text)) = inputs() else {
         println!("skipped: TAILORQ_TEST_MODELS and TAILORQ_TEST_DATA name no GGUF file and no WikiText-2");
         return;
@@ -117,7 +154,6 @@ fn salient_tiles_of_real_layers() {
     let head: String = text.chars().take(40_000).collect();
     let ids = opened.tokenizer.encode(&head, true).unwrap();
     let samples: Vec<Vec<u32>> = ids.chunks_exact(512).take(12).map(<[u32]>::to_vec).collect();
-    let cases = cases();
     let compare = Compare { found: Mutex::new(vec![Vec::new(); cases.len()]), cases };
     let plan_of = |_| Ok(LayerSettings::new(Bits::Two, Group::Inputs(128)).into());
     let run = BlockQuantizer {
@@ -157,6 +193,7 @@ fn report(compare: &Compare, names: &[String]) {
         let most = layers.iter().map(|l| l[2]).fold(0.0, f64::max);
         println!("| {name} | {:.3} | {:.4} | {loss:.3} | {least:.3} | {most:.3} |", mean(0), mean(1));
     }
+    let of = |wanted: &&str| compare.cases.iter().position(|c| &c.0 == wanted);
     let shown = [
         "GPTQ 2 bits, group 128",
         "aligned 5 %",
@@ -164,10 +201,12 @@ fn report(compare: &Compare, names: &[String]) {
         "paper, means, K = 100",
         "paper, 8 bits, K = 50",
     ];
+    if !shown.iter().all(|s| of(s).is_some()) {
+        return;
+    }
     println!("\nmean-square error of each tensor over its mean square: {}", shown.join("; "));
     for (i, layer) in names.iter().enumerate() {
-        let of = |wanted: &&str| compare.cases.iter().position(|c| &c.0 == wanted).unwrap();
-        let errors: Vec<String> = shown.iter().map(|s| format!("{:.4}", found[of(s)][i][1])).collect();
+        let errors: Vec<String> = shown.iter().filter_map(of).map(|case| format!("{:.4}", found[case][i][1])).collect();
         println!("| {layer} | {} |", errors.join(" | "));
     }
 }

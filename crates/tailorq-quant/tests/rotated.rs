@@ -6,11 +6,12 @@ mod direct;
 
 use direct::{cpu, hessian, normal};
 use std::sync::Arc;
-use tailorq_quant::quantize::{ALL, Best, Gptq, HeldOut, Rtn, proxy_loss};
+use tailorq_quant::quantize::{ALL, Awq, Best, Gptq, HeldOut, Rtn, proxy_loss};
 use tailorq_quant::{
-    ElementMask, LayerPlan, LayerSettings, LayerStats, Note, QuantError, Quantized, Quantizer, TransformSettings,
+    Clip, ElementMask, GridKind, LayerPlan, LayerSettings, LayerStats, Note, QuantError, Quantized, Quantizer,
+    TransformSettings,
 };
-use tailorq_tensor::{Bits, Group, InputTransform, Matrix, PackedMatrix};
+use tailorq_tensor::{Bits, Group, InputTransform, Layout, Matrix, PackedMatrix};
 
 fn rotated(settings: LayerSettings) -> LayerSettings {
     LayerSettings { transform: Some(TransformSettings::hadamard(7)), ..settings }
@@ -94,7 +95,8 @@ fn rotation_pays_where_inputs_stand_out() {
 /// A share of the weights, those that stand out among them.
 fn mask(w: &Matrix) -> Arc<ElementMask> {
     let cols = w.cols();
-    let kept = (0..w.rows() * cols).filter(|i| i / cols == 5 || (i / cols % 3 > 0 && w.data()[*i].abs() > 12.0));
+    let kept =
+        (0..w.rows() * cols).filter(|i| i / cols == 5 || (!(i / cols).is_multiple_of(3) && w.data()[*i].abs() > 12.0));
     Arc::new(ElementMask::from_indices(w.rows(), cols, kept).unwrap())
 }
 
@@ -152,16 +154,97 @@ fn awkward_layers_are_quantized_all_the_same() {
     assert_eq!((packed(&empty).rows(), empty.relative_error), (0, 0.0));
 }
 
+fn on_codebook(settings: LayerSettings) -> LayerSettings {
+    LayerSettings {
+        layout: Layout { symmetric: true, ..settings.layout },
+        grid: GridKind::Codebook,
+        ..rotated(settings)
+    }
+}
+
+#[test]
+fn a_codebook_beats_affine_grids_of_one_scale_a_row() {
+    let (cols, n) = (512, 1200);
+    let (w, h) = (with_outliers(64, cols, 12), hessian(cols, n, 13));
+    for (bits, most) in [(Bits::Two, 0.9), (Bits::Three, 0.95), (Bits::Four, 1.0)] {
+        for q in [&Rtn as &dyn Quantizer, &Gptq] {
+            let affine = run(q, &w, &h, n, &rotated(LayerSettings::new(bits, Group::Row)).into());
+            let found = run(q, &w, &h, n, &on_codebook(LayerSettings::new(bits, Group::Row)).into());
+            let (before, after) = (affine.proxy_loss.unwrap(), found.proxy_loss.unwrap());
+            assert!(after < most * before, "{} {bits:?}: {before} to {after}", q.name());
+            let m = packed(&found);
+            assert_eq!(m.bytes(), 64 * (cols * bits.count() as usize / 8 + 2) + (2 << bits.count()));
+            let levels: Vec<f32> = m.levels().unwrap().iter().map(|l| l.to_f32()).collect();
+            assert!(levels.windows(2).all(|l| l[0] < l[1]), "{levels:?}");
+            assert_eq!(after, proxy_loss(cpu().as_ref(), &w, m, &h, n));
+        }
+    }
+}
+
+/// Error feedback through a codebook: every value is the nearest level to what the weight had become, and the loss is true.
+#[test]
+fn a_codebook_goes_through_error_feedback_in_groups_and_any_order() {
+    let (cols, n) = (200, 700);
+    let (w, h) = (normal(40, cols, 14), hessian(cols, n, 15));
+    for group in [Group::Inputs(32), Group::Inputs(128), Group::Row] {
+        for act_order in [false, true] {
+            for clip in [Clip::None, Clip::Magnitude, Clip::Hessian] {
+                let s = LayerSettings {
+                    transform: None,
+                    act_order,
+                    clip,
+                    ..on_codebook(LayerSettings::new(Bits::Three, group))
+                };
+                let plan = LayerPlan { settings: s, kept: Some(mask(&w)) };
+                let found = run(&Gptq, &w, &h, n, &plan);
+                let rounded = run(&Rtn, &w, &h, n, &plan);
+                let (found_loss, rounded_loss) = (found.proxy_loss.unwrap(), rounded.proxy_loss.unwrap());
+                assert!(found_loss < 0.8 * rounded_loss, "{group} {act_order} {clip:?}: {found_loss} {rounded_loss}");
+                let measured = proxy_loss(cpu().as_ref(), &w, packed(&found), &h, n);
+                assert!((found_loss / measured - 1.0).abs() < 5e-3, "{found_loss} {measured}");
+            }
+        }
+    }
+}
+
+#[test]
+fn codebooks_are_for_narrow_codes_without_zeros() {
+    let (w, h) = (normal(8, 64, 1), hessian(64, 100, 2));
+    let wide = run(&Gptq, &w, &h, 100, &on_codebook(LayerSettings::new(Bits::Eight, Group::Row)).into());
+    assert!(packed(&wide).levels().is_none() && wide.relative_error < 0.01);
+    let zeros = LayerSettings { grid: GridKind::Codebook, ..LayerSettings::new(Bits::Two, Group::Row) };
+    let stats = LayerStats { hessian: Some(&h), n_tokens: 100, ..LayerStats::default() };
+    let error = Gptq.quantize(cpu().as_ref(), &w, &stats, &zeros.into()).unwrap_err();
+    assert!(matches!(error, QuantError::Settings(_)) && error.to_string().contains("symmetric"), "{error}");
+    let symmetric = LayerSettings { transform: None, ..on_codebook(LayerSettings::new(Bits::Two, Group::Row)) };
+    let error = Awq.quantize(cpu().as_ref(), &w, &stats, &symmetric.into()).unwrap_err();
+    assert!(error.to_string().contains("codebook"), "{error}");
+}
+
+#[test]
+fn six_bits_lie_between_four_and_eight() {
+    let (w, h) = (normal(30, 100, 16), hessian(100, 400, 17));
+    let error = |bits| run(&Gptq, &w, &h, 400, &LayerSettings::new(bits, Group::Inputs(64)).into()).relative_error;
+    let [four, six, eight] = [Bits::Four, Bits::Six, Bits::Eight].map(error);
+    assert!(six < 0.3 * four && eight < 0.3 * six, "{four} {six} {eight}");
+}
+
 #[test]
 fn threads_change_no_bit() {
     let (w, h) = (with_outliers(150, 192, 10), hessian(192, 400, 11));
-    let plan = LayerPlan { settings: rotated(LayerSettings::new(Bits::Two, Group::Inputs(64))), kept: Some(mask(&w)) };
+    for settings in [rotated, on_codebook].map(|with| with(LayerSettings::new(Bits::Two, Group::Inputs(64)))) {
+        same_for_all_threads(&w, &h, &LayerPlan { settings, kept: Some(mask(&w)) });
+    }
+}
+
+fn same_for_all_threads(w: &Matrix, h: &Matrix, plan: &LayerPlan) {
     let bytes = |threads: usize| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-        let found = pool.install(|| run(&Gptq, &w, &h, 400, &plan));
+        let found = pool.install(|| run(&Gptq, w, h, 400, plan));
         let m = packed(&found);
         let elements = m.elements().unwrap().parts().values.to_vec();
-        (m.parts().codes.to_vec(), m.parts().scales.to_vec(), elements, found.proxy_loss.unwrap().to_bits())
+        let levels = m.levels().map(<[half::f16]>::to_vec);
+        (m.parts().codes.to_vec(), m.parts().scales.to_vec(), levels, elements, found.proxy_loss.unwrap().to_bits())
     };
     assert_eq!(bytes(1), bytes(3));
 }

@@ -93,6 +93,9 @@ pub enum PackError {
     /// Means of four need a base of 2 bits whose groups are theirs, and no tile corrections.
     #[error("means of four do not go with {0}: they need 2 bits, the same groups and no tile corrections")]
     Mean4(String),
+    /// Levels of a codebook that is none.
+    #[error("the levels of the codebook {0}")]
+    Levels(String),
     /// An input transform that no matrix of this width or with these parts has.
     #[error("the input transform {0}")]
     Transform(String),

@@ -16,13 +16,16 @@ pub enum Bits {
     Three,
     /// 4 bits: two u32 words a tile, code `i` at bits `4i` of the pair read as one little-endian u64.
     Four,
+    /// 6 bits: the low four bits as for [`Bits::Four`], the high two bits of code `i` at bits `2i` of a u32 word in a plane of
+    /// their own.
+    Six,
     /// 8 bits: 16 bytes a tile (four u32 words), code `i` in byte `i`.
     Eight,
 }
 
 impl Bits {
     /// All widths.
-    pub const ALL: [Bits; 4] = [Bits::Two, Bits::Three, Bits::Four, Bits::Eight];
+    pub const ALL: [Bits; 5] = [Bits::Two, Bits::Three, Bits::Four, Bits::Six, Bits::Eight];
 
     /// The width as a number.
     pub fn count(self) -> u32 {
@@ -30,6 +33,7 @@ impl Bits {
             Bits::Two => 2,
             Bits::Three => 3,
             Bits::Four => 4,
+            Bits::Six => 6,
             Bits::Eight => 8,
         }
     }
@@ -44,12 +48,21 @@ impl Bits {
         1 << (self.count() - 1)
     }
 
-    /// u32 words a tile in the main code plane (3 bits have a u16 beside it).
+    /// u32 words a tile in the main code plane (see [`Bits::high_bytes`] for the other).
     pub fn words_per_tile(self) -> usize {
         match self {
             Bits::Two | Bits::Three => 1,
-            Bits::Four => 2,
+            Bits::Four | Bits::Six => 2,
             Bits::Eight => 4,
+        }
+    }
+
+    /// Bytes of a tile in the plane of high bits: a u16 for 3 bits, a u32 for 6, nothing for the others.
+    pub fn high_bytes(self) -> usize {
+        match self {
+            Bits::Three => 2,
+            Bits::Six => 4,
+            Bits::Two | Bits::Four | Bits::Eight => 0,
         }
     }
 }
@@ -60,7 +73,7 @@ impl TryFrom<u32> for Bits {
         Bits::ALL
             .into_iter()
             .find(|b| b.count() == n)
-            .ok_or_else(|| format!("no layout has {n} bits: use 2, 3, 4 or 8"))
+            .ok_or_else(|| format!("no layout has {n} bits: use 2, 3, 4, 6 or 8"))
     }
 }
 
@@ -175,11 +188,21 @@ impl Layout {
     /// Bytes of a `[rows, cols]` matrix in this layout, all parts included.
     pub fn bytes(&self, rows: usize, cols: usize) -> usize {
         let tiles = cols.div_ceil(TILE);
-        let high = if self.bits == Bits::Three { 2 * tiles } else { 0 };
+        let high = tiles * self.bits.high_bytes();
         rows * (4 * tiles * self.bits.words_per_tile()
             + high
             + 2 * self.group.count(cols)
             + self.zero_bytes_per_row(cols))
+    }
+
+    /// Whether codes may be places in a codebook: 2 to 4 bits, without zeros.
+    pub fn has_codebooks(&self) -> bool {
+        self.symmetric && self.bits <= Bits::Four
+    }
+
+    /// Bytes of the codebook of a matrix, f16 `[2^bits]`.
+    pub fn level_bytes(bits: Bits) -> usize {
+        2 << bits.count()
     }
 
     /// Bytes of one row's packed zeros: a little-endian bit stream at the base's width, padded to a byte.

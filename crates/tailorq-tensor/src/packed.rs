@@ -12,7 +12,8 @@ use half::f16;
 pub struct PackedParts {
     /// u32 `[rows, tiles * words_per_tile]`, see [`Bits`]. Codes past `cols` in a row's last tile are 0.
     pub codes: SharedBytes,
-    /// u16 `[rows, tiles]`, 3 bits only: bit `i` is the high bit of the tile's code `i`.
+    /// 3 bits: u16 `[rows, tiles]`, bit `i` is the high bit of the tile's code `i`. 6 bits: u32 `[rows, tiles]`, bits `2i` and
+    /// `2i + 1` are the high bits of code `i`. Others have none.
     pub codes_high: Option<SharedBytes>,
     /// f16 `[rows, groups]`, finite and not negative.
     pub scales: SharedBytes,
@@ -20,7 +21,8 @@ pub struct PackedParts {
     pub zeros: Option<SharedBytes>,
 }
 
-/// A `[rows, cols]` weight matrix at 2, 3, 4 or 8 bits, `value = (code - zero) * scale`, plus the corrections of tiles and of
+/// A `[rows, cols]` weight matrix at 2, 3, 4, 6 or 8 bits, `value = (code - zero) * scale`, or `levels[code] * scale` with a
+/// codebook, plus the corrections of tiles and of
 /// single elements where there are any. With an input transform `T` the base `B` of these values belongs to rotated inputs, and
 /// the weights are `B T + C` with the corrections `C`.
 #[derive(Clone, Debug)]
@@ -29,6 +31,7 @@ pub struct PackedMatrix {
     cols: usize,
     layout: Layout,
     parts: PackedParts,
+    levels: Option<SharedBytes>,
     transform: Option<InputTransform>,
     mean4: Option<Mean4>,
     tiles: Option<TileCorrections>,
@@ -49,20 +52,46 @@ impl PackedMatrix {
                 Err(PackError::Size { part, found: bytes.len(), expected, rows, cols })
             }
         };
-        // Empty, but aligned for u16 all the same.
-        let absent = SharedBytes::from_vec(Vec::<u16>::new());
+        // Empty, but aligned all the same.
+        let absent = SharedBytes::from_vec(Vec::<u32>::new());
         size("codes", &parts.codes, rows * tiles * layout.bits.words_per_tile() * 4)?;
         let high = parts.codes_high.as_ref().unwrap_or(&absent);
-        size("codes_high", high, if layout.bits == Bits::Three { rows * tiles * 2 } else { 0 })?;
+        size("codes_high", high, rows * tiles * layout.bits.high_bytes())?;
         size("scales", &parts.scales, rows * layout.group.count(cols) * 2)?;
         size("zeros", parts.zeros.as_ref().unwrap_or(&absent), rows * layout.zero_bytes_per_row(cols))?;
         parts.codes.cast::<u32>().ok_or(PackError::Misaligned("codes"))?;
-        high.cast::<u16>().ok_or(PackError::Misaligned("codes_high"))?;
+        let is_aligned =
+            if layout.bits == Bits::Six { high.cast::<u32>().is_some() } else { high.cast::<u16>().is_some() };
+        if !is_aligned {
+            return Err(PackError::Misaligned("codes_high"));
+        }
         let scales = parts.scales.cast::<f16>().ok_or(PackError::Misaligned("scales"))?;
         if let Some(index) = scales.iter().position(|s| !s.is_finite() || s.to_f32() < 0.0) {
             return Err(PackError::Scale { index, value: scales[index].to_f32() });
         }
-        Ok(PackedMatrix { rows, cols, layout, parts, transform: None, mean4: None, tiles: None, elements: None })
+        let (levels, transform, mean4, tiles, elements) = (None, None, None, None, None);
+        Ok(PackedMatrix { rows, cols, layout, parts, levels, transform, mean4, tiles, elements })
+    }
+
+    /// This matrix with its codes read as places in a codebook: f16 `[2^bits]`, finite and in ascending order (equal ones may
+    /// stand beside each other). For symmetric layouts of 2, 3 or 4 bits, which have no zeros, and not with means.
+    pub fn with_levels(self, levels: SharedBytes) -> Result<Self, PackError> {
+        let bits = self.layout.bits;
+        if !self.layout.has_codebooks() || self.mean4.is_some() {
+            return Err(PackError::Levels(format!("do not go with {}", self.spec())));
+        }
+        let (found, expected) = (levels.len(), Layout::level_bytes(bits));
+        if found != expected {
+            return Err(PackError::CorrectionSize { part: "levels", found, expected });
+        }
+        let values = levels.cast::<f16>().ok_or(PackError::Misaligned("levels"))?;
+        if let Some(bad) = values.iter().find(|v| !v.is_finite()) {
+            return Err(PackError::Levels(format!("hold {bad}: levels are finite")));
+        }
+        if !values.is_sorted() {
+            return Err(PackError::Levels("do not ascend".into()));
+        }
+        Ok(PackedMatrix { levels: Some(levels), ..self })
     }
 
     /// This matrix with its base read as one of rotated inputs; corrections stay where they are. Not with means, which replace
@@ -96,7 +125,7 @@ impl PackedMatrix {
     /// This matrix with the words of some tiles read as means, which is what its codes must hold there.
     pub fn with_mean4(self, mean4: Mean4) -> Result<Self, PackError> {
         self.belongs((mean4.rows(), mean4.cols()))?;
-        let is_alone = self.tiles.is_none() && self.transform.is_none();
+        let is_alone = self.tiles.is_none() && self.transform.is_none() && self.levels.is_none();
         if self.layout.bits != Bits::Two || self.layout.group != mean4.group() || !is_alone {
             return Err(PackError::Mean4(self.spec().to_string()));
         }
@@ -141,23 +170,26 @@ impl PackedMatrix {
         let zeros = (!layout.symmetric).then(|| SharedBytes::from_vec(pack_zeros(rows, cols, layout, zeros)));
         let parts = PackedParts {
             codes: SharedBytes::from_vec(words),
-            codes_high: high.map(SharedBytes::from_vec),
+            codes_high: high,
             scales: SharedBytes::from_vec(scales.to_vec()),
             zeros,
         };
         PackedMatrix::new(rows, cols, layout, parts)
     }
 
-    /// The rows of all `panels` (same columns, layout and transform, tile codes of one width), one under the other. Panics when they
+    /// The rows of all `panels` (same columns, layout, codebook and transform, tile codes of one width), one under the other. Panics when they
     /// differ or when there are none. What only some panels have, the others have none of.
     pub fn stack(panels: &[PackedMatrix]) -> Self {
         let first = &panels[0];
-        let alike =
-            |p: &PackedMatrix| (p.cols, p.layout) == (first.cols, first.layout) && p.transform == first.transform;
+        let base = |p: &PackedMatrix| (p.cols, p.layout, p.levels().map(<[f16]>::to_vec));
+        let alike = |p: &PackedMatrix| base(p) == base(first) && p.transform == first.transform;
         assert!(panels.iter().all(alike), "panels of one matrix");
         let parts = PackedParts {
             codes: stack_part::<u32>(panels, |p| Some(&p.codes)).expect("every layout has codes"),
-            codes_high: stack_part::<u16>(panels, |p| p.codes_high.as_ref()),
+            codes_high: match first.layout.bits {
+                Bits::Six => stack_part::<u32>(panels, |p| p.codes_high.as_ref()),
+                _ => stack_part::<u16>(panels, |p| p.codes_high.as_ref()),
+            },
             scales: stack_part::<f16>(panels, |p| Some(&p.scales)).expect("every layout has scales"),
             zeros: stack_part::<u8>(panels, |p| p.zeros.as_ref()),
         };
@@ -166,6 +198,7 @@ impl PackedMatrix {
         let elements: Vec<_> = panels.iter().map(|p| (p.rows, p.elements.as_ref())).collect();
         let mean4: Vec<_> = panels.iter().map(|p| (p.rows, p.mean4.as_ref())).collect();
         let stacked = PackedMatrix {
+            levels: first.levels.clone(),
             transform: first.transform.clone(),
             mean4: Mean4::stack(first.cols, &mean4),
             tiles: TileCorrections::stack(first.cols, &tiles),
@@ -200,12 +233,23 @@ impl PackedMatrix {
             elements: self.elements.as_ref().map(ElementCorrections::len),
         };
         let transform = self.transform.as_ref().map(InputTransform::spec);
-        PackedSpec { layout: self.layout, rows: self.rows, cols: self.cols, transform, corrections }
+        let codebook = self.levels.is_some();
+        PackedSpec { layout: self.layout, rows: self.rows, cols: self.cols, codebook, transform, corrections }
     }
 
     /// The parts of the base as they lie in a file.
     pub fn parts(&self) -> &PackedParts {
         &self.parts
+    }
+
+    /// The levels of a codebook, `[2^bits]`, ascending; `None` for an affine grid.
+    pub fn levels(&self) -> Option<&[f16]> {
+        self.levels.as_ref().map(|levels| levels.cast().expect("checked at the door"))
+    }
+
+    /// The same as they lie in a file.
+    pub fn level_bytes(&self) -> Option<&SharedBytes> {
+        self.levels.as_ref()
     }
 
     /// What is done to inputs before they meet the base, if anything is.
@@ -248,8 +292,21 @@ impl PackedMatrix {
     pub fn code_highs(&self, r: usize) -> &[u16] {
         let n = self.tiles_per_row();
         match &self.parts.codes_high {
-            Some(high) => &high.cast::<u16>().expect("checked at the door")[r * n..(r + 1) * n],
-            None => &[],
+            Some(high) if self.layout.bits == Bits::Three => {
+                &high.cast::<u16>().expect("checked at the door")[r * n..(r + 1) * n]
+            }
+            _ => &[],
+        }
+    }
+
+    /// The high plane of row `r`: u32 `[tiles]`; empty unless the layout has 6 bits.
+    pub fn code_high_words(&self, r: usize) -> &[u32] {
+        let n = self.tiles_per_row();
+        match &self.parts.codes_high {
+            Some(high) if self.layout.bits == Bits::Six => {
+                &high.cast::<u32>().expect("checked at the door")[r * n..(r + 1) * n]
+            }
+            _ => &[],
         }
     }
 
@@ -268,6 +325,10 @@ impl PackedMatrix {
             Bits::Two => (words[tile] >> (2 * i) & 3) as u8,
             Bits::Three => (words[tile] >> (2 * i) & 3) as u8 | ((self.code_highs(r)[tile] >> i & 1) << 2) as u8,
             Bits::Four => (words[2 * tile + i / 8] >> (4 * (i % 8)) & 15) as u8,
+            Bits::Six => {
+                let low = (words[2 * tile + i / 8] >> (4 * (i % 8)) & 15) as u8;
+                low | ((self.code_high_words(r)[tile] >> (2 * i) & 3) << 4) as u8
+            }
             Bits::Eight => (words[4 * tile + i / 4] >> (8 * (i % 4)) & 255) as u8,
         }
     }
@@ -284,13 +345,16 @@ impl PackedMatrix {
         })
     }
 
-    /// Number `(r, c)` of the base: `(code - zero) * scale`, or its mean where the tile holds means; exact in f32. With a
+    /// Number `(r, c)` of the base: `(code - zero) * scale`, its level times the scale, or its mean where the tile holds means; exact in f32. With a
     /// transform it belongs to rotated input `c`.
     pub fn base_value(&self, r: usize, c: usize) -> f32 {
         if let Some(mean) = self.mean4.as_ref().and_then(|m| m.get(r, c, self.code_words(r))) {
             return mean;
         }
         let g = c / self.layout.group.len(self.cols);
+        if let Some(levels) = self.levels() {
+            return levels[usize::from(self.code(r, c))].to_f32() * self.scales(r)[g].to_f32();
+        }
         f32::from(i16::from(self.code(r, c)) - i16::from(self.zero(r, g))) * self.scales(r)[g].to_f32()
     }
 
@@ -328,19 +392,29 @@ impl PackedMatrix {
         }
     }
 
-    /// The codes of row `r` on their grid, tile by tile, as if no tile held means.
-    fn unpack_base(&self, r: usize, out: &mut [f32]) {
+    /// The codes of row `r` on their grid, tile by tile, as if no tile held means: the base alone, not rotated back.
+    pub fn unpack_base(&self, r: usize, out: &mut [f32]) {
         assert_eq!(out.len(), self.cols, "unpack_row: output length");
-        let (words, highs, scales) = (self.code_words(r), self.code_highs(r), self.scales(r));
+        let (words, scales) = (self.code_words(r), self.scales(r));
+        let (highs, high_words) = (self.code_highs(r), self.code_high_words(r));
+        let mut levels = [0.0; TILE];
+        if let Some(stored) = self.levels() {
+            levels.iter_mut().zip(stored).for_each(|(level, stored)| *level = stored.to_f32());
+        }
         let group = self.layout.group.len(self.cols);
         let per_tile = self.layout.bits.words_per_tile();
         let mut codes = [0u8; TILE];
         for (tile, values) in out.chunks_mut(TILE).enumerate() {
-            let high = highs.get(tile).copied().unwrap_or(0);
+            let high = highs.get(tile).map(|h| u32::from(*h)).or(high_words.get(tile).copied()).unwrap_or(0);
             tile_codes(self.layout.bits, &words[tile * per_tile..(tile + 1) * per_tile], high, &mut codes);
             // Groups are multiples of a tile, so a tile lies in one group.
             let g = tile * TILE / group;
             let (zero, scale) = (f32::from(self.zero(r, g)), scales[g].to_f32());
+            if self.levels.is_some() {
+                // A codebook has at most 16 levels.
+                values.iter_mut().zip(codes).for_each(|(v, code)| *v = levels[usize::from(code) % TILE] * scale);
+                continue;
+            }
             for (value, code) in values.iter_mut().zip(codes) {
                 *value = (f32::from(code) - zero) * scale;
             }
@@ -369,7 +443,7 @@ impl ReadRows for PackedMatrix {
 }
 
 /// The 16 codes of one tile.
-fn tile_codes(bits: Bits, words: &[u32], high: u16, codes: &mut [u8; TILE]) {
+fn tile_codes(bits: Bits, words: &[u32], high: u32, codes: &mut [u8; TILE]) {
     match bits {
         Bits::Two => {
             for (i, c) in codes.iter_mut().enumerate() {
@@ -386,6 +460,11 @@ fn tile_codes(bits: Bits, words: &[u32], high: u16, codes: &mut [u8; TILE]) {
                 *c = (words[i / 8] >> (4 * (i % 8)) & 15) as u8;
             }
         }
+        Bits::Six => {
+            for (i, c) in codes.iter_mut().enumerate() {
+                *c = (words[i / 8] >> (4 * (i % 8)) & 15) as u8 | ((high >> (2 * i) & 3) << 4) as u8;
+            }
+        }
         Bits::Eight => {
             for (i, c) in codes.iter_mut().enumerate() {
                 *c = (words[i / 4] >> (8 * (i % 4))) as u8;
@@ -394,10 +473,12 @@ fn tile_codes(bits: Bits, words: &[u32], high: u16, codes: &mut [u8; TILE]) {
     }
 }
 
-fn pack_codes(rows: usize, cols: usize, bits: Bits, codes: &[u8]) -> (Vec<u32>, Option<Vec<u16>>) {
+/// The main plane, and that of the high bits.
+fn pack_codes(rows: usize, cols: usize, bits: Bits, codes: &[u8]) -> (Vec<u32>, Option<SharedBytes>) {
     let (tiles, per_tile) = (cols.div_ceil(TILE), bits.words_per_tile());
     let mut words = vec![0u32; rows * tiles * per_tile];
     let mut high = vec![0u16; if bits == Bits::Three { rows * tiles } else { 0 }];
+    let mut high_words = vec![0u32; if bits == Bits::Six { rows * tiles } else { 0 }];
     // `max(1)`: chunks of zero columns would panic, and there is nothing to pack then.
     for (r, row) in codes.chunks_exact(cols.max(1)).enumerate() {
         for (t, tile) in row.chunks(TILE).enumerate() {
@@ -412,12 +493,21 @@ fn pack_codes(rows: usize, cols: usize, bits: Bits, codes: &[u8]) -> (Vec<u32>, 
                         high[at] |= ((code >> 2) as u16) << i;
                     }
                     Bits::Four => words[2 * at + i / 8] |= code << (4 * (i % 8)),
+                    Bits::Six => {
+                        words[2 * at + i / 8] |= (code & 15) << (4 * (i % 8));
+                        high_words[at] |= (code >> 4) << (2 * i);
+                    }
                     Bits::Eight => words[4 * at + i / 4] |= code << (8 * (i % 4)),
                 }
             }
         }
     }
-    (words, (bits == Bits::Three).then_some(high))
+    let high = match bits {
+        Bits::Three => Some(SharedBytes::from_vec(high)),
+        Bits::Six => Some(SharedBytes::from_vec(high_words)),
+        Bits::Two | Bits::Four | Bits::Eight => None,
+    };
+    (words, high)
 }
 
 fn pack_zeros(rows: usize, cols: usize, layout: Layout, zeros: &[u8]) -> Vec<u8> {

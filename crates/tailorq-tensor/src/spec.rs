@@ -1,6 +1,6 @@
 //! What a configuration records of a packed matrix: shape, layout, transform and corrections, which together fix every size.
 
-use crate::{ElementCorrections, Layout, TileBits, TileMap, TransformSpec};
+use crate::{Bits, ElementCorrections, Layout, TileBits, TileMap, TransformSpec};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
@@ -44,6 +44,9 @@ pub struct PackedSpec {
     pub rows: usize,
     /// Inputs.
     pub cols: usize,
+    /// Codes are places in a codebook of `2^bits` levels instead of multiples of the scale.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub codebook: bool,
     /// What is done to the inputs before they meet the base, see [`crate::InputTransform`]; takes no bytes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub transform: Option<TransformSpec>,
@@ -55,24 +58,33 @@ pub struct PackedSpec {
 impl PackedSpec {
     /// A `[rows, cols]` matrix that is nothing but a base.
     pub fn base(rows: usize, cols: usize, layout: Layout) -> Self {
-        PackedSpec { layout, rows, cols, transform: None, corrections: CorrectionSpec::default() }
+        PackedSpec { layout, rows, cols, codebook: false, transform: None, corrections: CorrectionSpec::default() }
+    }
+
+    /// Whether readers of versions before codebooks, transforms and 6 bits can read it.
+    pub fn is_plain(&self) -> bool {
+        !self.codebook && self.transform.is_none() && self.layout.bits != Bits::Six
     }
 
     /// Bytes of all parts.
     pub fn bytes(&self) -> usize {
-        let &PackedSpec { layout, rows, cols, corrections, transform: _ } = self;
+        let &PackedSpec { layout, rows, cols, corrections, codebook, transform: _ } = self;
         let map = rows * TileMap::row_bytes(cols);
         let mean4 = corrections.mean4.map_or(0, |_| map + 2 * rows * layout.group.count(cols));
         let tiles = corrections.tiles.map_or(0, |t| map + t.count * (t.bits.tile_bytes() + 2));
         let index = ElementCorrections::index_bytes(cols);
         let elements = corrections.elements.map_or(0, |n| rows * index + n * (index + 2));
-        layout.bytes(rows, cols) + mean4 + tiles + elements
+        let levels = if codebook { Layout::level_bytes(layout.bits) } else { 0 };
+        layout.bytes(rows, cols) + levels + mean4 + tiles + elements
     }
 }
 
 impl fmt::Display for PackedSpec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.layout)?;
+        match self.codebook {
+            true => write!(f, "{}-bit codebook, group {}", self.layout.bits.count(), self.layout.group)?,
+            false => write!(f, "{}", self.layout)?,
+        }
         if let Some(transform) = self.transform {
             write!(f, ", {transform}")?;
         }

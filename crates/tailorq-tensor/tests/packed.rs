@@ -141,6 +141,39 @@ fn known_bytes() {
 }
 
 #[test]
+fn known_bytes_of_six_bits() {
+    let layout = Layout { bits: Bits::Six, group: Group::Row, symmetric: true };
+    let codes: Vec<u8> = (0..17).map(|i| [63, 16, 35][i % 3]).collect();
+    let m = PackedMatrix::pack(1, 17, layout, &codes, &[f16::from_f32(0.5)], &[]).unwrap();
+    // Low four bits f, 0, 3 and high two bits 3, 1, 2 in turn.
+    assert_eq!(m.code_words(0), [0x0f30_f30f, 0xf30f_30f3, 0, 0]);
+    assert_eq!(m.code_high_words(0), [0b11_100111_100111_100111_100111_100111, 0b01]);
+    assert_eq!((m.bytes(), m.code_highs(0).len()), (16 + 8 + 2, 0));
+    assert_eq!((m.value(0, 0), m.value(0, 16)), (15.5, -8.0));
+}
+
+#[test]
+fn a_codebook_is_looked_up_and_scaled() {
+    let layout = Layout { bits: Bits::Two, group: Group::Inputs(32), symmetric: true };
+    let plain =
+        PackedMatrix::pack(1, 33, layout, &[[3; 32].as_slice(), &[1]].concat(), &[f16::ONE, f16::from_f32(4.0)], &[]);
+    let levels = |v: [f32; 4]| SharedBytes::from_vec(v.map(f16::from_f32).to_vec());
+    let m = plain.unwrap().with_levels(levels([-1.5, -0.25, -0.25, 2.0])).unwrap();
+    assert_eq!((m.value(0, 31), m.base_value(0, 32), m.bytes()), (2.0, -1.0, 12 + 4 + 8));
+    let mut row = [0.0; 33];
+    m.unpack_row(0, &mut row);
+    assert_eq!((row[0], row[32]), (2.0, -1.0));
+    assert_eq!(m.spec().to_string(), "2-bit codebook, group 32");
+    let stacked = PackedMatrix::stack(&[m.clone(), m.clone()]);
+    assert_eq!((stacked.value(1, 32), stacked.levels()), (-1.0, m.levels()));
+    for bad in [[0.0, f32::NAN, 1.0, 2.0], [0.0, 1.0, 0.5, 2.0]] {
+        assert!(matches!(m.clone().with_levels(levels(bad)), Err(PackError::Levels(_))));
+    }
+    let short = SharedBytes::from_vec(vec![f16::ONE; 3]);
+    assert!(matches!(m.with_levels(short), Err(PackError::CorrectionSize { part: "levels", .. })));
+}
+
+#[test]
 fn missing_parts() {
     let good = pack(2, 40, THREE, &random(2, 40, THREE, 3)).parts().clone();
     let no_high = PackedParts { codes_high: None, ..good.clone() };

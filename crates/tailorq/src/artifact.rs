@@ -9,6 +9,7 @@ use std::path::Path;
 use tailorq_format::{StoredType, TensorSpec, format_version, write_atomic};
 use tailorq_model::arch::{FINAL_NORM, block_name, block_norms};
 use tailorq_model::{Model, OpenedModel};
+use tailorq_quant::GridKind;
 use tailorq_tensor::{PackedSpec, SharedBytes};
 
 /// Largest weight file; more becomes shards, as hub readers expect.
@@ -220,7 +221,11 @@ fn model_card(opened: &OpenedModel, report: &Report) -> String {
         Some(bits) => (format!("{bits:.2}"), format!("{bits:.2} bits in its own format, its values stored at 16 bits")),
         None if stores_half => ("16".into(), "16 bits".into()),
         None => {
-            let sym = if q.symmetric { "symmetric" } else { "asymmetric" };
+            let sym = match (q.grid, q.symmetric) {
+                (GridKind::Codebook, _) => "codebook",
+                (_, true) => "symmetric",
+                (_, false) => "asymmetric",
+            };
             let bits = match (allocation, plan) {
                 (None, None) => q.bits.count().to_string(),
                 _ => format!("{:.2}", size.linear_bits_per_weight),

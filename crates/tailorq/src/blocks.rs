@@ -31,6 +31,7 @@ pub(crate) fn layer_settings(settings: &QuantizeSettings) -> LayerSettings {
         damping: settings.damping,
         act_order: settings.act_order,
         half: false,
+        grid: settings.grid,
         transform: settings.transform,
         aligned: settings.aligned,
     }

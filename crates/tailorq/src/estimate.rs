@@ -12,7 +12,7 @@ use std::time::Instant;
 use tailorq_kernels::Device;
 use tailorq_model::Model;
 use tailorq_quant::{Clip, KEPT_INPUT_BYTES, MICRO_BATCH_TOKENS};
-use tailorq_tensor::{Bits, Matrix, Rng, Slot, Weight};
+use tailorq_tensor::{Bits, Layout, Matrix, Rng, Slot, Weight};
 
 /// Process, tokenizer and code.
 const FIXED_BYTES: u64 = 150 << 20;
@@ -115,23 +115,27 @@ fn linear_bytes(model: &Model, settings: &QuantizeSettings) -> u64 {
     let layout = settings.layout();
     let stores_half = tailorq_quant::find(&settings.method).is_some_and(|q| q.stores_half());
     let of = |(r, c): (usize, usize)| {
-        if stores_half { 2 * r * c } else { layout.bytes(r, c) + settings.aligned.map_or(0, |a| a.bytes(layout, r, c)) }
+        if stores_half {
+            2 * r * c
+        } else {
+            layout.bytes(r, c) + settings.level_bytes() + settings.aligned.map_or(0, |a| a.bytes(layout, r, c))
+        }
     };
     let linears = model.blocks.iter().flat_map(|b| &b.linears).map(|l| (l.weight.rows(), l.weight.cols()));
     linears.map(of).sum::<usize>() as u64
 }
 
-/// Bytes of one table (embedding or head) at a width of 4, 8 or 16 bits.
-fn one_table(settings: &QuantizeSettings, table: &Weight, bits: u32) -> u64 {
-    match settings.table_layout(bits) {
+/// Bytes of one table (embedding or head) in its layout, or at 16 bits.
+fn one_table(table: &Weight, layout: Option<Layout>) -> u64 {
+    match layout {
         Some(layout) => layout.bytes(table.rows(), table.cols()) as u64,
         None => 2 * (table.rows() * table.cols()) as u64,
     }
 }
 
 fn table_bytes(model: &Model, settings: &QuantizeSettings) -> u64 {
-    let head = if model.config.tied_head { 0 } else { one_table(settings, &model.head, settings.head_bits) };
-    one_table(settings, &model.embedding, settings.embedding_bits) + head
+    let head = if model.config.tied_head { 0 } else { one_table(&model.head, settings.head_layout()) };
+    one_table(&model.embedding, settings.embedding_layout()) + head
 }
 
 /// Peak resident memory of a run with `tokens` calibration tokens, the longest sequence having `longest`: the largest of

@@ -43,7 +43,7 @@ pub use tailorq_kernels::{Activations, Device, cpu, cpu_with, reference};
 pub use tailorq_model::{ChatMessage, ChatTemplate, Model, ModelError, ModelFiles, OpenedModel, Tokenizer, open};
 pub use tailorq_quant::quantize::{Saliency, Salient, Scope, Unit};
 pub use tailorq_quant::survey::Needs;
-pub use tailorq_quant::{AlignedSettings, CircuitSignal, Clip, TokenWeight, TransformSettings};
+pub use tailorq_quant::{AlignedSettings, CircuitSignal, Clip, GridKind, TokenWeight, TransformSettings};
 pub use tailorq_tensor::{Bits, Group, TileBits, TransformKind};
 pub use task::allocation::{
     AllocationSettings, AllocationSignal, MeasureKind, Rule, RuleSettings, ScoreSettings, Span, UnitKind,

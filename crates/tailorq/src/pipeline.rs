@@ -110,11 +110,13 @@ fn table_part(
     opened: &OpenedModel,
     observer: &dyn Observer,
 ) -> Result<Part, PipelineError> {
-    let (part, name, weight, bits) = match table {
-        Table::Embedding => ("embedding", EMBEDDING, &opened.model.embedding, settings.embedding_bits),
-        Table::Head => ("head", HEAD, &opened.model.head, settings.head_bits),
+    let (part, name, weight, bits, layout) = match table {
+        Table::Embedding => {
+            let (bits, layout) = (settings.embedding_bits, settings.embedding_layout());
+            ("embedding", EMBEDDING, &opened.model.embedding, bits, layout)
+        }
+        Table::Head => ("head", HEAD, &opened.model.head, settings.head_bits, settings.head_layout()),
     };
-    let layout = settings.table_layout(bits);
     if let Some(done) = output.part(part, usize::from(layout.is_some())) {
         return Ok(done);
     }

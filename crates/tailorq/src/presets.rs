@@ -6,7 +6,7 @@ use crate::task::allocation::{
 };
 use crate::task::circuit::{CircuitSettings, Reference};
 use tailorq_quant::quantize::Salient;
-use tailorq_quant::{AlignedSettings, CircuitSignal, Clip, TransformSettings};
+use tailorq_quant::{AlignedSettings, CircuitSignal, Clip, GridKind, TransformSettings};
 use tailorq_tensor::{Bits, Group};
 
 /// A name for settings.
@@ -38,6 +38,11 @@ pub const PRESETS: &[Preset] = &[
         name: "gptq-hadamard",
         about: "GPTQ after a random rotation of the inputs, which leaves no outliers to the grid",
         settings: || rotated(gptq()),
+    },
+    Preset {
+        name: "gptq-codebook",
+        about: "the same with a codebook for each matrix and one scale a row: 2.02 bits a weight and the like",
+        settings: || codebook(gptq()),
     },
     Preset {
         name: "best",
@@ -165,6 +170,13 @@ fn gptq() -> Method {
 /// The method with its base in the rotated domain.
 fn rotated(method: Method) -> Method {
     let quantize = QuantizeSettings { transform: Some(TransformSettings::hadamard(0)), ..method.quantize };
+    Method { quantize, ..method }
+}
+
+/// The same on codebooks, with one scale a row.
+fn codebook(method: Method) -> Method {
+    let method = rotated(method);
+    let quantize = QuantizeSettings { grid: GridKind::Codebook, group: Group::Row, ..method.quantize };
     Method { quantize, ..method }
 }
 

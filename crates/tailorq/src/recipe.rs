@@ -9,7 +9,7 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use tailorq_quant::survey::Needs;
-use tailorq_quant::{AlignedSettings, Clip, DriftCorrection, TokenWeight, TransformSettings};
+use tailorq_quant::{AlignedSettings, Clip, DriftCorrection, GridKind, TokenWeight, TransformSettings};
 use tailorq_tensor::{Bits, Group, Layout};
 
 /// Bumped when an old recipe no longer means the same bytes.
@@ -137,10 +137,19 @@ pub struct QuantizeSettings {
     pub shrink: f64,
     /// Later linears of a block see the quantized earlier ones.
     pub true_sequential: bool,
-    /// Code width of the embedding: 4, 8, or 16 for half precision.
+    /// Code width of the embedding: 4, 6, 8, or 16 for half precision.
     pub embedding_bits: u32,
-    /// Code width of an untied head: 4, 8, or 16 for half precision.
+    /// Inputs that share a scale in the embedding; by its width when absent.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub embedding_group: Option<Group>,
+    /// Code width of an untied head: 4, 6, 8, or 16 for half precision.
     pub head_bits: u32,
+    /// Inputs that share a scale in an untied head; by its width when absent.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub head_group: Option<Group>,
+    /// What codes of linears stand for; codebooks for methods that can.
+    #[serde(skip_serializing_if = "GridKind::is_affine", default)]
+    pub grid: GridKind,
     /// What is done to the inputs of linears before they meet their packed base, for methods that can; nothing when absent.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub transform: Option<TransformSettings>,
@@ -166,7 +175,10 @@ impl Default for QuantizeSettings {
             shrink: 0.0,
             true_sequential: true,
             embedding_bits: 8,
+            embedding_group: None,
             head_bits: 8,
+            head_group: None,
+            grid: GridKind::Affine,
             transform: None,
             aligned: None,
         }
@@ -174,9 +186,16 @@ impl Default for QuantizeSettings {
 }
 
 impl QuantizeSettings {
-    /// Layout of the linears.
+    /// Layout of the linears. With codebooks, widths above 4 bits are symmetric grids.
     pub fn layout(&self) -> Layout {
-        Layout { bits: self.bits, group: self.group, symmetric: self.symmetric }
+        let symmetric = self.symmetric || self.grid == GridKind::Codebook;
+        Layout { bits: self.bits, group: self.group, symmetric }
+    }
+
+    /// Bytes of the codebook of one linear, 0 without one.
+    pub(crate) fn level_bytes(&self) -> usize {
+        let has_levels = self.grid == GridKind::Codebook && self.bits <= Bits::Four;
+        if has_levels { Layout::level_bytes(self.bits) } else { 0 }
     }
 
     /// Both drift corrections.
@@ -184,10 +203,14 @@ impl QuantizeSettings {
         DriftCorrection { inputs: self.drift_inputs, residual: self.drift_residual }
     }
 
-    /// Layout of embedding or head at `bits` (4 or 8), or `None` for half precision.
-    pub fn table_layout(&self, bits: u32) -> Option<Layout> {
-        let bits = Bits::try_from(bits).ok()?;
-        Some(Layout { bits, group: Group::Inputs(if bits == Bits::Eight { 128 } else { 32 }), symmetric: false })
+    /// Layout of the embedding, or `None` for half precision.
+    pub fn embedding_layout(&self) -> Option<Layout> {
+        table_layout(self.embedding_bits, self.embedding_group)
+    }
+
+    /// Layout of an untied head, or `None` for half precision.
+    pub fn head_layout(&self) -> Option<Layout> {
+        table_layout(self.head_bits, self.head_group)
     }
 
     /// What a survey must hold for them.
@@ -206,6 +229,9 @@ impl QuantizeSettings {
         match self.transform {
             Some(_) if !method.rotates() => {
                 return fail(format!("{} knows no input transform: leave it out, or use rtn or gptq", self.method));
+            }
+            None if self.grid == GridKind::Codebook && !method.rotates() => {
+                return fail(format!("{} knows no codebooks: use an affine grid, or rtn or gptq", self.method));
             }
             Some(transform) if i64::try_from(transform.seed).is_err() => {
                 return fail(format!("the seed of the transform is {}: use one below 2^63", transform.seed));
@@ -238,12 +264,23 @@ impl QuantizeSettings {
             return fail("drift is corrected input by input: leave true_sequential on".into());
         }
         for (what, bits) in [("embedding", self.embedding_bits), ("head", self.head_bits)] {
-            if ![4, 8, 16].contains(&bits) {
-                return fail(format!("{what} bits are {bits}: use 4, 8 or 16"));
+            if ![4, 6, 8, 16].contains(&bits) {
+                return fail(format!("{what} bits are {bits}: use 4, 6, 8 or 16"));
             }
         }
         Ok(())
     }
+}
+
+/// Layout of a table at 4, 6 or 8 bits, in groups of 32, 64 and 128 unless told otherwise; `None` for half precision.
+fn table_layout(bits: u32, group: Option<Group>) -> Option<Layout> {
+    let bits = Bits::try_from(bits).ok()?;
+    let by_width = match bits {
+        Bits::Eight => 128,
+        Bits::Six => 64,
+        _ => 32,
+    };
+    Some(Layout { bits, group: group.unwrap_or(Group::Inputs(by_width)), symmetric: false })
 }
 
 /// The calibration of a recipe.
@@ -401,6 +438,8 @@ mod tests {
             model: ModelInput { source: "org/name".into(), sha256: "00".into() },
             quantize: QuantizeSettings {
                 transform: Some(TransformSettings::hadamard(3)),
+                grid: GridKind::Codebook,
+                head_group: Some(Group::Inputs(64)),
                 ..QuantizeSettings::default()
             },
             calibration: Some(CalibrationInput {
@@ -446,6 +485,7 @@ mod tests {
             |s| s.damping = f64::NAN,
             |s| s.damping = -1.0,
             |s| s.head_bits = 5,
+            |s| (s.method, s.grid) = ("awq".into(), GridKind::Codebook),
             |s| (s.method, s.transform) = ("awq".into(), Some(TransformSettings::hadamard(0))),
             |s| s.transform = Some(TransformSettings::hadamard(u64::MAX)),
         ] {

@@ -28,6 +28,9 @@ pub struct LayerReport {
     /// Element type of a matrix that is stored at 16 bits: `BF16` or `F16`.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub dtype: Option<String>,
+    /// Codes of a packed matrix are places in a codebook.
+    #[serde(skip_serializing_if = "std::ops::Not::not", default)]
+    pub codebook: bool,
     /// What is done to the inputs before they meet a packed base.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub transform: Option<TransformSpec>,
@@ -135,6 +138,7 @@ impl LayerReport {
             cols,
             layout: packed.map(PackedMatrix::layout),
             dtype: packed.is_none().then(|| reader.encoding()),
+            codebook: packed.is_some_and(|m| m.levels().is_some()),
             transform: packed.and_then(|m| m.spec().transform),
             corrections: packed.map_or_else(CorrectionSpec::default, |m| m.spec().corrections),
             bytes: reader.bytes(),
@@ -148,8 +152,8 @@ impl LayerReport {
 
     /// What the configuration records of a packed matrix; `None` for one at 16 bits.
     pub fn spec(&self) -> Option<PackedSpec> {
-        let &LayerReport { layout, rows, cols, transform, corrections, .. } = self;
-        layout.map(|layout| PackedSpec { layout, rows, cols, transform, corrections })
+        let &LayerReport { layout, rows, cols, codebook, transform, corrections, .. } = self;
+        layout.map(|layout| PackedSpec { layout, rows, cols, codebook, transform, corrections })
     }
 
     /// The notes, each with the layer's name.

@@ -4,7 +4,7 @@ use crate::error::PipelineError;
 use crate::report::{LayerReport, rounded};
 use tailorq_kernels::Device;
 use tailorq_quant::{Clip, LayerSettings, LayerStats};
-use tailorq_tensor::{DType, Layout, Matrix, PackedMatrix, Weight};
+use tailorq_tensor::{Bits, DType, Layout, Matrix, PackedMatrix, Weight};
 
 /// Rows in work at a time: bounds memory and lets threads share a panel.
 const PANEL_ROWS: usize = 4096;
@@ -19,12 +19,9 @@ pub fn pack_table(
     let rtn = tailorq_quant::find("rtn").expect("rtn is a registered method");
     let settings = LayerSettings {
         layout,
-        clip: if layout.bits.count() < 8 { Clip::Magnitude } else { Clip::None },
+        clip: if layout.bits < Bits::Six { Clip::Magnitude } else { Clip::None },
         damping: 0.0,
-        act_order: false,
-        half: false,
-        transform: None,
-        aligned: None,
+        ..LayerSettings::new(layout.bits, layout.group)
     };
     let (mut panels, mut notes) = (Vec::new(), Vec::new());
     let (mut squares, mut lost) = (0.0, 0.0);
@@ -46,6 +43,7 @@ pub fn pack_table(
         cols: matrix.cols(),
         layout: Some(layout),
         dtype: None,
+        codebook: false,
         transform: None,
         corrections: matrix.spec().corrections,
         bytes: matrix.bytes(),

@@ -83,6 +83,10 @@ pub(super) struct GridArgs {
     /// Symmetric grid: no zero points are stored
     #[arg(long)]
     sym: bool,
+    /// What codes stand for: multiples of the scale (affine), or places in a codebook of each matrix (2, 3 or 4 bits; rtn,
+    /// gptq, best, tacq) [default: affine; gptq-codebook: codebook]
+    #[arg(long, value_name = "affine|codebook")]
+    grid: Option<tailorq::GridKind>,
     /// Rotate the inputs of linears before they meet their codes: by a random Hadamard matrix, or not at all
     /// (rtn, gptq, best, tacq) [default: none; gptq-hadamard and tacq-hadamard: hadamard]
     #[arg(long, value_name = "none|hadamard", value_parser = parse_transform)]
@@ -116,12 +120,18 @@ pub(super) struct GridArgs {
     /// models that shall also do what the set does not show [default: 0]
     #[arg(long, value_name = "SHARE")]
     shrink: Option<f64>,
-    /// Bits of the embedding: 4, 8 or 16 [default: 8]
+    /// Bits of the embedding: 4, 6, 8 or 16 [default: 8]
     #[arg(long, value_name = "N")]
     embedding_bits: Option<u32>,
-    /// Bits of the head, where it has weights of its own: 4, 8 or 16 [default: 8]
+    /// Inputs that share a scale in the embedding: 32, 64, 128 or row [default: 32 at 4 bits, 64 at 6, 128 at 8]
+    #[arg(long, value_name = "N")]
+    embedding_group: Option<tailorq::Group>,
+    /// Bits of the head, where it has weights of its own: 4, 6, 8 or 16 [default: 8]
     #[arg(long, value_name = "N")]
     head_bits: Option<u32>,
+    /// Inputs that share a scale in such a head [default: as for the embedding]
+    #[arg(long, value_name = "N")]
+    head_group: Option<tailorq::Group>,
 }
 
 impl GridArgs {
@@ -140,6 +150,9 @@ impl GridArgs {
         set(&mut settings.token_weight, self.token_weight.as_ref());
         set(&mut settings.embedding_bits, self.embedding_bits.as_ref());
         set(&mut settings.head_bits, self.head_bits.as_ref());
+        set(&mut settings.grid, self.grid.as_ref());
+        settings.embedding_group = self.embedding_group.or(settings.embedding_group);
+        settings.head_group = self.head_group.or(settings.head_group);
         if let Some(Transform(transform)) = self.transform {
             settings.transform =
                 transform.map(|t| TransformSettings { seed: self.transform_seed.unwrap_or(t.seed), ..t });

@@ -33,7 +33,7 @@ pub(super) fn linear_rows(
 ) {
     let n = shapes::linear(x, w, bias, &rows, y);
     if let (Activations::Int8, Weight::Packed(w)) = (activations, w)
-        && w.mean4().is_none()
+        && packed::reads(w)
     {
         if n <= packed::FEW {
             return packed::few(isa, x, w, bias, rows, y);

@@ -24,9 +24,12 @@ per_isa! {
 #[inline(always)]
 fn unpack_body<S: Simd>(simd: S, m: &PackedMatrix, r: usize, out: &mut [f32]) {
     match m.layout().bits {
+        // Levels are looked up one by one.
+        _ if m.levels().is_some() => m.unpack_base(r, out),
         Bits::Two => unpack_tiles::<S, 2>(simd, m, r, out),
         Bits::Three => unpack_tiles::<S, 3>(simd, m, r, out),
         Bits::Four => unpack_tiles::<S, 4>(simd, m, r, out),
+        Bits::Six => unpack_tiles::<S, 6>(simd, m, r, out),
         Bits::Eight => unpack_tiles::<S, 8>(simd, m, r, out),
     }
     if let Some(transform) = m.transform() {
@@ -81,7 +84,7 @@ fn unpack_tiles<S: Simd, const BITS: u32>(simd: S, m: &PackedMatrix, r: usize, o
     const { assert!(TILE == LANES, "a tile is a vector") };
     assert_eq!(out.len(), m.cols(), "unpack_row: output length");
     let (layout, scales, zeros) = (m.layout(), m.scales(r), zero_bytes(m, r));
-    let (words, highs) = (m.code_words(r), m.code_highs(r));
+    let planes = Planes { words: m.code_words(r), highs: m.code_highs(r), high_words: m.code_high_words(r) };
     let group = layout.group.len(m.cols());
     for (g, values) in out.chunks_mut(group).enumerate() {
         let zero = simd.splat(f32::from(zero_point(layout.bits, zeros, g)));
@@ -90,23 +93,36 @@ fn unpack_tiles<S: Simd, const BITS: u32>(simd: S, m: &PackedMatrix, r: usize, o
         let (tiles, tail) = values.as_chunks_mut::<LANES>();
         let n = tiles.len();
         for (i, tile) in tiles.iter_mut().enumerate() {
-            let codes = codes::<S, BITS>(simd, words, highs, first + i);
+            let codes = codes::<S, BITS>(simd, &planes, first + i);
             simd.store(simd.mul(simd.sub(codes, zero), scale), tile);
         }
         if !tail.is_empty() {
-            let codes = codes::<S, BITS>(simd, words, highs, first + n);
+            let codes = codes::<S, BITS>(simd, &planes, first + n);
             simd.store_partial(simd.mul(simd.sub(codes, zero), scale), tail);
         }
     }
 }
 
+/// The codes of a row.
+struct Planes<'a> {
+    words: &'a [u32],
+    highs: &'a [u16],
+    high_words: &'a [u32],
+}
+
 /// The codes of one tile. Not a closure: those are not sure to be inlined, and take no target features with them.
 #[inline(always)]
-fn codes<S: Simd, const BITS: u32>(simd: S, words: &[u32], highs: &[u16], tile: usize) -> S::F {
+fn codes<S: Simd, const BITS: u32>(simd: S, planes: &Planes<'_>, tile: usize) -> S::F {
+    let words = planes.words;
     match BITS {
         2 => simd.codes2(words[tile]),
-        3 => simd.codes3(words[tile], highs[tile]),
+        3 => simd.codes3(words[tile], planes.highs[tile]),
         4 => simd.codes4(words.as_chunks::<2>().0[tile]),
+        // Small integers: sums and products are exact.
+        6 => {
+            let high = simd.mul(simd.codes2(planes.high_words[tile]), simd.splat(16.0));
+            simd.add(high, simd.codes4(words.as_chunks::<2>().0[tile]))
+        }
         _ => simd.codes8(words.as_chunks::<4>().0[tile]),
     }
 }
@@ -132,7 +148,9 @@ fn zero_point(bits: Bits, zeros: Option<&[u8]>, g: usize) -> u8 {
 mod tests {
     use super::*;
     use half::f16;
-    use tailorq_tensor::{ElementCorrections, Group, InputTransform, Layout, MeanTile, Rng, TileCorrection};
+    use tailorq_tensor::{
+        ElementCorrections, Group, InputTransform, Layout, MeanTile, Rng, SharedBytes, TileCorrection,
+    };
 
     fn base(rng: &mut Rng, rows: usize, cols: usize, layout: Layout) -> PackedMatrix {
         let levels = usize::from(layout.bits.max_code()) + 1;
@@ -216,6 +234,15 @@ mod tests {
                     check(&rotated);
                     let rotated = rotated.with_tiles(tiles(&mut rng, 3, cols, TileBits::Four)).unwrap();
                     check(&rotated.with_elements(elements(&mut rng, 3, cols)).unwrap());
+                    if layout.has_codebooks() {
+                        let n = usize::from(bits.max_code()) + 1;
+                        let mut levels: Vec<f16> = (0..n).map(|_| f16::from_f32(rng.normal())).collect();
+                        levels.sort_by(f16::total_cmp);
+                        let m = m.clone().with_levels(SharedBytes::from_vec(levels)).unwrap();
+                        check(&m);
+                        let rotated = m.with_transform(InputTransform::hadamard(cols, 7).unwrap()).unwrap();
+                        check(&rotated.with_elements(elements(&mut rng, 3, cols)).unwrap());
+                    }
                     if layout.bits == Bits::Two {
                         let means = means(&mut rng, m);
                         check(&means);

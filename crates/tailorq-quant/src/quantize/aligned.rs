@@ -500,7 +500,7 @@ impl<'a> Job<'a> {
         }
         let elements = self.kept.map(ElementMask::len);
         let corrections = CorrectionSpec { elements, ..CorrectionSpec::default() };
-        let base = 8 * PackedSpec { layout, rows, cols, transform: None, corrections }.bytes();
+        let base = 8 * PackedSpec { corrections, ..PackedSpec::base(rows, cols, layout) }.bytes();
         let bitmap = 8 * rows * cols.div_ceil(unit.weights()).div_ceil(8);
         let finer = n_salient * unit.weights() * (8 - layout.bits.count() as usize);
         Some((base + bitmap + finer + 16 * rows * layout.group.count(cols)) as u64)

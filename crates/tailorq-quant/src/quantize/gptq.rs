@@ -8,10 +8,10 @@
 
 use super::feedback::{BLOCK, Factor, Feedback, FeedbackRows, RoundColumn, RowBlock, check_hessian, original};
 use super::grid::{Grid, GridRule, Line};
+use super::levels::Levels;
 use super::rotated::in_rotation;
-use super::rows::{Rows, at_group, check_mask, corrected, fit_without, kept_within, quantize_rows};
+use super::rows::{Rows, at_group, check_mask, codebook, corrected, fit_without, kept_within, quantize_rows};
 use super::{LayerStats, Needs, Quantized, Quantizer, Rtn, check_settings};
-use crate::simd::round_within;
 use crate::{Clip, ElementMask, LayerPlan, LayerSettings, QuantError};
 use half::f16;
 use std::ops::Range;
@@ -59,8 +59,10 @@ impl Quantizer for Gptq {
             rounded.notes.splice(0..0, notes);
             return Ok(rounded);
         };
-        let job = Job::new(device, weights, plan, &factor);
-        let (mut quantized, loss) = quantize_rows(weights, plan, notes, |first, n| job.rows(first, n))?;
+        let diagonal: Vec<f32> = (0..cols).map(|i| hessian.row(i)[i]).collect();
+        let levels = codebook(weights, plan, Some(&diagonal))?;
+        let job = Job::new(device, weights, (plan, levels), &factor);
+        let (mut quantized, loss) = quantize_rows(weights, plan, (notes, levels), |first, n| job.rows(first, n))?;
         // The sum of differences of rounded numbers may end a hair below zero.
         quantized.proxy_loss = Some(loss.max(0.0) / stats.n_tokens.max(1) as f64);
         Ok(quantized)
@@ -82,14 +84,19 @@ struct Job<'a> {
 }
 
 impl<'a> Job<'a> {
-    fn new(device: &'a dyn Device, weights: &'a Matrix, plan: &'a LayerPlan, factor: &'a Factor) -> Self {
+    fn new(
+        device: &'a dyn Device,
+        weights: &'a Matrix,
+        (plan, levels): (&'a LayerPlan, Option<Levels>),
+        factor: &'a Factor,
+    ) -> Self {
         let settings = &plan.settings;
         Job {
             feedback: Feedback::new(device, weights, factor),
             weights,
             settings,
             kept: plan.kept.as_deref(),
-            rule: GridRule::new(settings.layout, settings.clip),
+            rule: GridRule { levels, ..GridRule::new(settings.layout, settings.clip) },
             importance: if settings.clip == Clip::Hessian { factor.importance() } else { Vec::new() },
             group_len: settings.layout.group.len(weights.cols()),
             // A group that is a whole row starts before anything has changed, so both ways give the same grid.
@@ -141,7 +148,7 @@ impl<'a> Job<'a> {
     fn block_of_row(&self, task: &mut Task, r: usize, block: &Range<usize>) -> Result<(), QuantError> {
         let cols = self.weights.cols();
         let mut row = task.on_the_way.row(r, block);
-        let mut round = GridRound::new();
+        let mut round = GridRound::new(self.rule.levels.as_ref());
         if let Some(steps) = task.kept.get(r) {
             round.keep(steps, block);
         }
@@ -175,7 +182,7 @@ impl<'a> Job<'a> {
     ///
     /// `W - Q = err U` with the errors as rows, hence `E (H + a I) E^T = err err^T`; what the damping `a` and the dead
     /// inputs contributed is taken off again.
-    fn settle(&self, task: &mut Task, (r, block): (usize, &Range<usize>), row: &RowBlock, round: &GridRound) {
+    fn settle(&self, task: &mut Task, (r, block): (usize, &Range<usize>), row: &RowBlock, round: &GridRound<'_>) {
         let factor = self.feedback.factor;
         let weights = self.weights.row(task.on_the_way.first + r);
         let (mut weight_energy, mut error_energy, mut loss) = (0.0f64, 0.0f64, 0.0f64);
@@ -214,7 +221,8 @@ struct Task {
 }
 
 /// The grids and codes of one row's part of a block.
-struct GridRound {
+struct GridRound<'a> {
+    levels: Option<&'a Levels>,
     codes: [u8; BLOCK],
     grids: [Line; BLOCK],
     /// Columns whose value stays at 16 bits, and what is added to their base value.
@@ -222,11 +230,11 @@ struct GridRound {
     corrections: [f16; BLOCK],
 }
 
-impl GridRound {
-    fn new() -> Self {
+impl<'a> GridRound<'a> {
+    fn new(levels: Option<&'a Levels>) -> Self {
         let no_grid = Line { scale: 0.0, inverse: 0.0, low: 0.0, high: 0.0 };
         let (kept, corrections) = ([false; BLOCK], [f16::ZERO; BLOCK]);
-        GridRound { codes: [0; BLOCK], grids: [no_grid; BLOCK], kept, corrections }
+        GridRound { levels, codes: [0; BLOCK], grids: [no_grid; BLOCK], kept, corrections }
     }
 
     fn set_grid(&mut self, columns: Range<usize>, line: Line) {
@@ -240,18 +248,16 @@ impl GridRound {
     }
 }
 
-impl RoundColumn for GridRound {
+impl RoundColumn for GridRound<'_> {
     #[inline(always)]
     fn round(&mut self, j: usize, weight: f32) -> f32 {
-        let grid = self.grids[j];
-        let q = round_within(weight * grid.inverse, grid.low, grid.high);
-        let mut value = q * grid.scale;
+        let (code, mut value) = self.grids[j].round(self.levels, weight);
         if self.kept[j] {
             // The value as it is now, with the errors of earlier columns taken in, and not the original one: that is
             // what TACQ's authors keep.
             (self.corrections[j], value) = corrected(weight, value);
         }
-        self.codes[j] = (q - grid.low) as u8;
+        self.codes[j] = code;
         value
     }
 }

@@ -3,6 +3,7 @@
 //! The scale is rounded to f16 before any code is chosen, so the grid that errors are measured on is the grid that is
 //! stored. Every grid contains 0 exactly.
 
+use super::levels::Levels;
 use crate::Clip;
 use crate::simd::{LANES, Simd, multiply_add, round_within};
 use half::f16;
@@ -48,6 +49,22 @@ impl Line {
         let zero = f32::from(grid.zero);
         Line { scale, inverse, low: -zero, high: f32::from(bits.max_code()) - zero }
     }
+
+    /// The code nearest to a weight, and its value: on the line, or on the levels scaled by it.
+    #[inline(always)]
+    pub(crate) fn round(&self, levels: Option<&Levels>, weight: f32) -> (u8, f32) {
+        let t = weight * self.inverse;
+        match levels {
+            None => {
+                let q = round_within(t, self.low, self.high);
+                ((q - self.low) as u8, q * self.scale)
+            }
+            Some(levels) => {
+                let code = levels.code(t);
+                (code, levels.value(code) * self.scale)
+            }
+        }
+    }
 }
 
 /// A search over shrunken ranges, `p = 1 - i / steps` while `p > 1 - max_shrink`, and then over grown ones, `p = 1 + i / steps`
@@ -88,6 +105,8 @@ pub struct GridRule {
     pub symmetric: bool,
     /// Search for the clipping; `None` takes the extremes.
     pub clip: Option<ClipSearch>,
+    /// The levels of a codebook, which groups then only scale; `None` for multiples of the scale.
+    pub levels: Option<Levels>,
 }
 
 impl GridRule {
@@ -98,12 +117,15 @@ impl GridRule {
             Clip::Magnitude => Some(ClipSearch::default()),
             Clip::Hessian => Some(ClipSearch { norm: 2.0, ..ClipSearch::default() }),
         };
-        GridRule { bits: layout.bits, symmetric: layout.symmetric, clip }
+        GridRule { bits: layout.bits, symmetric: layout.symmetric, clip, levels: None }
     }
 
     /// The grid for one group of finite weights. `importance`, one factor a weight, weighs the errors of the clip search;
     /// `None` weighs all alike.
     pub fn fit(&self, weights: &[f32], importance: Option<&[f32]>) -> Result<Grid, ScaleOverflow> {
+        if let Some(levels) = &self.levels {
+            return levels.fit(weights, importance, self.clip.is_some());
+        }
         let range = self.range(weights);
         let Some(full) = self.grid(range, 1.0)? else {
             let zero = if self.symmetric { self.bits.middle() } else { 0 };
@@ -334,7 +356,8 @@ mod tests {
         let mut rng = Rng::new(5);
         for n in [1usize, 15, 16, 17, 64, 100, 128, 576] {
             let weights: Vec<f32> = (0..n).map(|_| rng.normal()).collect();
-            let rule = GridRule { bits: Bits::Three, symmetric: false, clip: Some(ClipSearch::default()) };
+            let rule =
+                GridRule { bits: Bits::Three, symmetric: false, clip: Some(ClipSearch::default()), levels: None };
             let (clip, range) = (ClipSearch::default(), rule.range(&weights));
             let full = rule.grid(range, 1.0).unwrap().unwrap();
             let run = |simd| search(simd, &rule, clip, range, &weights, &[], full);

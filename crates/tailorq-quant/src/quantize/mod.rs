@@ -11,6 +11,7 @@ mod feedback;
 mod gptq;
 mod grid;
 mod keep_half;
+mod levels;
 mod loss;
 mod pb_llm;
 mod rotated;
@@ -29,6 +30,7 @@ pub use billm::BiLlm;
 pub use gptq::Gptq;
 pub use grid::{ClipSearch, Grid, GridRule, ScaleOverflow};
 pub use keep_half::Half;
+pub use levels::Levels;
 pub use loss::proxy_loss;
 pub use pb_llm::PbLlm;
 pub use rtn::Rtn;
@@ -77,7 +79,7 @@ pub trait Quantizer: Sync {
         false
     }
 
-    /// Whether the settings may ask for an input transform.
+    /// Whether the settings may ask for an input transform, and for a codebook.
     fn rotates(&self) -> bool {
         false
     }
@@ -204,9 +206,12 @@ impl fmt::Display for Note {
     }
 }
 
-/// Refuses an input transform, for methods that have no use for one.
+/// Refuses an input transform and codebooks, for methods that have no use for them.
 fn refuse_transform(name: &str, settings: &LayerSettings) -> Result<(), QuantError> {
     match settings.transform {
+        None if settings.has_codebook() => {
+            Err(QuantError::Settings(format!("{name} knows no codebooks: use an affine grid, or rtn or gptq")))
+        }
         None => Ok(()),
         Some(_) => {
             Err(QuantError::Settings(format!("{name} knows no input transform: leave it out, or use rtn or gptq")))
@@ -216,7 +221,9 @@ fn refuse_transform(name: &str, settings: &LayerSettings) -> Result<(), QuantErr
 
 /// The damping must be a usable number, whichever method reads it.
 fn check_settings(settings: &LayerSettings) -> Result<(), QuantError> {
-    if settings.damping.is_finite() && settings.damping >= 0.0 {
+    if settings.has_codebook() && !settings.layout.has_codebooks() {
+        Err(QuantError::Settings("codebooks have no zeros: ask for a symmetric layout with them".into()))
+    } else if settings.damping.is_finite() && settings.damping >= 0.0 {
         Ok(())
     } else {
         Err(QuantError::Settings(format!(

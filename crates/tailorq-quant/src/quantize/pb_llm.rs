@@ -100,7 +100,7 @@ struct Job<'a> {
 impl Job<'_> {
     fn rows(&self, first: usize, n: usize) -> Result<Vec<f32>, QuantError> {
         let cols = self.weights.cols();
-        let rule = GridRule { bits: Bits::Eight, symmetric: false, clip: None };
+        let rule = GridRule { bits: Bits::Eight, symmetric: false, clip: None, levels: None };
         let mut lines = Vec::with_capacity(n);
         for r in first..first + n {
             lines.push(Line::new(rule.fit(self.weights.row(r), None).map_err(at_group(r, 0))?, Bits::Eight));

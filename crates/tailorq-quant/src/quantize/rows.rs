@@ -1,6 +1,7 @@
 //! Quantized rows on their way into a packed matrix.
 
 use super::grid::{Grid, GridRule, ScaleOverflow};
+use super::levels::Levels;
 use super::{Note, Quantized};
 use crate::{ElementMask, LayerPlan, LayerSettings, QuantError};
 use half::f16;
@@ -91,6 +92,23 @@ pub(super) fn fit_without(
     }
 }
 
+/// The codebook that the settings ask for; `importance` is one factor a column.
+pub(super) fn codebook(
+    weights: &Matrix,
+    plan: &LayerPlan,
+    importance: Option<&[f32]>,
+) -> Result<Option<Levels>, QuantError> {
+    let layout = plan.settings.layout;
+    if !plan.settings.has_codebook() {
+        return Ok(None);
+    }
+    check_finite(weights, 0, weights.rows())?;
+    let groups = (layout.group.len(weights.cols()), plan.kept.as_deref());
+    let levels = Levels::of_matrix(layout.bits, weights, groups, importance);
+    // Which group it was is found again when it gets its own scale; the levels only need to say that there is one.
+    levels.map(Some).map_err(at_group(0, 0))
+}
+
 /// The kept columns of a row that lie in `range`, counted from its beginning.
 pub(super) fn kept_within(
     mask: Option<&ElementMask>,
@@ -121,7 +139,7 @@ pub(super) fn check_mask(weights: &Matrix, plan: &LayerPlan) -> Result<(), Quant
 pub(super) fn quantize_rows(
     weights: &Matrix,
     plan: &LayerPlan,
-    notes: Vec<Note>,
+    (notes, levels): (Vec<Note>, Option<Levels>),
     task: impl Fn(usize, usize) -> Result<Rows, QuantError> + Sync,
 ) -> Result<(Quantized, f64), QuantError> {
     let n_rows = weights.rows();
@@ -129,7 +147,11 @@ pub(super) fn quantize_rows(
         .into_par_iter()
         .map(|t| task(t * ROWS_PER_TASK, ROWS_PER_TASK.min(n_rows - t * ROWS_PER_TASK)))
         .collect();
-    assemble(weights, plan, notes, results.into_iter().collect::<Result<_, _>>()?, Ok)
+    let with_levels = |m: PackedMatrix| match levels {
+        Some(levels) => m.with_levels(levels.stored()),
+        None => Ok(m),
+    };
+    assemble(weights, plan, notes, results.into_iter().collect::<Result<_, _>>()?, with_levels)
 }
 
 /// Packs the results of all tasks, in order, as [`quantize_rows`] does; `finish` may add to the packed matrix.

@@ -1,10 +1,12 @@
 //! Round to nearest: every weight to the nearest point of its group's grid.
 
 use super::grid::{GridRule, Line};
+use super::levels::Levels;
 use super::rotated::in_rotation;
-use super::rows::{Rows, at_group, check_finite, check_mask, corrected, fit_without, kept_within, quantize_rows};
+use super::rows::{
+    Rows, at_group, check_finite, check_mask, codebook, corrected, fit_without, kept_within, quantize_rows,
+};
 use super::{LayerStats, Needs, Quantized, Quantizer, check_settings, proxy_loss};
-use crate::simd::round_within;
 use crate::{LayerPlan, QuantError};
 use tailorq_kernels::Device;
 use tailorq_tensor::Matrix;
@@ -39,19 +41,25 @@ impl Quantizer for Rtn {
             return in_rotation(device, (weights, stats, plan), (transform, false), rotated);
         }
         check_mask(weights, plan)?;
-        let task = |first, n| round_rows(weights, plan, first, n);
-        let (mut quantized, _) = quantize_rows(weights, plan, Vec::new(), task)?;
+        let levels = codebook(weights, plan, None)?;
+        let task = |first, n| round_rows(weights, plan, levels, (first, n));
+        let (mut quantized, _) = quantize_rows(weights, plan, (Vec::new(), levels), task)?;
         quantized.proxy_loss =
             stats.hessian.map(|h| proxy_loss(device, weights, quantized.weight.reader(), h, stats.n_tokens));
         Ok(quantized)
     }
 }
 
-fn round_rows(weights: &Matrix, plan: &LayerPlan, first: usize, n: usize) -> Result<Rows, QuantError> {
+fn round_rows(
+    weights: &Matrix,
+    plan: &LayerPlan,
+    levels: Option<Levels>,
+    (first, n): (usize, usize),
+) -> Result<Rows, QuantError> {
     check_finite(weights, first, n)?;
     let (settings, mask, cols) = (&plan.settings, plan.kept.as_deref(), weights.cols());
     let layout = settings.layout;
-    let rule = GridRule::new(layout, settings.clip.without_hessian());
+    let rule = GridRule { levels, ..GridRule::new(layout, settings.clip.without_hessian()) };
     let group_len = layout.group.len(cols);
     let mut rows = Rows::new(n, cols, settings);
     for r in 0..n {
@@ -64,9 +72,8 @@ fn round_rows(weights: &Matrix, plan: &LayerPlan, first: usize, n: usize) -> Res
             let mut kept = kept.peekable();
             let (mut weight_energy, mut error_energy) = (0.0f64, 0.0f64);
             for (i, &w) in group.iter().enumerate() {
-                let q = round_within(w * line.inverse, line.low, line.high);
-                rows.codes_mut(r)[start + i] = (q - line.low) as u8;
-                let mut value = q * line.scale;
+                let (code, mut value) = line.round(levels.as_ref(), w);
+                rows.codes_mut(r)[start + i] = code;
                 if kept.next_if_eq(&i).is_some() {
                     let (correction, exact) = corrected(w, value);
                     rows.correct(r, start + i, correction);

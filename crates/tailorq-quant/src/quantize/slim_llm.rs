@@ -128,7 +128,7 @@ impl Width {
                 Ok(Levels::Two(Signs { mean: as_half(mean as f32), size: as_half(size as f32) }))
             }
             Width::More(bits) => {
-                let grid = GridRule { bits, symmetric: false, clip }.fit(weights, None)?;
+                let grid = GridRule { bits, symmetric: false, clip, levels: None }.fit(weights, None)?;
                 Ok(Levels::Even(OnLine(Line::new(grid, bits))))
             }
         }

@@ -255,7 +255,7 @@ pub fn awq(w: &Matrix, h: &Matrix, s: &LayerSettings, n_tokens: usize) -> Vec<f6
     let (n_rows, cols) = (w.rows(), w.cols());
     let group = s.layout.group.len(cols);
     let at = |i: usize, j: usize| f64::from(h.row(i.max(j))[i.min(j)]);
-    let rule = GridRule { bits: s.layout.bits, symmetric: false, clip: None };
+    let rule = GridRule { bits: s.layout.bits, symmetric: false, clip: None, levels: None };
     let round = |scales: &[f64], r: usize, start: usize, range: f64| -> Vec<f64> {
         let inputs = start..(start + group).min(cols);
         let scaled: Vec<f64> = inputs.clone().map(|c| f64::from(w.row(r)[c]) * scales[c]).collect();

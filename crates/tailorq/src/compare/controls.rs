@@ -88,7 +88,9 @@ fn bytes_of(model: &Model, recipe: &Recipe) -> u64 {
 /// The uniform layout with the most bytes that are not more than these, and the one with the least that are more, if near.
 fn uniform_layouts(model: &Model, own: &QuantizeSettings, bytes: u64) -> Vec<Layout> {
     let groups = || Group::SIZES.map(Group::Inputs).into_iter().chain([Group::Row]);
-    let layouts = Bits::ALL.into_iter().flat_map(|bits| groups().map(move |group| (bits, group)));
+    // 6 bits are for tables.
+    let layouts =
+        Bits::ALL.into_iter().filter(|b| *b != Bits::Six).flat_map(|bits| groups().map(move |group| (bits, group)));
     let sized: Vec<(u64, Layout)> = layouts
         .map(|(bits, group)| Layout { bits, group, symmetric: own.symmetric })
         .map(|layout| (layout_bytes(model, layout), layout))
@@ -118,7 +120,9 @@ fn plain_settings(own: &QuantizeSettings, layout: Layout) -> QuantizeSettings {
         group: layout.group,
         symmetric: own.symmetric,
         embedding_bits: own.embedding_bits,
+        embedding_group: own.embedding_group,
         head_bits: own.head_bits,
+        head_group: own.head_group,
         ..QuantizeSettings::default()
     }
 }

@@ -56,9 +56,16 @@ pub(crate) fn settle(
         Some(_) => vec![quantize.group],
     };
     let (rows, each) = if circuit.is_some() { kept_costs(model) } else { (0, 1) };
-    let layouts = Bits::ALL.iter().rev().flat_map(|&bits| groups.iter().map(move |&group| (bits, group)));
-    let layouts = layouts.map(|(bits, group)| Layout { bits, group, symmetric: quantize.symmetric });
-    let sized: Vec<(Layout, u64)> = layouts.map(|l| (l, layout_bytes(model, l) + rows)).collect();
+    // 6 bits are for tables: no integer kernel multiplies with them.
+    let layouts = Bits::ALL
+        .iter()
+        .rev()
+        .filter(|b| **b != Bits::Six)
+        .flat_map(|&bits| groups.iter().map(move |&group| (bits, group)));
+    let at = |(bits, group)| QuantizeSettings { bits, group, ..quantize.clone() };
+    let levels = |s: &QuantizeSettings| (shapes(model).count() * s.level_bytes()) as u64;
+    let size = |s: QuantizeSettings| (s.layout(), layout_bytes(model, s.layout()) + levels(&s) + rows);
+    let sized: Vec<(Layout, u64)> = layouts.map(at).map(size).collect();
     let Some((layout, bytes)) = sized.iter().find(|(_, bytes)| *bytes <= budget) else {
         let least = sized.iter().map(|(_, bytes)| *bytes).min().unwrap_or(0) as f64 * 8.0 / n_weights as f64;
         return Err(PipelineError::Settings(format!(

@@ -32,6 +32,7 @@ pub(super) unsafe fn rows(base: &Base<'_>, x: &Quantized, first: usize, y: &mut 
             Bits::Three => kernel.all::<Three>(first, y),
             Bits::Four => kernel.all::<Four>(first, y),
             Bits::Eight => kernel.all::<Eight>(first, y),
+            Bits::Six => unreachable!("`reads` keeps 6 bits away"),
         }
     }
 }

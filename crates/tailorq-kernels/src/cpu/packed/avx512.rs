@@ -38,6 +38,7 @@ pub(super) unsafe fn rows(base: &Base<'_>, x: &Quantized, first: usize, y: &mut 
             Bits::Three => all::<Three>(base, x, first, y),
             Bits::Four => all::<Four>(base, x, first, y),
             Bits::Eight => all::<Eight>(base, x, first, y),
+            Bits::Six => unreachable!("`reads` keeps 6 bits away"),
         }
     }
 }

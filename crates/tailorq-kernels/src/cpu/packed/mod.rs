@@ -22,7 +22,12 @@ use base::Base;
 use rayon::prelude::*;
 use std::cell::Cell;
 use std::ops::Range;
-use tailorq_tensor::{InputTransform, PackedMatrix};
+use tailorq_tensor::{Bits, InputTransform, PackedMatrix};
+
+/// Whether these kernels know all parts of a matrix; others are read to f32.
+pub(super) fn reads(w: &PackedMatrix) -> bool {
+    w.mean4().is_none() && w.levels().is_none() && w.layout().bits != Bits::Six
+}
 
 /// Up to this many tokens are multiplied row by row.
 pub(super) const FEW: usize = 12;

@@ -118,6 +118,7 @@ pub(super) unsafe fn rows(base: &Base<'_>, x: &Tokens, first: usize, y: &mut Til
                 Bits::Three => panel.read::<Three>(base, &rows),
                 Bits::Four => panel.read::<Four>(base, &rows),
                 Bits::Eight => panel.read::<Eight>(base, &rows),
+                Bits::Six => unreachable!("`reads` keeps 6 bits away"),
             }
             for t in (0..x.n).step_by(TOKENS) {
                 panel.multiply(x, t, col, n, y);

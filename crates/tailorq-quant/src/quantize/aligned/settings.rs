@@ -132,7 +132,7 @@ impl AlignedSettings {
                 CorrectionSpec { tiles: tile_spec(TileBits::Eight), ..CorrectionSpec::default() }
             }
         };
-        PackedSpec { layout, rows, cols, transform: None, corrections }.bytes() - layout.bytes(rows, cols)
+        PackedSpec { corrections, ..PackedSpec::base(rows, cols, layout) }.bytes() - layout.bytes(rows, cols)
     }
 }
 
