@@ -5,6 +5,7 @@
 
 use std::alloc::{GlobalAlloc, Layout as Bytes, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 use tailorq_kernels::{Activations, Device, KvType};
 use tailorq_model::testing::TinyModel;
 use tailorq_model::{KvCache, Model, Workspace, open};
@@ -34,6 +35,9 @@ unsafe impl GlobalAlloc for Counting {
 
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
+
+/// The counter is everybody's, so tests come one after the other.
+static ALONE: Mutex<()> = Mutex::new(());
 
 fn allocations(f: impl FnOnce()) -> usize {
     let before = ALLOCATIONS.load(Ordering::SeqCst);
@@ -78,6 +82,7 @@ fn of_the_linears(model: &Model, device: &dyn Device, n: usize) -> usize {
 
 #[test]
 fn steps_of_one_and_of_several_sequences() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     const STEPS: usize = 70;
     let device = tailorq_kernels::cpu_with(Activations::Int8);
     for (architecture, threads) in [("qwen2", 1), ("qwen3", 1), ("llama", 2)] {
@@ -100,12 +105,11 @@ fn steps_of_one_and_of_several_sequences() {
                         model.step(&*device, &next, &mut caches, &mut workspace);
                     }
                 });
-                // Nothing is asked for but by linears, which may not be asked for anything else than when they are alone.
-                assert_eq!(
-                    steps,
-                    STEPS * linears,
-                    "{architecture} {kv}, {n} sequences, {linears} by the linears of a step"
-                );
+                // Nothing is asked for but by linears, and those ask for no more than when they are alone. Threads beside the
+                // first make buffers of their own at their first task, whenever that comes.
+                let extra = steps - STEPS * linears;
+                let what = format!("{architecture} {kv}, {n} sequences: {extra} beside {linears} a step by linears");
+                assert!(extra <= 8 * (threads - 1), "{what}");
                 assert_eq!(caches[0].len(), 19 + 1 + STEPS);
             });
         }
@@ -114,6 +118,7 @@ fn steps_of_one_and_of_several_sequences() {
 
 #[test]
 fn without_room_a_step_asks_once_a_page() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let device = tailorq_kernels::cpu_with(Activations::Int8);
     let model = packed("llama");
     let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
