@@ -1,6 +1,7 @@
 //! The packed matrix. Its scalar accessors define every layout; kernels are optimizations tested against them.
 
 use crate::layout::{Bits, Layout, TILE};
+use crate::tiles::bad_scale;
 use crate::{
     CorrectionSpec, ElementCorrections, InputTransform, Mean4, MeanTile, PackError, PackedSpec, ReadRows, SharedBytes,
     TileCorrections, TileSpec,
@@ -66,7 +67,7 @@ impl PackedMatrix {
             return Err(PackError::Misaligned("codes_high"));
         }
         let scales = parts.scales.cast::<f16>().ok_or(PackError::Misaligned("scales"))?;
-        if let Some(index) = scales.iter().position(|s| !s.is_finite() || s.to_f32() < 0.0) {
+        if let Some(index) = bad_scale(scales) {
             return Err(PackError::Scale { index, value: scales[index].to_f32() });
         }
         let (levels, transform, mean4, tiles, elements) = (None, None, None, None, None);

@@ -231,11 +231,40 @@ impl TileCorrections {
     }
 }
 
+/// Index of the first scale that is infinite, no number or negative.
+pub(crate) fn bad_scale(scales: &[f16]) -> Option<usize> {
+    // Infinity, what is no number, and everything with a sign have larger bits than numbers without; a negative zero is fine.
+    // Opening a model checks millions of scales: without a branch for each, they pass in vectors.
+    let is_bad = |s: &f16| (s.to_bits() >= f16::INFINITY.to_bits()) & (s.to_bits() != f16::NEG_ZERO.to_bits());
+    let mut chunks = scales.chunks(1024).enumerate();
+    let (i, chunk) = chunks.find(|(_, chunk)| chunk.iter().fold(false, |any, s| any | is_bad(s)))?;
+    chunk.iter().position(is_bad).map(|at| 1024 * i + at)
+}
+
 /// Fails on a scale that is not finite or negative, or when they are misaligned.
 pub(crate) fn check_scales(part: &'static str, scales: &SharedBytes) -> Result<(), PackError> {
     let scales = scales.cast::<f16>().ok_or(PackError::Misaligned(part))?;
-    match scales.iter().position(|s| !s.is_finite() || s.to_f32() < 0.0) {
+    match bad_scale(scales) {
         Some(index) => Err(PackError::CorrectionScale { part, index, value: scales[index].to_f32() }),
         None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bad_scales_are_found_wherever_they_are() {
+        let good = [f16::ZERO, f16::NEG_ZERO, f16::MIN_POSITIVE, f16::ONE, f16::MAX];
+        let scales: Vec<f16> = good.into_iter().cycle().take(2500).collect();
+        assert_eq!(bad_scale(&scales), None);
+        for at in [0, 1023, 1024, 2499] {
+            for bad in [f16::INFINITY, f16::NEG_INFINITY, f16::NAN, -f16::ONE, f16::MIN, f16::from_bits(0xffff)] {
+                let mut scales = scales.clone();
+                scales[at] = bad;
+                assert_eq!(bad_scale(&scales), Some(at), "{bad}");
+            }
+        }
     }
 }

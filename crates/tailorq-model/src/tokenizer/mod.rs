@@ -1,14 +1,13 @@
 //! Text to tokens and back.
 
 mod gguf;
+mod merges;
 mod pre;
 mod spm;
 
 pub(crate) use gguf::{GgufVocabulary, from_gguf};
 
 use crate::error::ModelError;
-use serde::Deserialize;
-use std::collections::HashSet;
 use std::path::Path;
 
 /// Tokens that end a turn in chat formats; where a model has one of them as a control token, generation stops there
@@ -33,7 +32,7 @@ impl Tokenizer {
     pub(crate) fn from_file(path: &Path, bos: Option<u32>, eos: Vec<u32>) -> Result<Self, ModelError> {
         let problem = |problem: String| ModelError::File { path: path.to_owned(), problem };
         let bytes = std::fs::read(path).map_err(|e| problem(format!("cannot be read: {e}")))?;
-        check_merges(&bytes).map_err(problem)?;
+        merges::check(&bytes).map_err(problem)?;
         let inner = tokenizers::Tokenizer::from_bytes(&bytes)
             .map_err(|e| problem(format!("is not a tokenizer that the tokenizers library reads: {e}")))?;
         Ok(Tokenizer::new(inner, bos, eos))
@@ -99,65 +98,5 @@ impl Tokenizer {
     /// `tokenizer.json`, for the artifact.
     pub fn to_json(&self) -> Result<String, ModelError> {
         self.inner.to_string(false).map_err(|e| ModelError::Tokenizer(e.to_string()))
-    }
-}
-
-/// The part of a BPE tokenizer.json that [`check_merges`] looks at.
-#[derive(Deserialize)]
-struct Probe {
-    model: ProbeModel,
-}
-
-#[derive(Deserialize)]
-struct ProbeModel {
-    #[serde(default)]
-    vocab: serde_json::Value,
-    #[serde(default)]
-    merges: Vec<ProbeMerge>,
-    #[serde(default)]
-    continuing_subword_prefix: Option<String>,
-}
-
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum ProbeMerge {
-    Pair(String, String),
-    Joined(String),
-}
-
-/// The tokenizers library panics on a merge that makes a token longer than any of the vocabulary, so such files are
-/// turned away before it sees them.
-fn check_merges(json: &[u8]) -> Result<(), String> {
-    let probe: Probe = serde_json::from_slice(json).map_err(|e| format!("is not a tokenizer.json: {e}"))?;
-    let Some(vocab) = probe.model.vocab.as_object() else { return Ok(()) };
-    if probe.model.continuing_subword_prefix.is_some_and(|prefix| !prefix.is_empty()) {
-        return Err("uses a continuing-subword prefix, which no supported model does".into());
-    }
-    let tokens: HashSet<&str> = vocab.keys().map(String::as_str).collect();
-    for merge in &probe.model.merges {
-        let joined = match merge {
-            ProbeMerge::Pair(a, b) => format!("{a}{b}"),
-            ProbeMerge::Joined(pair) => pair.replacen(' ', "", 1),
-        };
-        if !tokens.contains(joined.as_str()) {
-            return Err(format!("merges to '{}', which is not in its vocabulary", joined.escape_debug()));
-        }
-    }
-    Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn merges_out_of_the_vocabulary_are_an_error_not_a_panic() {
-        let json = |merges: &str| {
-            format!(r#"{{"version":"1.0","model":{{"type":"BPE","vocab":{{"a":0,"b":1,"ab":2}},"merges":{merges}}}}}"#)
-        };
-        check_merges(json(r#"[["a","b"]]"#).as_bytes()).unwrap();
-        check_merges(json(r#"["a b"]"#).as_bytes()).unwrap();
-        assert!(check_merges(json(r#"[["ab","ab"]]"#).as_bytes()).unwrap_err().contains("abab"));
-        assert!(check_merges(b"{").is_err());
     }
 }
