@@ -123,6 +123,18 @@ fn run_streams_text_and_gives_it_in_json() {
 }
 
 #[test]
+fn chat_does_not_read_again_what_was_said() {
+    let place = Place::new();
+    let args = ["chat", "model-1", "--max-tokens", "4", "--temperature", "0", "--verbose"];
+    let log = text(&place.run_with(&args, "Hello there\nHello there\n").stderr);
+    let read: Vec<usize> =
+        (log.lines()).filter_map(|line| line.strip_prefix("prompt: ")?.split_once(' ')?.0.parse().ok()).collect();
+    let [first, second] = read[..] else { panic!("two turns: {log}") };
+    // All of the first turn again would be twice as much, and the answer. A broken character may cost three tokens.
+    assert!(first <= second && second <= first + 4 * 3 + 2 && second < 2 * first, "{first}, {second}");
+}
+
+#[test]
 fn bench_measures_and_counts() {
     let place = Place::new();
     let args = ["bench", "model-1", "--generate", "4", "--memory", "1", "--repeat", "2", "--prompt"];
