@@ -143,7 +143,8 @@ fn check_greedy(g: &Golden, n_prompts: usize) {
         assert_eq!(continued(g, KvType::F32, &ids, new_tokens.len()), new_tokens, "greedy tokens");
         println!("{} greedy tokens agree", new_tokens.len());
         for kind in [KvType::F16, KvType::Q8] {
-            let found = continued(g, kind, &ids, new_tokens.len());
+            let n = if std::env::var("TAILORQ_TEST_FULL").is_ok() { new_tokens.len() } else { 16 };
+            let found = continued(g, kind, &ids, n.min(new_tokens.len()));
             let same = found.iter().zip(&new_tokens).take_while(|(a, b)| a == b).count();
             println!("with keys and values in {kind}, the first {same} of them agree");
             // Another precision may choose otherwise where two words are nearly equal, but not from the start.
