@@ -81,22 +81,15 @@ fn matrix(rng: &mut Rng, case: &Case, rows: usize, cols: usize) -> Weight {
     m.into()
 }
 
-/// Seconds of `work(thread)` on every thread at once, from the first start to the last end.
-fn region(threads: usize, work: impl Fn(usize) + Sync) -> f64 {
-    let barrier = Barrier::new(threads);
-    let (barrier, work) = (&barrier, &work);
-    let times: Vec<(Instant, Instant)> = std::thread::scope(|scope| {
-        let handles: Vec<_> = (0..threads)
-            .map(|thread| {
-                scope.spawn(move || {
-                    barrier.wait();
-                    let start = Instant::now();
-                    work(thread);
-                    (start, Instant::now())
-                })
-            })
-            .collect();
-        handles.into_iter().map(|h| h.join().expect("a thread that measures")).collect()
+/// Seconds of `work(thread)` on every thread of a pool at once, from the first start to the last end. Operations that a
+/// thread calls may divide themselves among the threads; as all are busy, nobody takes the other half.
+fn region(pool: &rayon::ThreadPool, work: impl Fn(usize) + Sync) -> f64 {
+    let barrier = Barrier::new(pool.current_num_threads());
+    let times = pool.broadcast(|context| {
+        barrier.wait();
+        let start = Instant::now();
+        work(context.index());
+        (start, Instant::now())
     });
     let first = times.iter().map(|t| t.0).min().expect("a thread");
     let last = times.iter().map(|t| t.1).max().expect("a thread");
@@ -131,9 +124,11 @@ fn median(mut values: Vec<f64>) -> f64 {
 }
 
 fn main() {
-    // One task a call: the parallel region is ours.
-    rayon::ThreadPoolBuilder::new().num_threads(1).build_global().expect("the first pool");
-    let arguments: Vec<usize> = std::env::args().skip(1).filter_map(|a| a.parse().ok()).collect();
+    // Numbers are counts of threads; a word chooses cases by their names.
+    let words: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
+    let arguments: Vec<usize> = words.iter().filter_map(|a| a.parse().ok()).collect();
+    let names: Vec<&String> = words.iter().filter(|a| a.parse::<usize>().is_err()).collect();
+    let chosen = |case: &&Case| names.is_empty() || names.iter().any(|n| case.name.contains(n.as_str()));
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let threads = if arguments.is_empty() { vec![1, cores.min(2)] } else { arguments };
     let (device, mut rng) = (cpu_with(Activations::Int8), Rng::new(1));
@@ -142,7 +137,7 @@ fn main() {
         "{}; medians of {ROUNDS} rounds; GB/s of bytes stored, and share of the read bandwidth beside it",
         device.name()
     );
-    for case in &CASES {
+    for case in CASES.iter().filter(chosen) {
         for (rows, cols) in SHAPES {
             let first = matrix(&mut rng, case, rows, cols);
             let n = WORKING_SET.div_ceil(first.reader().bytes());
@@ -150,10 +145,11 @@ fn main() {
             let bytes: usize = all.iter().map(|w| w.reader().bytes()).sum();
             let x: Vec<f32> = (0..cols).map(|_| rng.normal()).collect();
             for &threads in &threads {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a pool");
                 let (mut reads, mut products) = (Vec::new(), Vec::new());
                 for _ in 0..ROUNDS {
-                    reads.push(BUFFER as f64 / 1e9 / region(threads, |thread| read(&buffer, thread, threads)));
-                    let seconds = region(threads, |thread| {
+                    reads.push(BUFFER as f64 / 1e9 / region(&pool, |thread| read(&buffer, thread, threads)));
+                    let seconds = region(&pool, |thread| {
                         let mut y = vec![0.0; rows];
                         multiply(&*device, &all, &x, &mut y, thread, threads);
                     });

@@ -5,7 +5,6 @@
 //! products to each of sixteen 32-bit *lanes*. A lane covers `4 * planes` consecutive columns of one tile.
 
 use super::super::simd::{Isa, Simd, per_isa};
-use rayon::prelude::*;
 use tailorq_tensor::{Bits, Layout};
 
 /// Bytes of a plane.
@@ -14,8 +13,6 @@ pub(super) const PLANE: usize = 64;
 pub(super) const LANES: usize = 16;
 /// Columns that share a scale of the activations.
 pub(super) const GROUP: usize = 32;
-/// Tokens from which on it pays to quantize them in parallel.
-const MANY: usize = 16;
 
 /// 64 activations of one plane.
 #[derive(Clone, Copy)]
@@ -76,15 +73,13 @@ impl Quantized {
         self.codes.resize(n * self.steps * order.planes, Plane([0; PLANE]));
         self.scales.resize(n * self.steps, Lanes([0.0; LANES]));
         self.sums.resize(n * self.chunks, Lanes([0.0; LANES]));
-        let tokens = x
-            .par_chunks_exact(cols)
-            .zip(self.codes.par_chunks_exact_mut(self.steps * order.planes))
-            .zip(self.scales.par_chunks_exact_mut(self.steps))
-            .zip(self.sums.par_chunks_exact_mut(self.chunks));
         let group = layout.group.len(cols);
-        tokens.with_min_len(MANY).for_each(|(((x, codes), scales), sums)| {
+        let (codes, chunks) = (self.steps * order.planes, self.chunks);
+        let tokens = x.chunks_exact(cols).zip(self.codes.chunks_exact_mut(codes));
+        let tokens = tokens.zip(self.scales.chunks_exact_mut(self.steps)).zip(self.sums.chunks_exact_mut(chunks));
+        for (((x, codes), scales), sums) in tokens {
             token(isa, x, order, group, codes, scales, sums);
-        });
+        }
     }
 }
 
