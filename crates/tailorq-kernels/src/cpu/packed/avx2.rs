@@ -1,6 +1,6 @@
 //! Codes times 8-bit activations with AVX2.
 //!
-//! The steps of `avx512.rs` in halves of eight lanes. `vpmaddubsw` adds pairs of products in 16 bits, which codes of up to 4
+//! The steps of `avx512.rs` in halves of eight lanes. `vpmaddubsw` adds pairs of products in 16 bits, which codes of up to 6
 //! bits cannot fill: the planes of a step are added there before one `vpmaddwd` widens them. Codes of 8 bits are split into
 //! their low seven bits and their high bit.
 
@@ -32,7 +32,7 @@ pub(super) unsafe fn rows(base: &Base<'_>, x: &Quantized, first: usize, y: &mut 
             Bits::Three => kernel.all::<Three>(first, y),
             Bits::Four => kernel.all::<Four>(first, y),
             Bits::Eight => kernel.all::<Eight>(first, y),
-            Bits::Six => unreachable!("`reads` keeps 6 bits away"),
+            Bits::Six => kernel.all::<Six>(first, y),
         }
     }
 }
@@ -61,6 +61,7 @@ trait Codes {
 struct Two;
 struct Three;
 struct Four;
+struct Six;
 struct Eight;
 
 impl Codes for Two {
@@ -87,12 +88,7 @@ impl Codes for Three {
     unsafe fn planes(words: __m256i, highs: __m256i) -> [__m256i; 4] {
         // SAFETY: see `Codes::dots`.
         unsafe {
-            // The four high bits of each byte's codes come to the low end of that byte: bits 0-3, 4-7, 8-11, 12-15 of the lane.
-            let low = _mm256_and_si256(highs, _mm256_set1_epi32(0x000F));
-            let second = _mm256_and_si256(_mm256_slli_epi32::<4>(highs), _mm256_set1_epi32(0x0F00));
-            let third = _mm256_and_si256(_mm256_slli_epi32::<8>(highs), _mm256_set1_epi32(0x000F_0000));
-            let fourth = _mm256_and_si256(_mm256_slli_epi32::<12>(highs), _mm256_set1_epi32(0x0F00_0000));
-            let h = _mm256_or_si256(_mm256_or_si256(low, second), _mm256_or_si256(third, fourth));
+            let h = high_bits(highs);
             let four = _mm256_set1_epi8(4);
             let [a, b, c, d] = Two::planes(words, highs);
             [
@@ -119,6 +115,22 @@ impl Codes for Four {
     }
 }
 
+impl Codes for Six {
+    const PLANES: usize = 2;
+    const HIGHS: bool = true;
+    #[inline(always)]
+    unsafe fn planes(words: __m256i, highs: __m256i) -> [__m256i; 4] {
+        // SAFETY: see `Codes::dots`.
+        unsafe {
+            let (h, high) = (high_bits(highs), _mm256_set1_epi8(0x30));
+            let [a, b, ..] = Four::planes(words, highs);
+            let a = _mm256_or_si256(a, _mm256_and_si256(_mm256_slli_epi16::<4>(h), high));
+            let b = _mm256_or_si256(b, _mm256_and_si256(_mm256_slli_epi16::<2>(h), high));
+            [a, b, a, b]
+        }
+    }
+}
+
 impl Codes for Eight {
     const PLANES: usize = 1;
     #[inline(always)]
@@ -139,6 +151,19 @@ impl Codes for Eight {
             let high = _mm256_madd_epi16(_mm256_maddubs_epi16(planes[1], x), _mm256_set1_epi16(128));
             _mm256_add_epi32(low, high)
         }
+    }
+}
+
+/// The high bits of each byte's codes, four of the sixteen of a lane, at the low end of that byte.
+#[inline(always)]
+unsafe fn high_bits(highs: __m256i) -> __m256i {
+    // SAFETY: see `Codes::dots`.
+    unsafe {
+        let first = _mm256_and_si256(highs, _mm256_set1_epi32(0x000F));
+        let second = _mm256_and_si256(_mm256_slli_epi32::<4>(highs), _mm256_set1_epi32(0x0F00));
+        let third = _mm256_and_si256(_mm256_slli_epi32::<8>(highs), _mm256_set1_epi32(0x000F_0000));
+        let fourth = _mm256_and_si256(_mm256_slli_epi32::<12>(highs), _mm256_set1_epi32(0x0F00_0000));
+        _mm256_or_si256(_mm256_or_si256(first, second), _mm256_or_si256(third, fourth))
     }
 }
 
@@ -216,7 +241,7 @@ impl Kernel<'_> {
                         for r in 0..R {
                             let words = words_at(&base.words[rows[r] * base.words_per_row..], at, n);
                             let highs = if C::HIGHS {
-                                highs_at(&base.highs[rows[r] * base.tiles..], at, n)
+                                highs_at(&base.highs[rows[r] * base.words_per_row..], at, n)
                             } else {
                                 _mm256_setzero_si256()
                             };

@@ -6,15 +6,20 @@
 //! groups through the sums of the activations. What is added to a row in which order depends on neither the other rows nor
 //! the other tokens of a block.
 
-use super::activations::{LANES, Plane, Quantized};
+use super::activations::{LANES, Lanes, Plane, Quantized};
 use super::base::{Base, Indices, LaneGroups};
 use super::corrections::TileView;
 use crate::cpu::tile::Tile;
 use std::arch::x86_64::*;
 use tailorq_tensor::{Bits, TILE, TileBits};
 
-/// Bytes ahead of the codes in hand that are fetched into the cache. Rows follow each other in memory.
+/// Least bytes ahead of the codes in hand that are fetched into the cache. Rows follow each other in memory, so a block of
+/// rows fetches a later block line by line in the order of memory: several rows at once, each a stream of its own, reach
+/// little more than half of what the memory gives.
 const AHEAD: usize = 4096;
+
+/// Bytes of a row from which on rows are taken one by one: what several share is little then, and they are in order.
+const LONG_ROW: usize = 1024;
 
 /// Whether this processor has what the kernels use.
 pub(super) fn available() -> bool {
@@ -38,7 +43,7 @@ pub(super) unsafe fn rows(base: &Base<'_>, x: &Quantized, first: usize, y: &mut 
             Bits::Three => all::<Three>(base, x, first, y),
             Bits::Four => all::<Four>(base, x, first, y),
             Bits::Eight => all::<Eight>(base, x, first, y),
-            Bits::Six => unreachable!("`reads` keeps 6 bits away"),
+            Bits::Six => all::<Six>(base, x, first, y),
         }
     }
 }
@@ -56,6 +61,7 @@ pub(super) trait Codes {
 pub(super) struct Two;
 pub(super) struct Three;
 pub(super) struct Four;
+pub(super) struct Six;
 pub(super) struct Eight;
 
 impl Codes for Two {
@@ -112,6 +118,26 @@ impl Codes for Four {
     }
 }
 
+impl Codes for Six {
+    const PLANES: usize = 2;
+    const HIGHS: bool = true;
+    #[inline(always)]
+    unsafe fn planes(words: __m512i, highs: __m512i) -> [__m512i; 4] {
+        // SAFETY: see `Two`.
+        unsafe {
+            // Byte `b` of a lane gets the high bits of its two codes at bits 4 and 6.
+            let at = _mm512_set1_epi64(i64::from_le_bytes([60, 0, 4, 8, 28, 32, 36, 40]));
+            let h = _mm512_multishift_epi64_epi8(at, highs);
+            let high = _mm512_set1_epi8(0x30);
+            let [a, b, ..] = Four::planes(words, highs);
+            // a | (b & c)
+            let a = _mm512_ternarylogic_epi32::<0xF8>(a, h, high);
+            let b = _mm512_ternarylogic_epi32::<0xF8>(b, _mm512_srli_epi16::<2>(h), high);
+            [a, b, a, b]
+        }
+    }
+}
+
 impl Codes for Eight {
     const PLANES: usize = 1;
     #[inline(always)]
@@ -120,13 +146,19 @@ impl Codes for Eight {
     }
 }
 
-/// All rows of `y`: four at a time with one token, two at a time with several.
+/// All rows of `y`: four at a time (or one, if they are long) with one token, two at a time with several.
 #[inline(always)]
 unsafe fn all<C: Codes>(base: &Base<'_>, x: &Quantized, first: usize, y: &mut Tile<'_>) {
     let kernel = Kernel { base, x, groups: base.lane_groups(), zeros: ZeroBits::new(base.bits()) };
     let (n_tokens, n_rows) = (y.rows(), y.cols());
     // SAFETY: rows and tokens exist.
     unsafe {
+        if n_tokens == 1 && 4 * base.words_per_row >= LONG_ROW {
+            for i in 0..n_rows {
+                kernel.block::<C, 1, 1>([first + i], 0).store(i, 0, y);
+            }
+            return;
+        }
         if n_tokens == 1 {
             for i in (0..n_rows).step_by(4) {
                 // The last block repeats its last row.
@@ -172,7 +204,16 @@ impl Kernel<'_> {
         // row; the activations have `steps` steps and `chunks` chunks a token.
         unsafe {
             let words = rows.map(|r| base.words.as_ptr().add(r * base.words_per_row));
-            let highs = rows.map(|r| base.highs.as_ptr().wrapping_add(r * base.tiles));
+            let from = Sources {
+                words,
+                highs: rows.map(|r| base.highs.as_ptr().wrapping_add(r * base.words_per_row)),
+                codes: std::array::from_fn(|t| x.codes.as_ptr().add((token + t) * x.steps * C::PLANES)),
+                scales: std::array::from_fn(|t| x.scales.as_ptr().add((token + t) * x.steps)),
+                ahead: words[0].cast::<i8>().wrapping_add(AHEAD.next_multiple_of(R * 4 * base.words_per_row)),
+            };
+            // Steps of sixteen words; one of fewer may follow.
+            let whole = base.words_per_row / LANES;
+            let rest = first_lanes(base.words_per_row % LANES);
             let mut sums = [[_mm512_setzero_ps(); N]; R];
             for chunk in 0..x.chunks {
                 let mut scales = [_mm512_setzero_ps(); R];
@@ -184,36 +225,23 @@ impl Kernel<'_> {
                         *sum = _mm512_fnmadd_ps(offset, of_group, *sum);
                     }
                 }
-                for s in chunk * per_chunk..steps.min((chunk + 1) * per_chunk) {
-                    let indices = &self.groups.of_step[s & self.groups.mask];
-                    let indices = _mm512_load_si512(indices.0.as_ptr().cast());
-                    let mask = first_lanes(base.words_per_row - s * LANES);
-                    for r in 0..R {
-                        let from = words[r].add(s * LANES);
-                        _mm_prefetch::<_MM_HINT_T0>(from.cast::<i8>().wrapping_add(AHEAD));
-                        let high = if C::HIGHS {
-                            _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, highs[r].add(s * LANES).cast()))
-                        } else {
-                            _mm512_setzero_si512()
-                        };
-                        let planes = C::planes(_mm512_maskz_loadu_epi32(mask, from.cast()), high);
-                        let scale = _mm512_permutexvar_ps(indices, scales[r]);
-                        for (t, sum) in sums[r].iter_mut().enumerate() {
-                            let step = (token + t) * x.steps + s;
-                            let codes: *const Plane = x.codes.as_ptr().add(step * C::PLANES);
-                            let mut dots = _mm512_setzero_si512();
-                            for (p, plane) in planes.iter().enumerate().take(C::PLANES) {
-                                dots = _mm512_dpbusd_epi32(dots, *plane, _mm512_load_si512(codes.add(p).cast()));
-                            }
-                            let x_scale = _mm512_load_ps(x.scales.as_ptr().add(step).cast());
-                            let values = _mm512_mul_ps(_mm512_cvtepi32_ps(dots), x_scale);
-                            *sum = _mm512_fmadd_ps(values, scale, *sum);
-                        }
-                    }
+                let (begin, end) = (chunk * per_chunk, steps.min((chunk + 1) * per_chunk));
+                for s in begin..end.min(whole) {
+                    from.add_step::<C, true>(s, u16::MAX, self.lane_groups(s), &scales, &mut sums);
+                }
+                if end > whole {
+                    from.add_step::<C, false>(whole, rest, self.lane_groups(whole), &scales, &mut sums);
                 }
             }
             Sums(sums.map(|of_row| of_row.map(|s| _mm512_reduce_add_ps(s))))
         }
+    }
+
+    /// Which of the sixteen scales of a chunk each lane of a step takes.
+    #[inline(always)]
+    unsafe fn lane_groups(&self, s: usize) -> __m512i {
+        // SAFETY: the mask is below the length of the table.
+        unsafe { _mm512_load_si512(self.groups.of_step.as_ptr().add(s & self.groups.mask).cast()) }
     }
 
     /// The sixteen scales of a chunk; 0 past the last group.
@@ -241,6 +269,61 @@ impl Kernel<'_> {
             let from = base.zeros.as_ptr().add(row * base.zero_bytes + chunk * bytes);
             let mask = first_lanes((base.zero_bytes - chunk * bytes).min(bytes));
             self.zeros.unpack(_mm_maskz_loadu_epi8(mask, from.cast()))
+        }
+    }
+}
+
+/// Where the rows and tokens of a block begin.
+struct Sources<const R: usize, const N: usize> {
+    words: [*const u32; R],
+    highs: [*const u16; R],
+    codes: [*const Plane; N],
+    scales: [*const Lanes; N],
+    /// What is fetched while the rows are read.
+    ahead: *const i8,
+}
+
+impl<const R: usize, const N: usize> Sources<R, N> {
+    /// Adds step `s`, of which `mask` marks the words that the rows have (all of them, if `WHOLE`).
+    #[inline(always)]
+    unsafe fn add_step<C: Codes, const WHOLE: bool>(
+        &self,
+        s: usize,
+        mask: u16,
+        lane_groups: __m512i,
+        scales: &[__m512; R],
+        sums: &mut [[__m512; N]; R],
+    ) {
+        // SAFETY: inlined into a function with the features; the rows have the marked words, the tokens have the step.
+        unsafe {
+            for r in 0..R {
+                _mm_prefetch::<_MM_HINT_T0>(self.ahead.wrapping_add((s * R + r) * size_of::<Plane>()));
+                let (words, highs) = (self.words[r].add(s * LANES), self.highs[r].wrapping_add(s * LANES));
+                let high = match (C::HIGHS, WHOLE) {
+                    (false, _) => _mm512_setzero_si512(),
+                    (true, true) => _mm512_cvtepu16_epi32(_mm256_loadu_si256(highs.cast())),
+                    (true, false) => _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, highs.cast())),
+                };
+                let words = match WHOLE {
+                    true => _mm512_loadu_si512(words.cast()),
+                    false => _mm512_maskz_loadu_epi32(mask, words.cast()),
+                };
+                let planes = C::planes(words, high);
+                let scale = _mm512_permutexvar_ps(lane_groups, scales[r]);
+                for (t, sum) in sums[r].iter_mut().enumerate() {
+                    let codes = self.codes[t].add(s * C::PLANES);
+                    // Two chains of additions, so that the processor has less to wait for.
+                    let mut dots = [_mm512_setzero_si512(); 2];
+                    for (p, plane) in planes.iter().enumerate().take(C::PLANES) {
+                        let x = _mm512_load_si512(codes.add(p).cast());
+                        dots[p % 2] = _mm512_dpbusd_epi32(dots[p % 2], *plane, x);
+                    }
+                    let dots = if C::PLANES > 1 { _mm512_add_epi32(dots[0], dots[1]) } else { dots[0] };
+                    let x_scale = _mm512_load_ps(self.scales[t].add(s).cast());
+                    let values = _mm512_mul_ps(_mm512_cvtepi32_ps(dots), x_scale);
+                    *sum = _mm512_fmadd_ps(values, scale, *sum);
+                }
+            }
         }
     }
 }

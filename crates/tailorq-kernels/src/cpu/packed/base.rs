@@ -12,9 +12,8 @@ pub(super) struct Base<'a> {
     /// `[rows, words_per_row]`.
     pub(super) words: &'a [u32],
     pub(super) words_per_row: usize,
-    /// `[rows, tiles]` with 3 bits, else empty.
+    /// `[rows, words_per_row]` with 3 and 6 bits, the high bits of a word's codes beside it; else empty.
     pub(super) highs: &'a [u16],
-    pub(super) tiles: usize,
     /// f16 `[rows, groups]`, as bits.
     pub(super) scales: &'a [u16],
     pub(super) groups: usize,
@@ -34,7 +33,6 @@ impl<'a> Base<'a> {
             words: parts.codes.cast().expect("checked when the matrix was made"),
             words_per_row: tiles * layout.bits.words_per_tile(),
             highs: parts.codes_high.as_ref().map_or(&[], |h| h.cast().expect("checked when the matrix was made")),
-            tiles,
             scales: parts.scales.cast().expect("checked when the matrix was made"),
             groups: layout.group.count(cols),
             zeros: parts.zeros.as_deref().unwrap_or(&[]),
@@ -94,7 +92,7 @@ impl<'a> Base<'a> {
 
     /// Whether there is a plane of high bits.
     pub(super) fn has_highs(&self) -> bool {
-        self.layout.bits == Bits::Three
+        matches!(self.layout.bits, Bits::Three | Bits::Six)
     }
 }
 

@@ -22,11 +22,11 @@ use base::Base;
 use rayon::prelude::*;
 use std::cell::Cell;
 use std::ops::Range;
-use tailorq_tensor::{Bits, InputTransform, PackedMatrix};
+use tailorq_tensor::{InputTransform, PackedMatrix};
 
 /// Whether these kernels know all parts of a matrix; others are read to f32.
 pub(super) fn reads(w: &PackedMatrix) -> bool {
-    w.mean4().is_none() && w.levels().is_none() && w.layout().bits != Bits::Six
+    w.mean4().is_none() && w.levels().is_none()
 }
 
 /// Up to this many tokens are multiplied row by row.

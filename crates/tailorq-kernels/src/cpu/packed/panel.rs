@@ -6,7 +6,7 @@
 //! vectors. Two registers of rows by six tokens are computed at a time.
 
 use super::activations::{GROUP, Order};
-use super::avx512::{Codes, Eight, Four, Three, Two, first_lanes};
+use super::avx512::{Codes, Eight, Four, Six, Three, Two, first_lanes};
 use super::base::Base;
 use crate::cpu::simd::{Isa, Simd, per_isa};
 use crate::cpu::tile::Tile;
@@ -118,7 +118,7 @@ pub(super) unsafe fn rows(base: &Base<'_>, x: &Tokens, first: usize, y: &mut Til
                 Bits::Three => panel.read::<Three>(base, &rows),
                 Bits::Four => panel.read::<Four>(base, &rows),
                 Bits::Eight => panel.read::<Eight>(base, &rows),
-                Bits::Six => unreachable!("`reads` keeps 6 bits away"),
+                Bits::Six => panel.read::<Six>(base, &rows),
             }
             for t in (0..x.n).step_by(TOKENS) {
                 panel.multiply(x, t, col, n, y);
@@ -155,7 +155,7 @@ impl Panel {
             for word in 0..base.words_per_row {
                 let words: [u32; ROWS] = rows.map(|r| base.words[r * base.words_per_row + word]);
                 let highs: [u32; ROWS] = match C::HIGHS {
-                    true => rows.map(|r| u32::from(base.highs[r * base.tiles + word])),
+                    true => rows.map(|r| u32::from(base.highs[r * base.words_per_row + word])),
                     false => [0; ROWS],
                 };
                 // SAFETY: inlined into a function with the features; arrays of 64 bytes are read and written.

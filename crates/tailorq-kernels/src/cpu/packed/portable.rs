@@ -36,8 +36,11 @@ impl Row<'_> {
             let (step, lane) = (w / LANES, w % LANES);
             for (b, byte) in word.to_le_bytes().into_iter().enumerate() {
                 for p in 0..base.order.planes {
+                    // A 3-bit code has one high bit, a 6-bit code has two.
+                    let wide = if base.order.planes == 4 { 1 } else { 2 };
                     let high = if base.has_highs() {
-                        (base.highs[self.row * base.tiles + w] >> (4 * b + p) & 1) << 2
+                        let of_word = base.highs[self.row * base.words_per_row + w];
+                        (of_word >> (4 * b + wide * p) & (2 * wide as u16 - 1)) << width
                     } else {
                         0
                     };
