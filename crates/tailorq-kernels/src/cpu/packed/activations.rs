@@ -78,6 +78,12 @@ impl Quantized {
         let tokens = x.chunks_exact(cols).zip(self.codes.chunks_exact_mut(codes));
         let tokens = tokens.zip(self.scales.chunks_exact_mut(self.steps)).zip(self.sums.chunks_exact_mut(chunks));
         for (((x, codes), scales), sums) in tokens {
+            #[cfg(target_arch = "x86_64")]
+            if super::has_vnni(isa) {
+                // SAFETY: the processor has the features; the buffers were made for the row.
+                unsafe { super::round512::steps(x, order, group, codes, scales, sums) };
+                continue;
+            }
             token(isa, x, order, group, codes, scales, sums);
         }
     }
@@ -120,7 +126,7 @@ fn token_body<S: Simd>(
 
 /// Rounds up to [`GROUP`] activations; returns their scale and the sum of the codes.
 #[inline(always)]
-pub(super) fn round_group(x: &[f32], codes: &mut [i8]) -> (f32, f32) {
+fn round_group(x: &[f32], codes: &mut [i8]) -> (f32, f32) {
     let mut padded = [0.0f32; GROUP];
     padded[..x.len()].copy_from_slice(x);
     let largest = padded.iter().fold(0.0f32, |m, v| m.max(v.abs()));

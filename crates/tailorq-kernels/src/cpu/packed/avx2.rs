@@ -194,17 +194,16 @@ impl Kernel<'_> {
                 return;
             }
             for i in 0..n_rows {
-                for t in (0..n_tokens).step_by(4) {
-                    let n = (n_tokens - t).min(4);
-                    let [sums] = match n {
-                        4 => self.block::<C, 1, 4>([first + i], t),
-                        _ => [std::array::from_fn(|k| {
-                            if k < n { self.block::<C, 1, 1>([first + i], t + k)[0][0] } else { 0.0 }
-                        })],
-                    };
-                    for (k, sum) in sums.into_iter().enumerate().take(n) {
+                let mut t = 0;
+                while t + 4 <= n_tokens {
+                    let [sums] = self.block::<C, 1, 4>([first + i], t);
+                    for (k, sum) in sums.into_iter().enumerate() {
                         y.row_mut(t + k)[i] = sum;
                     }
+                    t += 4;
+                }
+                for t in t..n_tokens {
+                    y.row_mut(t)[i] = self.block::<C, 1, 1>([first + i], t)[0][0];
                 }
             }
         }
@@ -260,7 +259,14 @@ impl Kernel<'_> {
                     }
                 }
             }
-            sums.map(|of_row| of_row.map(|s| add_lanes(s)))
+            // No closure here or in what follows: the processor's features reach only what is inlined, which `map` may not be.
+            let mut products = [[0.0; N]; R];
+            for (products, sums) in products.iter_mut().zip(sums) {
+                for (product, sum) in products.iter_mut().zip(sums) {
+                    *product = add_lanes(sum);
+                }
+            }
+            products
         }
     }
 
@@ -275,7 +281,8 @@ impl Kernel<'_> {
         // SAFETY: see `Codes::dots`.
         unsafe {
             let (low, high) = halves.split_at(HALF);
-            [low, high].map(|h| _mm256_cvtph_ps(_mm_loadu_si128(h.as_ptr().cast())))
+            let low = _mm256_cvtph_ps(_mm_loadu_si128(low.as_ptr().cast()));
+            [low, _mm256_cvtph_ps(_mm_loadu_si128(high.as_ptr().cast()))]
         }
     }
 
@@ -323,12 +330,14 @@ impl ZeroBits {
         // SAFETY: see `Codes::dots`.
         unsafe {
             let stream = _mm256_broadcastsi128_si256(stream);
-            [0, HALF].map(|at| {
-                let bytes = _mm256_loadu_si256(self.bytes[at..].as_ptr().cast());
-                let shifts = _mm256_loadu_si256(self.shifts[at..].as_ptr().cast());
-                let numbers = _mm256_srlv_epi32(_mm256_shuffle_epi8(stream, bytes), shifts);
-                _mm256_cvtepi32_ps(_mm256_and_si256(numbers, _mm256_set1_epi32(self.mask)))
-            })
+            let mut halves = [_mm256_setzero_ps(); 2];
+            for (half, numbers) in halves.iter_mut().enumerate() {
+                let bytes = _mm256_loadu_si256(self.bytes[half * HALF..].as_ptr().cast());
+                let shifts = _mm256_loadu_si256(self.shifts[half * HALF..].as_ptr().cast());
+                let shifted = _mm256_srlv_epi32(_mm256_shuffle_epi8(stream, bytes), shifts);
+                *numbers = _mm256_cvtepi32_ps(_mm256_and_si256(shifted, _mm256_set1_epi32(self.mask)));
+            }
+            halves
         }
     }
 }

@@ -149,7 +149,16 @@ impl Codes for Eight {
 /// All rows of `y`: four at a time (or one, if they are long) with one token, two at a time with several.
 #[inline(always)]
 unsafe fn all<C: Codes>(base: &Base<'_>, x: &Quantized, first: usize, y: &mut Tile<'_>) {
-    let kernel = Kernel { base, x, groups: base.lane_groups(), zeros: ZeroBits::new(base.bits()) };
+    // Divisions here, not once a block: a block of short rows takes no longer than a few of them.
+    let kernel = Kernel {
+        base,
+        x,
+        groups: base.lane_groups(),
+        zeros: ZeroBits::new(base.bits()),
+        steps: base.steps(),
+        per_chunk: base.steps_per_chunk(),
+        ahead: AHEAD.next_multiple_of(16 * base.words_per_row),
+    };
     let (n_tokens, n_rows) = (y.rows(), y.cols());
     // SAFETY: rows and tokens exist.
     unsafe {
@@ -191,6 +200,12 @@ struct Kernel<'a> {
     x: &'a Quantized,
     groups: LaneGroups,
     zeros: ZeroBits,
+    /// Steps of a row.
+    steps: usize,
+    /// Steps that read the same sixteen scales.
+    per_chunk: usize,
+    /// Bytes from a block's first row to what it fetches: blocks of four rows, or more than one of fewer.
+    ahead: usize,
 }
 
 impl Kernel<'_> {
@@ -198,8 +213,7 @@ impl Kernel<'_> {
     #[inline(always)]
     unsafe fn block<C: Codes, const R: usize, const N: usize>(&self, rows: [usize; R], token: usize) -> Sums<R, N> {
         let (base, x) = (self.base, self.x);
-        let steps = base.steps();
-        let per_chunk = base.steps_per_chunk();
+        let (steps, per_chunk) = (self.steps, self.per_chunk);
         // SAFETY: every row is in the matrix, so that its words, highs, scales and zeros are; masks keep loads inside a
         // row; the activations have `steps` steps and `chunks` chunks a token.
         unsafe {
@@ -209,7 +223,7 @@ impl Kernel<'_> {
                 highs: rows.map(|r| base.highs.as_ptr().wrapping_add(r * base.words_per_row)),
                 codes: std::array::from_fn(|t| x.codes.as_ptr().add((token + t) * x.steps * C::PLANES)),
                 scales: std::array::from_fn(|t| x.scales.as_ptr().add((token + t) * x.steps)),
-                ahead: words[0].cast::<i8>().wrapping_add(AHEAD.next_multiple_of(R * 4 * base.words_per_row)),
+                ahead: words[0].cast::<i8>().wrapping_add(self.ahead),
             };
             // Steps of sixteen words; one of fewer may follow.
             let whole = base.words_per_row / LANES;
@@ -233,7 +247,14 @@ impl Kernel<'_> {
                     from.add_step::<C, false>(whole, rest, self.lane_groups(whole), &scales, &mut sums);
                 }
             }
-            Sums(sums.map(|of_row| of_row.map(|s| _mm512_reduce_add_ps(s))))
+            // No closure here or in what follows: the processor's features reach only what is inlined, which `map` may not be.
+            let mut products = [[0.0; N]; R];
+            for (products, sums) in products.iter_mut().zip(sums) {
+                for (product, sum) in products.iter_mut().zip(sums) {
+                    *product = add_lanes(sum);
+                }
+            }
+            Sums(products)
         }
     }
 
@@ -375,6 +396,19 @@ impl<const R: usize, const N: usize> Sums<R, N> {
     }
 }
 
+/// Lanes 8, 4, 2 and 1 apart.
+#[inline(always)]
+unsafe fn add_lanes(v: __m512) -> f32 {
+    // SAFETY: see `Two`.
+    unsafe {
+        let high = _mm256_castsi256_ps(_mm512_extracti64x4_epi64::<1>(_mm512_castps_si512(v)));
+        let eight = _mm256_add_ps(_mm512_castps512_ps256(v), high);
+        let four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
+        let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+        _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+    }
+}
+
 /// A mask of the first `n` of sixteen lanes.
 #[inline(always)]
 pub(super) fn first_lanes(n: usize) -> u16 {
@@ -433,7 +467,8 @@ pub(super) unsafe fn add_tiles(tiles: &TileView<'_>, x: &[f32], first: usize, y:
             }
         }
         if rank > before {
-            *y += _mm512_reduce_add_ps(sums);
+            // SAFETY: see `Two`.
+            *y += unsafe { add_lanes(sums) };
         }
     }
 }

@@ -14,6 +14,8 @@ mod corrections;
 #[cfg(target_arch = "x86_64")]
 mod panel;
 mod portable;
+#[cfg(target_arch = "x86_64")]
+mod round512;
 
 use super::simd::{Isa, Level, Simd, per_isa};
 use super::tile::{Part, Tile};
@@ -76,10 +78,16 @@ pub(super) fn few(isa: Isa, x: &[f32], w: &PackedMatrix, bias: Option<&[f32]>, r
     FEW_BUFFERS.set(Few { quantized, rotated });
 }
 
+/// Whether the kernels of AVX-512 with VNNI run.
+#[cfg(target_arch = "x86_64")]
+fn has_vnni(isa: Isa) -> bool {
+    isa.level() == Level::Avx512 && avx512::available()
+}
+
 /// Whether there is a kernel for panels of unpacked rows; without one, many tokens meet weights in f32.
 #[cfg(target_arch = "x86_64")]
 pub(super) fn has_panels(isa: Isa) -> bool {
-    isa.level() == Level::Avx512 && avx512::available()
+    has_vnni(isa)
 }
 
 /// As [`few`], for more tokens, where [`has_panels`].
@@ -90,7 +98,8 @@ pub(super) fn many(isa: Isa, x: &[f32], w: &PackedMatrix, bias: Option<&[f32]>, 
         return fill(bias, rows, y);
     }
     let mut many = MANY.take();
-    many.tokens.fill(isa, inputs_of_base(isa, w, x, &mut many.rotated), w.cols(), w.layout());
+    // SAFETY: the processor has panels.
+    unsafe { many.tokens.fill(inputs_of_base(isa, w, x, &mut many.rotated), w.cols(), w.layout()) };
     let transposed = corrections::Transposed::of(w, x, &mut many.transposed);
     let base = Base::of(w);
     let parts = Tile::new(y, n, rows.len(), rows.len()).grid(n, panel::PANEL);

@@ -8,7 +8,6 @@
 use super::activations::{GROUP, Order};
 use super::avx512::{Codes, Eight, Four, Six, Three, Two, first_lanes};
 use super::base::Base;
-use crate::cpu::simd::{Isa, Simd, per_isa};
 use crate::cpu::tile::Tile;
 use half::f16;
 use rayon::prelude::*;
@@ -54,7 +53,10 @@ pub(super) struct Tokens {
 
 impl Tokens {
     /// Quantizes `x`, `[n, cols]`, as `Quantized` does.
-    pub(super) fn fill(&mut self, isa: Isa, x: &[f32], cols: usize, layout: Layout) {
+    ///
+    /// # Safety
+    /// The processor has AVX-512 with VNNI, BW, VL and VBMI.
+    pub(super) unsafe fn fill(&mut self, x: &[f32], cols: usize, layout: Layout) {
         let order = Order::of(layout.bits);
         self.n = x.len() / cols;
         self.groups = cols.div_ceil(GROUP);
@@ -67,36 +69,10 @@ impl Tokens {
             .zip(self.units.par_chunks_exact_mut(self.groups * UNITS))
             .zip(self.scales.par_chunks_exact_mut(self.groups))
             .zip(self.sums.par_chunks_exact_mut(self.weight_groups))
-            .for_each(|(((x, units), scales), sums)| token(isa, x, order, group, units, scales, sums));
-    }
-}
-
-per_isa! {
-    fn token(x: &[f32], order: Order, group: usize, units: &mut [[i8; 4]], scales: &mut [f32], sums: &mut [f32]) = token_body
-}
-
-#[inline(always)]
-fn token_body<S: Simd>(
-    _simd: S,
-    x: &[f32],
-    order: Order,
-    group: usize,
-    units: &mut [[i8; 4]],
-    scales: &mut [f32],
-    sums: &mut [f32],
-) {
-    sums.fill(0.0);
-    for (g, (x, units)) in x.chunks(GROUP).zip(units.chunks_exact_mut(UNITS)).enumerate() {
-        let mut natural = [0i8; GROUP];
-        let (scale, sum) = super::activations::round_group(x, &mut natural[..x.len()]);
-        scales[g] = scale;
-        // A group of weights is a multiple of a group of activations, or the whole row.
-        sums[g * GROUP / group] += scale * sum;
-        let planes = order.planes;
-        for (u, unit) in units.iter_mut().enumerate() {
-            let (word, p) = (u / planes, u % planes);
-            *unit = std::array::from_fn(|b| natural[order.lane() * word + planes * b + p]);
-        }
+            .for_each(|(((x, units), scales), sums)| {
+                // SAFETY: panels run only where the processor has the features; the buffers were made for the row.
+                unsafe { super::round512::units(x, order, group, units, scales, sums) }
+            });
     }
 }
 
@@ -192,15 +168,13 @@ impl Panel {
             let sums = tokens.map(|t| x.sums.as_ptr().add(t * x.weight_groups));
             let mut totals = [[_mm512_setzero_ps(); TOKENS]; REGISTERS];
             for wg in 0..x.weight_groups {
-                let weights =
-                    |all: &[OfRows], register| _mm512_load_ps(all.as_ptr().add(wg * REGISTERS + register).cast());
-                let w_scales: [__m512; REGISTERS] = std::array::from_fn(|register| weights(&self.scales, register));
+                // No closures: the processor's features reach only what is inlined, which `from_fn` may not be.
+                let w_scales = [of_rows(&self.scales, wg, 0), of_rows(&self.scales, wg, 1)];
                 for g in wg * self.ratio..((wg + 1) * self.ratio).min(x.groups) {
                     let mut dots = [[_mm512_setzero_si512(); TOKENS]; REGISTERS];
                     for u in g * UNITS..(g + 1) * UNITS {
-                        let codes: [__m512i; REGISTERS] = std::array::from_fn(|register| {
-                            _mm512_load_si512(self.codes.as_ptr().add(u * REGISTERS + register).cast())
-                        });
+                        let line = self.codes.as_ptr().add(u * REGISTERS);
+                        let codes = [_mm512_load_si512(line.cast()), _mm512_load_si512(line.add(1).cast())];
                         for t in 0..TOKENS {
                             let x = _mm512_set1_epi32(units[t].add(u).cast::<i32>().read_unaligned());
                             for register in 0..REGISTERS {
@@ -219,7 +193,7 @@ impl Panel {
                 for t in 0..TOKENS {
                     let sum = _mm512_set1_ps(*sums[t].add(wg));
                     for (register, totals) in totals.iter_mut().enumerate() {
-                        totals[t] = _mm512_fnmadd_ps(weights(&self.offsets, register), sum, totals[t]);
+                        totals[t] = _mm512_fnmadd_ps(of_rows(&self.offsets, wg, register), sum, totals[t]);
                     }
                 }
             }
@@ -232,4 +206,11 @@ impl Panel {
             }
         }
     }
+}
+
+/// Register `register` of group `group` of the weights.
+#[inline(always)]
+unsafe fn of_rows(all: &[OfRows], group: usize, register: usize) -> __m512 {
+    // SAFETY: inlined into a function with the features; the panel has the group.
+    unsafe { _mm512_load_ps(all.as_ptr().add(group * REGISTERS + register).cast()) }
 }
