@@ -38,8 +38,8 @@ pub enum EvalError {
         config: String,
         /// Its folder under `--data`.
         name: &'static str,
-        /// Why.
-        source: ModelError,
+        /// Why; boxed, because this variant would make every result of the crate large.
+        source: Box<ModelError>,
     },
     /// An option outside its range.
     #[error("{option} is {value}: {remedy}")]

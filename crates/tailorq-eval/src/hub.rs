@@ -52,7 +52,7 @@ impl HubSet {
     /// The files of the first of `splits` that the data set has. `test` is the split that is tested on.
     pub(crate) fn split(&self, splits: &[&str]) -> Result<Vec<PathBuf>, EvalError> {
         let select = |files: &[String]| {
-            let split = |name: &&str| self.select(if *name == "test" { self.test } else { *name }, files);
+            let split = |name: &&str| self.select(if *name == "test" { self.test } else { name }, files);
             splits.iter().map(split).find(|found| !found.is_empty()).unwrap_or_default()
         };
         data_set_files(self.repo, &REVISIONS, &select).map_err(|error| EvalError::HubData {
@@ -60,7 +60,7 @@ impl HubSet {
             repo: self.repo,
             config: self.config.map_or(String::new(), |c| format!(" {c}")),
             name: self.name,
-            source: error,
+            source: Box::new(error),
         })
     }
 

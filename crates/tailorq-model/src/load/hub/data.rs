@@ -146,7 +146,7 @@ mod tests {
             .take_while(|line| !line.is_empty())
             .collect();
         let path = lines[0].split(' ').nth(1).unwrap_or_default().to_owned();
-        let first_byte_only = lines.iter().any(|l| l.to_ascii_lowercase() == "range: bytes=0-0");
+        let first_byte_only = lines.iter().any(|l| l.eq_ignore_ascii_case("range: bytes=0-0"));
         let (headers, body) = if path.starts_with("/api/datasets/org/set/revision/main") {
             let names = ["README.md", "easy/test-0.parquet", "easy/train-0.parquet", "../easy/test-evil"];
             let siblings: Vec<_> = names.iter().map(|n| serde_json::json!({"rfilename": n})).collect();
