@@ -9,6 +9,7 @@ mod kv;
 mod reference;
 mod shapes;
 
+pub use cpu::awake;
 pub use device::{
     AttentionShape, AttentionSpan, Device, GradientSums, Heads, HeadsMut, LogSumExp, NotPositiveDefinite, RopeTable,
     Strided, StridedMut,

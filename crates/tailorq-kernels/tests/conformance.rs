@@ -1,7 +1,7 @@
 //! Every operation on every CPU variant against the scalar reference, awkward shapes first.
 //!
 //! Tolerances are per element, relative to the size of what was summed: a sum of `k` products of unit normals in f32 is
-//! off by about `sqrt(k)` roundings of terms of size 1, so linear operations get `2e-6 * sqrt(k)` with a margin of about ten.
+//! off by about `sqrt(k)` roundings of terms of size 1, so linear operations get `5e-6 * sqrt(k)`.
 
 mod inputs;
 
@@ -45,7 +45,7 @@ fn linears_of_every_storage_and_shape() {
                 let expected = linear(&*reference(), &x, n, &w, bias);
                 for device in devices() {
                     let what = format!("{} linear n={n} {w:?}", device.name());
-                    let tolerance = 1e-6 + 2e-6 * (cols as f32).sqrt();
+                    let tolerance = 1e-6 + 5e-6 * (cols as f32).sqrt();
                     assert_close(&linear(&*device, &x, n, &w, bias), &expected, tolerance, &what);
                 }
             }

@@ -8,7 +8,7 @@ use crate::error::RuntimeError;
 use std::ops::ControlFlow;
 use std::slice;
 use std::time::{Duration, Instant};
-use tailorq_kernels::{Device, KvType};
+use tailorq_kernels::{Device, KvType, awake};
 use tailorq_model::{KvCache, Linear, Model, Workspace};
 use tailorq_tensor::{Rng, Weight};
 
@@ -260,12 +260,15 @@ impl Stage<'_> {
         let bytes = |caches: &[KvCache]| caches.iter().map(KvCache::bytes).sum::<usize>();
         let before = bytes(&caches);
         let started = Instant::now();
-        for _ in 0..self.options.generate {
-            let logits = self.model.step(self.device, &next, &mut caches, &mut self.workspace);
-            for (next, logits) in next.iter_mut().zip(logits.chunks_exact(self.model.head.rows())) {
-                *next = most_likely(logits)?;
+        awake(|| {
+            for _ in 0..self.options.generate {
+                let logits = self.model.step(self.device, &next, &mut caches, &mut self.workspace);
+                for (next, logits) in next.iter_mut().zip(logits.chunks_exact(self.model.head.rows())) {
+                    *next = most_likely(logits)?;
+                }
             }
-        }
+            Ok::<(), RuntimeError>(())
+        })?;
         Ok((started.elapsed(), usize::midpoint(before, bytes(&caches))))
     }
 }

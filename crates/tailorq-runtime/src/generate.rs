@@ -6,6 +6,7 @@ use crate::session::Session;
 use crate::text::{StopFinder, TextStream};
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
+use tailorq_kernels::awake;
 use tailorq_model::{ModelError, Tokenizer};
 
 /// When to stop and how to choose.
@@ -100,7 +101,29 @@ pub fn generate(
     session.prefill(prompt, cancelled)?;
     let prefill = started.elapsed();
     let mut output = Output::new(tokenizer, &options.stop);
-    let finish = loop {
+    let finish = awake(|| decode_tokens(session, tokenizer, options, &mut sampler, &mut output, cancelled, on_piece))?;
+    if let Some(text) = output.finish(finish)?
+        && let Some(&token) = output.tokens.last()
+    {
+        // The generation is over, so an answer to stop changes nothing.
+        let _ = on_piece(Piece { token, text: &text });
+    }
+    let decode = started.elapsed() - prefill;
+    let Output { text, tokens, .. } = output;
+    Ok(Generation { text, tokens, finish, prompt_tokens: prompt.len(), prefill, decode })
+}
+
+/// Token by token until something ends it.
+fn decode_tokens(
+    session: &mut Session<'_>,
+    tokenizer: &Tokenizer,
+    options: &GenerationOptions,
+    sampler: &mut Sampler,
+    output: &mut Output<'_>,
+    cancelled: &dyn Fn() -> bool,
+    on_piece: &mut dyn FnMut(Piece<'_>) -> ControlFlow<()>,
+) -> Result<FinishReason, RuntimeError> {
+    Ok(loop {
         if output.tokens.len() >= options.max_tokens {
             break FinishReason::MaxTokens;
         }
@@ -125,16 +148,7 @@ pub fn generate(
         if output.tokens.len() < options.max_tokens {
             session.step(id)?;
         }
-    };
-    if let Some(text) = output.finish(finish)?
-        && let Some(&token) = output.tokens.last()
-    {
-        // The generation is over, so an answer to stop changes nothing.
-        let _ = on_piece(Piece { token, text: &text });
-    }
-    let decode = started.elapsed() - prefill;
-    let Output { text, tokens, .. } = output;
-    Ok(Generation { text, tokens, finish, prompt_tokens: prompt.len(), prefill, decode })
+    })
 }
 
 /// The text side of a generation.

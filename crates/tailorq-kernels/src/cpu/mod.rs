@@ -4,6 +4,7 @@
 //! alone, and each part is computed by one thread from start to end.
 
 mod attention;
+mod awake;
 mod backward;
 mod cholesky;
 mod dot;
@@ -21,6 +22,8 @@ mod simd;
 mod tile;
 mod unpack;
 mod walk;
+
+pub use awake::awake;
 
 use crate::{
     Activations, AttentionShape, AttentionSpan, Device, GradientSums, Heads, HeadsMut, LogSumExp, NotPositiveDefinite,
