@@ -104,19 +104,29 @@ pub(crate) fn attention(shape: AttentionShape, q: &[f32], spans: &[AttentionSpan
     assert!(shape.heads.is_multiple_of(shape.kv_heads), "attention: kv_heads does not divide heads in {shape:?}");
     let width = shape.heads * shape.head_dim;
     rows_of(width, q, y);
-    if !spans.is_sorted_by_key(|s| s.rows.start) {
-        let mut covered: Vec<&AttentionSpan<'_>> = spans.iter().filter(|s| !s.rows.is_empty()).collect();
-        covered.sort_by_key(|s| s.rows.start);
-        assert!(covered.windows(2).all(|w| w[0].rows.end <= w[1].rows.start), "attention: spans overlap");
-    } else {
-        assert!(spans.windows(2).all(|w| w[0].rows.end <= w[1].rows.start), "attention: spans overlap");
-    }
+    assert!(are_disjoint(spans), "attention: spans overlap");
     let n_rows = q.len() / width;
     for AttentionSpan { rows, source, past } in spans {
         assert!(rows.is_empty() || rows.end <= n_rows, "attention: a span ends after the last row");
         let fits = source.fits(shape, past + rows.len());
         assert!(fits, "attention: keys and values of span {rows:?} with {past} before");
     }
+}
+
+/// Whether no row lies in two spans. Empty spans have no rows, wherever they lie.
+fn are_disjoint(spans: &[AttentionSpan<'_>]) -> bool {
+    fn in_order<'a>(mut ranges: impl Iterator<Item = &'a Range<usize>>) -> bool {
+        let mut end = 0;
+        ranges.all(|rows| rows.start >= std::mem::replace(&mut end, rows.end))
+    }
+    let covered = || spans.iter().map(|s| &s.rows).filter(|rows| !rows.is_empty());
+    // Spans mostly come in order, and then nothing is allocated.
+    if covered().is_sorted_by_key(|rows| rows.start) {
+        return in_order(covered());
+    }
+    let mut sorted: Vec<_> = covered().collect();
+    sorted.sort_by_key(|rows| rows.start);
+    in_order(sorted.into_iter())
 }
 
 /// Checks the shapes of a backward attention call, and that the spans are disjoint; the rows.
@@ -150,4 +160,24 @@ pub(crate) fn attention_backward(
 /// The keys that the query at absolute position `at` sees.
 pub(crate) fn visible(at: usize, window: Option<usize>) -> Range<usize> {
     (at + 1).saturating_sub(window.unwrap_or(usize::MAX))..at + 1
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn spans_are_disjoint_in_any_order_and_around_empty_ones() {
+        let source = || KeyValues::Rows { keys: &[], values: &[] };
+        let disjoint = |ranges: &[Range<usize>]| {
+            let span = |rows: &Range<usize>| AttentionSpan { rows: rows.clone(), source: source(), past: 0 };
+            are_disjoint(&ranges.iter().map(span).collect::<Vec<_>>())
+        };
+        assert!(disjoint(&[]));
+        assert!(disjoint(&[0..4, 2..2, 4..9]));
+        assert!(disjoint(&[4..9, 2..2, 0..4]));
+        assert!(!disjoint(&[0..4, 2..2, 3..9]));
+        assert!(!disjoint(&[3..9, 2..2, 0..4]));
+        assert!(!disjoint(&[0..9, 3..4, 5..6]));
+    }
 }
