@@ -9,7 +9,7 @@ use half::f16;
 use std::hint::black_box;
 use std::sync::Barrier;
 use std::time::Instant;
-use tailorq_kernels::{Activations, Device, cpu_with};
+use tailorq_kernels::{Activations, Device, cpu_with, read_all};
 use tailorq_tensor::{
     Bits, ElementCorrections, Group, Layout, PackedMatrix, PackedParts, Rng, SharedBytes, TILE, TileBits,
     TileCorrection, TileCorrections, Weight,
@@ -17,7 +17,7 @@ use tailorq_tensor::{
 
 /// Bytes of the matrices of one program.
 const WORKING_SET: usize = 192 << 20;
-/// Bytes of the buffer whose sum measures the bandwidth.
+/// Bytes of the buffer that is read to measure the bandwidth.
 const BUFFER: usize = 512 << 20;
 /// Rounds; medians of them are printed.
 const ROUNDS: usize = 9;
@@ -96,16 +96,13 @@ fn region(pool: &rayon::ThreadPool, work: impl Fn(usize) + Sync) -> f64 {
     (last - first).as_secs_f64()
 }
 
-/// The sum of a thread's share of the buffer, eight independent chains that the compiler makes vectors of.
-fn read(buffer: &[u64], thread: usize, threads: usize) {
-    let n = buffer.len() / threads;
-    let mut sums = [0u64; 64];
-    for chunk in buffer[thread * n..(thread + 1) * n].chunks_exact(64) {
-        for (sum, v) in sums.iter_mut().zip(chunk) {
-            *sum = sum.wrapping_add(*v);
-        }
-    }
-    black_box(sums);
+/// Seconds in which all threads of a pool together read the buffer.
+fn read(pool: &rayon::ThreadPool, buffer: &[f32]) -> f64 {
+    pool.install(|| {
+        let start = Instant::now();
+        black_box(read_all(buffer));
+        start.elapsed().as_secs_f64()
+    })
 }
 
 fn multiply(device: &dyn Device, all: &[Weight], x: &[f32], y: &mut [f32], thread: usize, threads: usize) {
@@ -132,7 +129,7 @@ fn main() {
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let threads = if arguments.is_empty() { vec![1, cores.min(2)] } else { arguments };
     let (device, mut rng) = (cpu_with(Activations::Int8), Rng::new(1));
-    let buffer: Vec<u64> = (0..BUFFER as u64 / 8).collect();
+    let buffer: Vec<f32> = (0..BUFFER / size_of::<f32>()).map(|i| i as f32).collect();
     println!(
         "{}; medians of {ROUNDS} rounds; GB/s of bytes stored, and share of the read bandwidth beside it",
         device.name()
@@ -148,7 +145,7 @@ fn main() {
                 let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a pool");
                 let (mut reads, mut products) = (Vec::new(), Vec::new());
                 for _ in 0..ROUNDS {
-                    reads.push(BUFFER as f64 / 1e9 / region(&pool, |thread| read(&buffer, thread, threads)));
+                    reads.push(BUFFER as f64 / 1e9 / read(&pool, &buffer));
                     let seconds = region(&pool, |thread| {
                         let mut y = vec![0.0; rows];
                         multiply(&*device, &all, &x, &mut y, thread, threads);
