@@ -35,11 +35,11 @@ pub(super) fn linear_rows(
     if let (Activations::Int8, Weight::Packed(w)) = (activations, w)
         && packed::reads(w)
     {
-        if n <= packed::FEW {
+        if n <= FEW {
             return packed::few(isa, x, w, bias, rows, y);
         }
         #[cfg(target_arch = "x86_64")]
-        if packed::has_panels(isa) {
+        if packed::has_vnni(isa) {
             return packed::many(isa, x, w, bias, rows, y);
         }
     }
@@ -68,11 +68,15 @@ fn panel(isa: Isa, x: &[f32], w: &Weight, bias: Option<&[f32]>, first_row: usize
             multiply(panel);
         });
     }
-    if let Some(bias) = bias {
-        for t in 0..tile.rows() {
-            for (y, b) in tile.row_mut(t).iter_mut().zip(&bias[first..]) {
-                *y += b;
-            }
+    add_bias(&mut tile, bias, first);
+}
+
+/// Adds the bias, if any, to all tokens of a tile whose first column is output row `first`.
+pub(super) fn add_bias(tile: &mut Tile<'_>, bias: Option<&[f32]>, first: usize) {
+    let Some(bias) = bias else { return };
+    for t in 0..tile.rows() {
+        for (y, b) in tile.row_mut(t).iter_mut().zip(&bias[first..]) {
+            *y += b;
         }
     }
 }

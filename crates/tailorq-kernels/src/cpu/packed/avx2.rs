@@ -5,7 +5,8 @@
 //! their low seven bits and their high bit.
 
 use super::activations::{LANES, Quantized};
-use super::base::{Base, LaneGroups};
+use super::base::{Base, LaneGroups, ZeroBits};
+use crate::cpu::simd::sum8;
 use crate::cpu::tile::Tile;
 use std::arch::x86_64::*;
 use tailorq_tensor::Bits;
@@ -13,18 +14,13 @@ use tailorq_tensor::Bits;
 /// Lanes of a register.
 const HALF: usize = 8;
 
-/// Whether this processor has what the kernels use.
-pub(super) fn available() -> bool {
-    is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
-}
-
 /// `y[t, i] = base[first + i] x[t]` for all of `y`, whose rows are tokens.
 ///
 /// # Safety
-/// The processor is [`available`].
+/// The processor has avx2, fma and f16c.
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) unsafe fn rows(base: &Base<'_>, x: &Quantized, first: usize, y: &mut Tile<'_>) {
-    let kernel = Kernel { base, x, groups: base.lane_groups(), zeros: ZeroBits::new(base.bits()) };
+    let kernel = Kernel { base, x, groups: base.lane_groups(), zeros: base.zero_bits() };
     // SAFETY: the processor has the features of this function, and the slices are as long as a `Base` says.
     unsafe {
         match base.layout.bits {
@@ -263,7 +259,7 @@ impl Kernel<'_> {
             let mut products = [[0.0; N]; R];
             for (products, sums) in products.iter_mut().zip(sums) {
                 for (product, sum) in products.iter_mut().zip(sums) {
-                    *product = add_lanes(sum);
+                    *product = sum8(sum);
                 }
             }
             products
@@ -300,45 +296,25 @@ impl Kernel<'_> {
             let from = row * base.zero_bytes + chunk * bytes;
             let mut stream = [0u8; 16];
             stream[..n].copy_from_slice(&base.zeros[from..from + n]);
-            self.zeros.unpack(_mm_loadu_si128(stream.as_ptr().cast()))
+            unpack(&self.zeros, _mm_loadu_si128(stream.as_ptr().cast()))
         }
     }
 }
 
-/// Takes sixteen numbers of a few bits each out of a bit stream.
-struct ZeroBits {
-    /// For each lane the four bytes from the one on in which its number begins.
-    bytes: [i32; LANES],
-    /// Where in that byte it begins.
-    shifts: [i32; LANES],
-    mask: i32,
-}
-
-impl ZeroBits {
-    fn new(bits: usize) -> Self {
-        // Bytes past the stream's sixteen hold no bit of any number, whatever they are.
-        let byte = |lane: usize| (lane * bits / 8) as i32;
-        ZeroBits {
-            bytes: std::array::from_fn(|lane| byte(lane) * 0x01_01_01_01 + 0x03_02_01_00),
-            shifts: std::array::from_fn(|lane| (lane * bits % 8) as i32),
-            mask: (1 << bits) - 1,
+/// Sixteen numbers out of the bit stream of a chunk.
+#[inline(always)]
+unsafe fn unpack(zeros: &ZeroBits, stream: __m128i) -> [__m256; 2] {
+    // SAFETY: see `Codes::dots`.
+    unsafe {
+        let stream = _mm256_broadcastsi128_si256(stream);
+        let mut halves = [_mm256_setzero_ps(); 2];
+        for (half, numbers) in halves.iter_mut().enumerate() {
+            let bytes = _mm256_load_si256(zeros.bytes.0[half * HALF..].as_ptr().cast());
+            let shifts = _mm256_load_si256(zeros.shifts.0[half * HALF..].as_ptr().cast());
+            let shifted = _mm256_srlv_epi32(_mm256_shuffle_epi8(stream, bytes), shifts);
+            *numbers = _mm256_cvtepi32_ps(_mm256_and_si256(shifted, _mm256_set1_epi32(zeros.mask)));
         }
-    }
-
-    #[inline(always)]
-    unsafe fn unpack(&self, stream: __m128i) -> [__m256; 2] {
-        // SAFETY: see `Codes::dots`.
-        unsafe {
-            let stream = _mm256_broadcastsi128_si256(stream);
-            let mut halves = [_mm256_setzero_ps(); 2];
-            for (half, numbers) in halves.iter_mut().enumerate() {
-                let bytes = _mm256_loadu_si256(self.bytes[half * HALF..].as_ptr().cast());
-                let shifts = _mm256_loadu_si256(self.shifts[half * HALF..].as_ptr().cast());
-                let shifted = _mm256_srlv_epi32(_mm256_shuffle_epi8(stream, bytes), shifts);
-                *numbers = _mm256_cvtepi32_ps(_mm256_and_si256(shifted, _mm256_set1_epi32(self.mask)));
-            }
-            halves
-        }
+        halves
     }
 }
 
@@ -371,16 +347,5 @@ unsafe fn highs_at(row: &[u16], at: usize, n: usize) -> __m256i {
             highs[..n].copy_from_slice(&row[at..at + n]);
         }
         _mm256_cvtepu16_epi32(_mm_loadu_si128(highs.as_ptr().cast()))
-    }
-}
-
-/// Lanes 4, 2 and 1 apart.
-#[inline(always)]
-unsafe fn add_lanes(v: __m256) -> f32 {
-    // SAFETY: see `Codes::dots`.
-    unsafe {
-        let four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
-        let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-        _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
     }
 }

@@ -7,8 +7,9 @@
 //! the other tokens of a block.
 
 use super::activations::{LANES, Lanes, Plane, Quantized};
-use super::base::{Base, Indices, LaneGroups};
+use super::base::{Base, LaneGroups, ZeroBits};
 use super::corrections::TileView;
+use crate::cpu::simd::{Avx512, Simd};
 use crate::cpu::tile::Tile;
 use std::arch::x86_64::*;
 use tailorq_tensor::{Bits, TILE, TileBits};
@@ -154,7 +155,7 @@ unsafe fn all<C: Codes>(base: &Base<'_>, x: &Quantized, first: usize, y: &mut Ti
         base,
         x,
         groups: base.lane_groups(),
-        zeros: ZeroBits::new(base.bits()),
+        zeros: base.zero_bits(),
         steps: base.steps(),
         per_chunk: base.steps_per_chunk(),
         ahead: AHEAD.next_multiple_of(16 * base.words_per_row),
@@ -251,7 +252,7 @@ impl Kernel<'_> {
             let mut products = [[0.0; N]; R];
             for (products, sums) in products.iter_mut().zip(sums) {
                 for (product, sum) in products.iter_mut().zip(sums) {
-                    *product = add_lanes(sum);
+                    *product = Avx512::new().sum(sum);
                 }
             }
             Sums(products)
@@ -289,7 +290,7 @@ impl Kernel<'_> {
             let bytes = 2 * base.bits();
             let from = base.zeros.as_ptr().add(row * base.zero_bytes + chunk * bytes);
             let mask = first_lanes((base.zero_bytes - chunk * bytes).min(bytes));
-            self.zeros.unpack(_mm_maskz_loadu_epi8(mask, from.cast()))
+            unpack(&self.zeros, _mm_maskz_loadu_epi8(mask, from.cast()))
         }
     }
 }
@@ -349,34 +350,15 @@ impl<const R: usize, const N: usize> Sources<R, N> {
     }
 }
 
-/// Takes sixteen numbers of a few bits each out of a bit stream.
-struct ZeroBits {
-    /// For each lane the four bytes from the one on in which its number begins.
-    bytes: Indices,
-    /// Where in that byte it begins.
-    shifts: Indices,
-    mask: i32,
-}
-
-impl ZeroBits {
-    fn new(bits: usize) -> Self {
-        let table = |f: fn(usize) -> usize| Indices(std::array::from_fn(|lane| f(lane * bits) as i32));
-        ZeroBits {
-            bytes: table(|at| at / 8 * 0x01_01_01_01 + 0x03_02_01_00),
-            shifts: table(|at| at % 8),
-            mask: (1 << bits) - 1,
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn unpack(&self, stream: __m128i) -> __m512 {
-        // SAFETY: see `Two`.
-        unsafe {
-            let bytes = _mm512_load_si512(self.bytes.0.as_ptr().cast());
-            let lanes = _mm512_permutexvar_epi8(bytes, _mm512_zextsi128_si512(stream));
-            let numbers = _mm512_srlv_epi32(lanes, _mm512_load_si512(self.shifts.0.as_ptr().cast()));
-            _mm512_cvtepi32_ps(_mm512_and_si512(numbers, _mm512_set1_epi32(self.mask)))
-        }
+/// Sixteen numbers out of the bit stream of a chunk.
+#[inline(always)]
+unsafe fn unpack(zeros: &ZeroBits, stream: __m128i) -> __m512 {
+    // SAFETY: see `Two`.
+    unsafe {
+        let bytes = _mm512_load_si512(zeros.bytes.0.as_ptr().cast());
+        let lanes = _mm512_permutexvar_epi8(bytes, _mm512_zextsi128_si512(stream));
+        let numbers = _mm512_srlv_epi32(lanes, _mm512_load_si512(zeros.shifts.0.as_ptr().cast()));
+        _mm512_cvtepi32_ps(_mm512_and_si512(numbers, _mm512_set1_epi32(zeros.mask)))
     }
 }
 
@@ -393,19 +375,6 @@ impl<const R: usize, const N: usize> Sums<R, N> {
                 *y = self.0[r][t];
             }
         }
-    }
-}
-
-/// Lanes 8, 4, 2 and 1 apart.
-#[inline(always)]
-unsafe fn add_lanes(v: __m512) -> f32 {
-    // SAFETY: see `Two`.
-    unsafe {
-        let high = _mm256_castsi256_ps(_mm512_extracti64x4_epi64::<1>(_mm512_castps_si512(v)));
-        let eight = _mm256_add_ps(_mm512_castps512_ps256(v), high);
-        let four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
-        let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-        _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
     }
 }
 
@@ -468,7 +437,7 @@ pub(super) unsafe fn add_tiles(tiles: &TileView<'_>, x: &[f32], first: usize, y:
         }
         if rank > before {
             // SAFETY: see `Two`.
-            *y += unsafe { add_lanes(sums) };
+            *y += unsafe { Avx512::new() }.sum(sums);
         }
     }
 }

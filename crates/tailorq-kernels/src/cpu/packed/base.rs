@@ -85,6 +85,11 @@ impl<'a> Base<'a> {
         f32::from(two >> (at % 8) & ((1 << bits) - 1))
     }
 
+    /// How a chunk of packed zeros is taken apart.
+    pub(super) fn zero_bits(&self) -> ZeroBits {
+        ZeroBits::new(self.bits())
+    }
+
     /// Width of a code and of a packed zero.
     pub(super) fn bits(&self) -> usize {
         self.layout.bits.count() as usize
@@ -108,3 +113,24 @@ pub(super) struct LaneGroups {
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
 pub(super) struct Indices(pub(super) [i32; LANES]);
+
+/// Takes sixteen numbers of a few bits each out of a bit stream, lane by lane.
+pub(super) struct ZeroBits {
+    /// For each lane the four bytes from the one on in which its number begins. Bytes past the stream's sixteen hold no bit
+    /// of any number, whatever they are.
+    pub(super) bytes: Indices,
+    /// Where in that byte it begins.
+    pub(super) shifts: Indices,
+    pub(super) mask: i32,
+}
+
+impl ZeroBits {
+    fn new(bits: usize) -> Self {
+        let table = |f: fn(usize) -> usize| Indices(std::array::from_fn(|lane| f(lane * bits) as i32));
+        ZeroBits {
+            bytes: table(|at| at / 8 * 0x01_01_01_01 + 0x03_02_01_00),
+            shifts: table(|at| at % 8),
+            mask: (1 << bits) - 1,
+        }
+    }
+}

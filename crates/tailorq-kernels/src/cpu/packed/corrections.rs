@@ -1,7 +1,8 @@
 //! The second pass: what corrections of elements and tiles, and the bias, add to the products of the base.
 
+use crate::cpu::linear::add_bias;
 use crate::cpu::scratch;
-use crate::cpu::simd::{Isa, Level, Simd, per_isa};
+use crate::cpu::simd::{Isa, Simd, per_isa};
 use crate::cpu::tile::Tile;
 use half::f16;
 use rayon::prelude::*;
@@ -21,12 +22,8 @@ pub(super) fn add(isa: Isa, w: &PackedMatrix, x: &[f32], first: usize, bias: Opt
         if let Some(elements) = w.elements() {
             add_elements(isa, elements, x, first, y);
         }
-        if let Some(bias) = bias {
-            for (y, b) in y.iter_mut().zip(&bias[first..]) {
-                *y += b;
-            }
-        }
     }
+    add_bias(y, bias, first);
 }
 
 /// The activations of many tokens by input, `[cols, n]`, so that a correction is added to all tokens at once.
@@ -87,13 +84,7 @@ pub(super) fn add_many(
             }
         });
     }
-    if let Some(bias) = bias {
-        for t in 0..y.rows() {
-            for (y, b) in y.row_mut(t).iter_mut().zip(&bias[first..]) {
-                *y += b;
-            }
-        }
-    }
+    add_bias(y, bias, first);
 }
 
 per_isa! {
@@ -147,7 +138,7 @@ fn multiply(isa: Isa, elements: &ElementCorrections, values: &[u16], x: &[f32], 
         let cols: &[u16] = cols.cast().expect("checked when the corrections were made");
         let cols = &cols[from..from + products.len()];
         #[cfg(target_arch = "x86_64")]
-        if isa.level() == Level::Avx512 && super::avx512::available() {
+        if super::has_vnni(isa) {
             assert_eq!(x.len(), elements.cols(), "activations of a row");
             // SAFETY: the processor has the features; columns were checked to be below `cols`, which `x` has.
             return unsafe { super::avx512::multiply_elements(cols, values, x, products) };
@@ -165,7 +156,7 @@ fn multiply(isa: Isa, elements: &ElementCorrections, values: &[u16], x: &[f32], 
 
 fn add_tiles(isa: Isa, tiles: &TileCorrections, x: &[f32], first: usize, y: &mut [f32]) {
     #[cfg(target_arch = "x86_64")]
-    if isa.level() == Level::Avx512 && super::avx512::available() {
+    if super::has_vnni(isa) {
         // SAFETY: the processor has the features, and the rows exist.
         return unsafe { super::avx512::add_tiles(&TileView::of(tiles), x, first, y) };
     }

@@ -1,7 +1,7 @@
 //! Linears of packed weights with 8-bit activations.
 //!
 //! `y = (base + corrections) x`: the base by integer products, codes times rounded activations, scaled a group at a time;
-//! the corrections by a second, sparse pass over the activations as they are. Up to [`FEW`] tokens, each weight row is read
+//! the corrections by a second, sparse pass over the activations as they are. For a few tokens, each weight row is read
 //! once and multiplied with every token; the sum of one row and one token is the same alone and among others.
 
 mod activations;
@@ -30,9 +30,6 @@ use tailorq_tensor::{InputTransform, PackedMatrix};
 pub(super) fn reads(w: &PackedMatrix) -> bool {
     w.mean4().is_none() && w.levels().is_none()
 }
-
-/// Up to this many tokens are multiplied row by row.
-pub(super) const FEW: usize = 12;
 
 /// Bytes of weights below which a task is not divided: a few microseconds of reading.
 const FEW_TASK: usize = 1 << 16;
@@ -78,19 +75,14 @@ pub(super) fn few(isa: Isa, x: &[f32], w: &PackedMatrix, bias: Option<&[f32]>, r
     FEW_BUFFERS.set(Few { quantized, rotated });
 }
 
-/// Whether the kernels of AVX-512 with VNNI run.
+/// Whether the kernels of AVX-512 with VNNI run. Only they have panels of unpacked rows: elsewhere many tokens meet weights in
+/// f32.
 #[cfg(target_arch = "x86_64")]
-fn has_vnni(isa: Isa) -> bool {
+pub(super) fn has_vnni(isa: Isa) -> bool {
     isa.level() == Level::Avx512 && avx512::available()
 }
 
-/// Whether there is a kernel for panels of unpacked rows; without one, many tokens meet weights in f32.
-#[cfg(target_arch = "x86_64")]
-pub(super) fn has_panels(isa: Isa) -> bool {
-    has_vnni(isa)
-}
-
-/// As [`few`], for more tokens, where [`has_panels`].
+/// As [`few`], for more tokens, where [`has_vnni`].
 #[cfg(target_arch = "x86_64")]
 pub(super) fn many(isa: Isa, x: &[f32], w: &PackedMatrix, bias: Option<&[f32]>, rows: Range<usize>, y: &mut [f32]) {
     let n = x.len() / w.cols().max(1);
@@ -173,15 +165,15 @@ fn fill(bias: Option<&[f32]>, rows: Range<usize>, y: &mut [f32]) {
 fn base_rows(isa: Isa, base: &Base<'_>, x: &Quantized, first: usize, y: &mut Tile<'_>) {
     match isa.level() {
         #[cfg(target_arch = "x86_64")]
-        Level::Avx512 if avx512::available() => {
+        _ if has_vnni(isa) => {
             // SAFETY: the processor has what the kernel needs.
             unsafe { avx512::rows(base, x, first, y) }
         }
         #[cfg(target_arch = "x86_64")]
-        Level::Avx512 | Level::Avx2 if avx2::available() => {
-            // SAFETY: the processor has what the kernel needs.
+        Level::Avx512 | Level::Avx2 => {
+            // SAFETY: such an `Isa` is made only where the processor has avx2, fma and f16c.
             unsafe { avx2::rows(base, x, first, y) }
         }
-        _ => portable::rows(base, x, first, y),
+        Level::Portable => portable::rows(base, x, first, y),
     }
 }

@@ -26,7 +26,7 @@ impl Avx2 {
 /// # Safety
 /// The processor has avx2.
 #[inline(always)]
-pub(super) unsafe fn sum8(a: __m256) -> f32 {
+pub(crate) unsafe fn sum8(a: __m256) -> f32 {
     unsafe {
         let four = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps::<1>(a));
         let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
