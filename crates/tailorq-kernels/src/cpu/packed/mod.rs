@@ -95,10 +95,12 @@ pub(super) fn many(isa: Isa, x: &[f32], w: &PackedMatrix, bias: Option<&[f32]>, 
     let transposed = corrections::Transposed::of(w, x, &mut many.transposed);
     let base = Base::of(w);
     let parts = Tile::new(y, n, rows.len(), rows.len()).grid(n, panel::PANEL);
-    parts.into_par_iter().for_each(|Part { col, mut tile, .. }| {
+    // A buffer for each run of panels that one thread takes; what a task gives does not depend on which runs those are.
+    let buffer = || panel::Panel::new(&base, &many.tokens);
+    parts.into_par_iter().for_each_init(buffer, |panel, Part { col, mut tile, .. }| {
         let first = rows.start + col;
-        // SAFETY: the processor has panels, and the rows exist.
-        unsafe { panel::rows(&base, &many.tokens, first, &mut tile) };
+        // SAFETY: the processor has panels, the rows exist, and the buffer is for these matrices.
+        unsafe { panel::rows(panel, &base, &many.tokens, first, &mut tile) };
         corrections::add_many(isa, w, &transposed, first, bias, &mut tile);
     });
     MANY.set(many);

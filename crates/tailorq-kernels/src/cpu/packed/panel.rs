@@ -76,35 +76,33 @@ impl Tokens {
     }
 }
 
-/// `y[t, i] = base[first + i] x[t]` for all of `y`, whose rows are all tokens of `x`.
+/// `y[t, i] = base[first + i] x[t]` for all of `y`, whose rows are all tokens of `x` and which is at most [`PANEL`] wide.
+/// What `panel` held before does not matter.
 ///
 /// # Safety
-/// The processor has AVX-512 with VNNI, BW, VL and VBMI; the rows exist.
+/// The processor has AVX-512 with VNNI, BW, VL and VBMI; the rows exist; the panel was made for `base` and `x`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi,avx2,fma,f16c")]
-pub(super) unsafe fn rows(base: &Base<'_>, x: &Tokens, first: usize, y: &mut Tile<'_>) {
-    let mut panel = Panel::new(base, x);
-    for col in (0..y.cols()).step_by(PANEL) {
-        let n = PANEL.min(y.cols() - col);
-        // A panel that is not full repeats its last row.
-        let rows = std::array::from_fn(|r| first + col + r.min(n - 1));
-        // SAFETY: the processor has the features; the panel has the units and groups that `x` has.
-        unsafe {
-            match base.layout.bits {
-                Bits::Two => panel.read::<Two>(base, &rows),
-                Bits::Three => panel.read::<Three>(base, &rows),
-                Bits::Four => panel.read::<Four>(base, &rows),
-                Bits::Eight => panel.read::<Eight>(base, &rows),
-                Bits::Six => panel.read::<Six>(base, &rows),
-            }
-            for t in (0..x.n).step_by(TOKENS) {
-                panel.multiply(x, t, col, n, y);
-            }
+pub(super) unsafe fn rows(panel: &mut Panel, base: &Base<'_>, x: &Tokens, first: usize, y: &mut Tile<'_>) {
+    // A panel that is not full repeats its last row.
+    let last = y.cols() - 1;
+    let rows = std::array::from_fn(|r| first + r.min(last));
+    // SAFETY: the processor has the features; the panel has the units and groups that `x` has.
+    unsafe {
+        match base.layout.bits {
+            Bits::Two => panel.read::<Two>(base, &rows),
+            Bits::Three => panel.read::<Three>(base, &rows),
+            Bits::Four => panel.read::<Four>(base, &rows),
+            Bits::Eight => panel.read::<Eight>(base, &rows),
+            Bits::Six => panel.read::<Six>(base, &rows),
+        }
+        for t in (0..x.n).step_by(TOKENS) {
+            panel.multiply(x, t, y);
         }
     }
 }
 
-/// 32 rows of weights, a code a byte.
-struct Panel {
+/// 32 rows of weights, a code a byte: a buffer that takes one panel after the other of the same matrix.
+pub(super) struct Panel {
     /// `[groups * UNITS, REGISTERS]`; units past the last word are 0.
     codes: Vec<Line>,
     /// `[weight_groups, REGISTERS]`.
@@ -116,7 +114,7 @@ struct Panel {
 }
 
 impl Panel {
-    fn new(base: &Base<'_>, x: &Tokens) -> Self {
+    pub(super) fn new(base: &Base<'_>, x: &Tokens) -> Self {
         Panel {
             codes: vec![Line([0; 64]); x.groups * UNITS * REGISTERS],
             scales: vec![OfRows([0.0; ROWS]); x.weight_groups * REGISTERS],
@@ -156,12 +154,13 @@ impl Panel {
         }
     }
 
-    /// Six tokens from `first` on times all rows, into columns `col..col + n` of `y`.
+    /// Six tokens from `first` on times as many rows as `y` has columns.
     #[inline(always)]
-    unsafe fn multiply(&self, x: &Tokens, first: usize, col: usize, n: usize, y: &mut Tile<'_>) {
+    unsafe fn multiply(&self, x: &Tokens, first: usize, y: &mut Tile<'_>) {
+        let n = y.cols();
         // The last block repeats its last token.
         let tokens: [usize; TOKENS] = std::array::from_fn(|t| (first + t).min(x.n - 1));
-        // SAFETY: inlined into a function with the features; tokens, groups and units exist; stores are masked to `n` columns.
+        // SAFETY: inlined into a function with the features; tokens, groups and units exist; stores are masked to the columns of `y`.
         unsafe {
             let units = tokens.map(|t| x.units.as_ptr().add(t * x.groups * UNITS));
             let scales = tokens.map(|t| x.scales.as_ptr().add(t * x.groups));
@@ -198,7 +197,7 @@ impl Panel {
                 }
             }
             for t in 0..TOKENS.min(x.n - first) {
-                let to = y.row_mut(first + t)[col..].as_mut_ptr();
+                let to = y.row_mut(first + t).as_mut_ptr();
                 for (register, totals) in totals.iter().enumerate() {
                     let mask = first_lanes(n.saturating_sub(register * ROWS));
                     _mm512_mask_storeu_ps(to.wrapping_add(register * ROWS), mask, totals[t]);
