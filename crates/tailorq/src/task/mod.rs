@@ -43,18 +43,19 @@ pub(crate) struct Task {
 impl Task {
     /// The token energies of a layer, which a survey must hold.
     pub(crate) fn token_energies(&self, model: &Model, id: LayerId) -> Result<Vec<f32>, QuantError> {
-        let survey = self.survey.as_ref().ok_or_else(|| QuantError::Settings("there is no survey".into()))?;
-        survey.token_energies(model, id).map_err(|e| QuantError::Settings(e.to_string()))
+        self.read_survey(|survey| survey.token_energies(model, id))
     }
-}
 
-impl Task {
     /// The squared gradients of a layer, which a survey must hold.
     pub(crate) fn squares(&self, model: &Model, id: LayerId) -> Result<Matrix, QuantError> {
-        let survey = self.survey.as_ref().ok_or_else(|| QuantError::Settings("there is no survey".into()))?;
         let linear = model.blocks[id.block_idx].linear(id.slot);
         let shape = (linear.weight.rows(), linear.weight.cols());
-        survey.statistic(SQUARE, &linear.name, shape).map_err(|e| QuantError::Settings(e.to_string()))
+        self.read_survey(|survey| survey.statistic(SQUARE, &linear.name, shape))
+    }
+
+    fn read_survey<T>(&self, read: impl FnOnce(&SurveyFile) -> Result<T, PipelineError>) -> Result<T, QuantError> {
+        let survey = self.survey.as_ref().ok_or_else(|| QuantError::Settings("there is no survey".into()))?;
+        read(survey).map_err(|e| QuantError::Settings(e.to_string()))
     }
 }
 

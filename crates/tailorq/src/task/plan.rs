@@ -27,8 +27,8 @@ pub(crate) struct Exceptions {
 }
 
 impl Exceptions {
-    /// Writes them to `path`, whole or not at all. `model` is the checkpoint's SHA-256.
-    /// `made_by` is the version of tailorq whose numbers decided the plan.
+    /// Writes them to `path`, whole or not at all, as a plan for the checkpoint with SHA-256 `model`. `made_by` is the version
+    /// of tailorq whose numbers decided the plan.
     pub(crate) fn write(&self, path: &Path, model: &str, made_by: &str) -> Result<(), PipelineError> {
         let layers = serde_json::to_string(&self.layers).expect("plain data");
         let metadata = [("tailorq_plan", PLAN_SCHEMA), ("tailorq", made_by), ("model", model), ("layers", &layers)];
@@ -41,7 +41,30 @@ impl Exceptions {
     }
 }
 
+/// A plan that was written, its masks left in the memory map.
+pub(crate) struct PlanFile {
+    file: SafetensorsFile,
+    path: PathBuf,
+    layers: BTreeMap<String, LayerSettings>,
+}
+
 impl PlanFile {
+    /// Opens a plan and checks that it is one for the checkpoint with SHA-256 `model`.
+    pub(crate) fn open(path: &Path, model: &str) -> Result<Self, PipelineError> {
+        let file = SafetensorsFile::open(path)?;
+        let fail = |problem: String| PipelineError::Output { path: path.to_path_buf(), problem };
+        let found = |key: &str| file.metadata().get(key).map(String::as_str);
+        if found("tailorq_plan") != Some(PLAN_SCHEMA) {
+            return Err(fail("is no plan of this version of tailorq: make one with `tailorq plan`".into()));
+        }
+        if found("model") != Some(model) {
+            return Err(fail("was made for another checkpoint: make one for this".into()));
+        }
+        let layers = serde_json::from_str(found("layers").unwrap_or("{}"))
+            .map_err(|e| fail(format!("has settings of layers that cannot be read ({e}): make it again")))?;
+        Ok(PlanFile { file, path: path.to_path_buf(), layers })
+    }
+
     /// Whether some layer keeps elements at 16 bits.
     pub(crate) fn keeps_elements(&self) -> bool {
         self.file.names().any(|name| name.starts_with("kept."))
@@ -73,57 +96,35 @@ impl PlanFile {
     pub(crate) fn kept(&self, model: &Model) -> Result<BTreeMap<String, Vec<u32>>, PipelineError> {
         let mut kept = BTreeMap::new();
         for linear in model.blocks.iter().flat_map(|b| &b.linears) {
-            if let Some(tensor) = self.file.get(&format!("kept.{}", linear.name)) {
-                let indices = tensor.bytes.cast::<u32>().ok_or_else(|| PipelineError::Output {
-                    path: self.path.clone(),
-                    problem: format!("kept.{} is not a list of U32: make the plan again", linear.name),
-                })?;
-                kept.insert(linear.name.clone(), indices.to_vec());
+            if let Some(indices) = self.kept_in(&linear.name)? {
+                kept.insert(linear.name.clone(), indices);
             }
         }
         Ok(kept)
-    }
-}
-
-/// A plan that was written, its masks left in the memory map.
-pub(crate) struct PlanFile {
-    file: SafetensorsFile,
-    path: PathBuf,
-    layers: BTreeMap<String, LayerSettings>,
-}
-
-impl PlanFile {
-    /// Opens a plan and checks that it is one for the checkpoint with SHA-256 `model`.
-    pub(crate) fn open(path: &Path, model: &str) -> Result<Self, PipelineError> {
-        let file = SafetensorsFile::open(path)?;
-        let fail = |problem: String| PipelineError::Output { path: path.to_path_buf(), problem };
-        let found = |key: &str| file.metadata().get(key).map(String::as_str);
-        if found("tailorq_plan") != Some(PLAN_SCHEMA) {
-            return Err(fail("is no plan of this version of tailorq: make one with `tailorq plan`".into()));
-        }
-        if found("model") != Some(model) {
-            return Err(fail("was made for another checkpoint: make one for this".into()));
-        }
-        let layers = serde_json::from_str(found("layers").unwrap_or("{}"))
-            .map_err(|e| fail(format!("has settings of layers that cannot be read ({e}): make it again")))?;
-        Ok(PlanFile { file, path: path.to_path_buf(), layers })
     }
 
     /// What a layer shall become; `default` is what it becomes where the plan is silent.
     pub(crate) fn layer(&self, model: &Model, id: LayerId, default: LayerSettings) -> Result<LayerPlan, QuantError> {
         let linear = model.blocks[id.block_idx].linear(id.slot);
         let settings = self.layers.get(&linear.name).copied().unwrap_or(default);
-        let name = format!("kept.{}", linear.name);
-        let Some(tensor) = self.file.get(&name) else { return Ok(LayerPlan { settings, kept: None }) };
-        let indices = match (tensor.dtype, tensor.bytes.cast::<u32>()) {
-            (StoredType::U32, Some(indices)) => indices,
-            _ => {
-                let problem = format!("{}: {name} is not a list of U32: make the plan again", self.path.display());
-                return Err(QuantError::Settings(problem));
-            }
+        let Some(indices) = self.kept_in(&linear.name).map_err(|e| QuantError::Settings(e.to_string()))? else {
+            return Ok(LayerPlan { settings, kept: None });
         };
         let (rows, cols) = (linear.weight.rows(), linear.weight.cols());
-        let mask = ElementMask::from_indices(rows, cols, indices.iter().map(|&i| i as usize))?;
+        let mask = ElementMask::from_indices(rows, cols, indices.into_iter().map(|i| i as usize))?;
         Ok(LayerPlan { settings, kept: Some(Arc::new(mask)) })
+    }
+
+    /// Ascending row-major indices of the elements of a linear that stay at 16 bits, if the plan has any.
+    fn kept_in(&self, linear: &str) -> Result<Option<Vec<u32>>, PipelineError> {
+        let name = format!("kept.{linear}");
+        let Some(tensor) = self.file.get(&name) else { return Ok(None) };
+        match (tensor.dtype, tensor.bytes.cast::<u32>()) {
+            (StoredType::U32, Some(indices)) => Ok(Some(indices.to_vec())),
+            _ => Err(PipelineError::Output {
+                path: self.path.clone(),
+                problem: format!("{name} is not a list of U32: make the plan again"),
+            }),
+        }
     }
 }
