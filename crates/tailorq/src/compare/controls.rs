@@ -9,10 +9,10 @@ use crate::presets::Method;
 use crate::recipe::{LossKind, QuantizeSettings, Recipe};
 use crate::task::allocation::ALLOCATED_METHODS;
 use crate::task::circuit::{CircuitSettings, Reference};
-use crate::task::uniform::layout_bytes;
+use crate::task::uniform::{LINEAR_WIDTHS, groups, layout_bytes};
 use tailorq_model::Model;
 use tailorq_quant::{CircuitSignal, Clip};
-use tailorq_tensor::{Bits, Group, Layout};
+use tailorq_tensor::Layout;
 
 /// The dampings at which GPTQ stands beside every method.
 const DAMPINGS: [f64; 3] = [0.01, 0.1, 1.0];
@@ -87,10 +87,7 @@ fn bytes_of(model: &Model, recipe: &Recipe) -> u64 {
 
 /// The uniform layout with the most bytes that are not more than these, and the one with the least that are more, if near.
 fn uniform_layouts(model: &Model, own: &QuantizeSettings, bytes: u64) -> Vec<Layout> {
-    let groups = || Group::SIZES.map(Group::Inputs).into_iter().chain([Group::Row]);
-    // 6 bits are for tables.
-    let layouts =
-        Bits::ALL.into_iter().filter(|b| *b != Bits::Six).flat_map(|bits| groups().map(move |group| (bits, group)));
+    let layouts = LINEAR_WIDTHS.into_iter().flat_map(|bits| groups().map(move |group| (bits, group)));
     let sized: Vec<(u64, Layout)> = layouts
         .map(|(bits, group)| Layout { bits, group, symmetric: own.symmetric })
         .map(|layout| (layout_bytes(model, layout), layout))

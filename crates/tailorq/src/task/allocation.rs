@@ -2,6 +2,7 @@
 
 use crate::error::PipelineError;
 use crate::names::by_name;
+use crate::task::uniform::LINEAR_WIDTHS;
 use serde::{Deserialize, Serialize};
 use tailorq_tensor::Bits;
 
@@ -218,7 +219,7 @@ impl Default for ScoreSettings {
         ScoreSettings {
             signal: AllocationSignal::Damage,
             unit: UnitKind::Block,
-            widths: vec![2, 3, 4, 8],
+            widths: LINEAR_WIDTHS.map(Bits::count).to_vec(),
             prompts: 16,
             span: Span::Continuation,
             measure: MeasureKind::Divergence,

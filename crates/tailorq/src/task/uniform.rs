@@ -6,6 +6,15 @@ use crate::task::circuit::{CircuitSettings, MOST_KEPT};
 use tailorq_model::Model;
 use tailorq_tensor::{Bits, ElementCorrections, Group, Layout};
 
+/// The widths that budgets, allocations and controls choose among for linears unless told otherwise. 6 bits are left to those
+/// who ask for them: every kernel has that width, but it was made for embedding and head.
+pub(crate) const LINEAR_WIDTHS: [Bits; 4] = [Bits::Two, Bits::Three, Bits::Four, Bits::Eight];
+
+/// All groups, the smallest first.
+pub(crate) fn groups() -> impl Iterator<Item = Group> {
+    Group::SIZES.map(Group::Inputs).into_iter().chain([Group::Row])
+}
+
 /// Shapes of all linears.
 fn shapes(model: &Model) -> impl Iterator<Item = (usize, usize)> {
     model.blocks.iter().flat_map(|b| &b.linears).map(|l| (l.weight.rows(), l.weight.cols()))
@@ -52,16 +61,12 @@ pub(crate) fn settle(
     let n_weights = n_weights(model);
     let budget = (bits_per_weight * n_weights as f64 / 8.0).floor() as u64;
     let groups = match circuit {
-        None => Group::SIZES.map(Group::Inputs).into_iter().chain([Group::Row]).collect(),
+        None => groups().collect(),
         Some(_) => vec![quantize.group],
     };
     let (rows, each) = if circuit.is_some() { kept_costs(model) } else { (0, 1) };
-    // 6 bits are for tables: no integer kernel multiplies with them.
-    let layouts = Bits::ALL
-        .iter()
-        .rev()
-        .filter(|b| **b != Bits::Six)
-        .flat_map(|&bits| groups.iter().map(move |&group| (bits, group)));
+    let widest_first = LINEAR_WIDTHS.into_iter().rev();
+    let layouts = widest_first.flat_map(|bits| groups.iter().map(move |&group| (bits, group)));
     let at = |(bits, group)| QuantizeSettings { bits, group, ..quantize.clone() };
     let levels = |s: &QuantizeSettings| (shapes(model).count() * s.level_bytes()) as u64;
     let size = |s: QuantizeSettings| (s.layout(), layout_bytes(model, s.layout()) + levels(&s) + rows);
