@@ -3,7 +3,8 @@
 use crate::error::PipelineError;
 use crate::report::{LayerReport, rounded};
 use tailorq_kernels::Device;
-use tailorq_quant::{Clip, LayerSettings, LayerStats};
+use tailorq_quant::quantize::Rtn;
+use tailorq_quant::{Clip, LayerSettings, LayerStats, Quantizer};
 use tailorq_tensor::{Bits, DType, Layout, Matrix, PackedMatrix, Weight};
 
 /// Rows in work at a time: bounds memory and lets threads share a panel.
@@ -16,7 +17,6 @@ pub fn pack_table(
     table: &Weight,
     layout: Layout,
 ) -> Result<(PackedMatrix, LayerReport), PipelineError> {
-    let rtn = tailorq_quant::find("rtn").expect("rtn is a registered method");
     let settings = LayerSettings {
         layout,
         clip: if layout.bits < Bits::Six { Clip::Magnitude } else { Clip::None },
@@ -26,7 +26,7 @@ pub fn pack_table(
     let (mut panels, mut notes) = (Vec::new(), Vec::new());
     let (mut squares, mut lost) = (0.0, 0.0);
     for_each_panel(table, |first_row, panel| {
-        let quantized = rtn
+        let quantized = Rtn
             .quantize(device, panel, &LayerStats::default(), &settings.into())
             .map_err(|e| PipelineError::Table(format!("{name}.weight, counted from row {first_row}: {e}")))?;
         let norm: f64 = panel.data().iter().map(|&w| f64::from(w) * f64::from(w)).sum();

@@ -7,8 +7,11 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use tailorq_kernels::Device;
 use tailorq_model::{Block, Model};
+use tailorq_quant::quantize::Rtn;
 use tailorq_quant::survey::Needs;
-use tailorq_quant::{CircuitSignal, ElementRow, LayerPlan, LayerSettings, LayerStats, QuantError, TopElements};
+use tailorq_quant::{
+    CircuitSignal, ElementRow, LayerPlan, LayerSettings, LayerStats, QuantError, Quantizer, TopElements,
+};
 use tailorq_tensor::{LayerId, Matrix, Rng, Slot, Weight};
 
 /// The largest share of weights that may be kept: beyond it more bits for all are cheaper (a kept weight costs 32 bits).
@@ -188,7 +191,6 @@ impl LayerEvidence {
 }
 
 fn rounded(device: &dyn Device, weights: &Matrix, settings: LayerSettings) -> Result<Matrix, QuantError> {
-    let rtn = tailorq_quant::find("rtn").expect("rtn is a registered method");
-    let quantized = rtn.quantize(device, weights, &LayerStats::default(), &LayerPlan::from(settings))?;
+    let quantized = Rtn.quantize(device, weights, &LayerStats::default(), &LayerPlan::from(settings))?;
     Ok(quantized.weight.to_matrix())
 }

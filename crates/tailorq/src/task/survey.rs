@@ -18,8 +18,9 @@ use std::path::Path;
 use tailorq_format::{AtomicFile, SafetensorsFile, SafetensorsWriter, TensorSpec};
 use tailorq_kernels::Device;
 use tailorq_model::{Model, OpenedModel};
+use tailorq_quant::quantize::Rtn;
 use tailorq_quant::survey::{BlockStats, Loss, Needs, Survey, SurveySample};
-use tailorq_quant::{LayerPlan, LayerSettings, LayerStats, QuantError};
+use tailorq_quant::{LayerPlan, LayerSettings, LayerStats, QuantError, Quantizer};
 use tailorq_tensor::{DType, InputGroup, LayerId, Matrix, Slot};
 
 /// Schema of survey files.
@@ -254,7 +255,6 @@ fn rounded_model(
     settings: LayerSettings,
     observer: &dyn Observer,
 ) -> Result<Model, PipelineError> {
-    let rtn = tailorq_quant::find("rtn").expect("rtn is a registered method");
     let plan = LayerPlan::from(settings);
     let mut model = original.clone();
     observer.stage("rounding the model to diverge from", model.blocks.len() as u64);
@@ -264,7 +264,7 @@ fn rounded_model(
         }
         for slot in Slot::ALL {
             let linear = block.linear_mut(slot);
-            let found = rtn.quantize(device, &linear.weight.to_matrix(), &LayerStats::default(), &plan);
+            let found = Rtn.quantize(device, &linear.weight.to_matrix(), &LayerStats::default(), &plan);
             let named = |source: QuantError| QuantError::Layer {
                 layer: LayerId { block_idx, slot },
                 tensor: format!("{}.weight", linear.name),
