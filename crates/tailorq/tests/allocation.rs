@@ -2,52 +2,38 @@
 
 #![allow(clippy::unwrap_used, reason = "a failed step fails the test")]
 
-use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+mod inputs;
+
+use inputs::{Bench, StopAfter, assert_same, files, items};
+use std::path::Path;
 use tailorq::{
-    AllocationSettings, AllocationSignal, CalibrationRequest, CircuitSettings, Group, MeasureKind, Observer, Outcome,
-    OutputMode, PRESETS, PipelineError, Preset, QuantizeRequest, Recipe, Report, Rule, RuleSettings, ScoreRequest,
-    ScoreSettings, Scores, Silent, Span, UnitKind,
+    AllocationSettings, AllocationSignal, CalibrationRequest, CircuitSettings, Group, MeasureKind, Outcome, OutputMode,
+    PRESETS, PipelineError, Preset, QuantizeRequest, Recipe, Report, Rule, RuleSettings, ScoreRequest, ScoreSettings,
+    Scores, Silent, Span, UnitKind,
 };
 use tailorq_format::SafetensorsFile;
 use tailorq_model::testing::TinyModel;
 
-struct Bench {
-    dir: tempfile::TempDir,
+fn model(architecture: &str, n_blocks: usize, seed: u64) -> TinyModel {
+    let mut model = TinyModel::new(architecture, seed).unwrap();
+    model.config.n_blocks = n_blocks;
+    model.config.intermediate = 144;
+    model
 }
 
 impl Bench {
     fn new(architecture: &str, n_blocks: usize) -> Self {
-        let bench = Bench { dir: tempfile::tempdir().unwrap() };
-        bench.add_model("model", architecture, n_blocks, 7);
-        let lines: String = (0..12)
-            .map(|i| format!("{{\"prompt\": \"what is {i} plus {}?\", \"completion\": \"it is {}\"}}\n", i * 7, i * 8))
-            .collect();
-        std::fs::write(bench.path("calibration.jsonl"), lines).unwrap();
+        let bench = Bench::with_model(&model(architecture, n_blocks, 7));
+        bench.write("calibration.jsonl", &items(0..12));
         bench
     }
 
     fn add_model(&self, name: &str, architecture: &str, n_blocks: usize, seed: u64) {
-        let mut model = TinyModel::new(architecture, seed).unwrap();
-        model.config.n_blocks = n_blocks;
-        model.config.intermediate = 144;
-        model.write_directory(&self.path(name)).unwrap();
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
+        model(architecture, n_blocks, seed).write_directory(&self.path(name)).unwrap();
     }
 
     fn data(&self) -> Option<CalibrationRequest> {
-        Some(CalibrationRequest {
-            file: self.path("calibration.jsonl"),
-            samples: 6,
-            sequence_length: None,
-            seed: 3,
-            drop_calculator_marks: false,
-            general: None,
-        })
+        Some(self.calibration("calibration.jsonl", 6))
     }
 
     /// A preset with few prompts and groups that fit the tiny model.
@@ -62,7 +48,7 @@ impl Bench {
             calibration: self.data(),
             circuit: method.circuit,
             allocation: method.allocation,
-            ..QuantizeRequest::new(self.path("model").display().to_string(), self.path(output))
+            ..self.plain_request(output)
         }
     }
 
@@ -77,21 +63,10 @@ impl Bench {
 }
 
 fn quantize(request: &QuantizeRequest) -> Result<Report, PipelineError> {
-    match tailorq::quantize(tailorq::cpu().as_ref(), request, &Silent)? {
+    match inputs::quantize(request)? {
         Outcome::Written(report) => Ok(*report),
         Outcome::AlreadyFinished => panic!("finished before"),
     }
-}
-
-fn files(dir: &Path) -> BTreeMap<String, Vec<u8>> {
-    let entries = std::fs::read_dir(dir).unwrap().map(|e| e.unwrap());
-    entries.map(|e| (e.file_name().to_string_lossy().into_owned(), std::fs::read(e.path()).unwrap())).collect()
-}
-
-fn assert_same(a: &Path, b: &Path, what: &str) {
-    let (a, b) = (files(a), files(b));
-    let differing: Vec<_> = a.keys().chain(b.keys()).filter(|name| a.get(*name) != b.get(*name)).collect();
-    assert!(differing.is_empty(), "{what}: {differing:?} differ");
 }
 
 fn weights(dir: &Path) -> Vec<u8> {
@@ -123,18 +98,6 @@ fn widths(report: &Report) -> Vec<u32> {
         .collect()
 }
 
-/// Asks to stop at the `n`-th look.
-struct StopAfter(AtomicU64, u64);
-
-impl Observer for StopAfter {
-    fn stage(&self, _: &str, _: u64) {}
-    fn progress(&self, _: u64, _: &str) {}
-    fn note(&self, _: &str) {}
-    fn cancelled(&self) -> bool {
-        self.0.fetch_add(1, Ordering::Relaxed) + 1 >= self.1
-    }
-}
-
 #[test]
 fn every_preset_makes_an_artifact_that_repeats() {
     let bench = Bench::new("llama", 6);
@@ -159,7 +122,7 @@ fn every_preset_makes_an_artifact_that_repeats() {
         let recipe = Recipe::read(&request.output.join("recipe.toml")).unwrap();
         let again = bench.path(&format!("{}-again", preset.name));
         quantize(&QuantizeRequest::repeat(recipe, again.clone(), OutputMode::Fresh)).unwrap();
-        assert_same(&again, &request.output, preset.name);
+        assert_same(&files(&again), &files(&request.output), preset.name);
     }
 }
 
@@ -232,15 +195,15 @@ fn every_way_to_a_plan_gives_the_same_bytes() {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
             let request = bench.budget(preset, &name(&format!("threads-{threads}")), 3.0);
             pool.install(|| quantize(&request)).unwrap();
-            assert_same(&request.output, &whole.output, &format!("{threads} threads"));
+            assert_same(&files(&request.output), &files(&whole.output), &format!("{threads} threads"));
         }
         for &stop in stops {
             let mut request = bench.budget(preset, &name(&format!("stopped-{stop}")), 3.0);
-            let stopped = tailorq::quantize(tailorq::cpu().as_ref(), &request, &StopAfter(AtomicU64::new(0), stop));
+            let stopped = tailorq::quantize(tailorq::cpu().as_ref(), &request, &StopAfter::new(stop));
             assert!(matches!(stopped, Err(PipelineError::Cancelled)), "stop {stop}: {stopped:?}");
             request.mode = OutputMode::Resume;
             quantize(&request).unwrap();
-            assert_same(&request.output, &whole.output, &format!("stop {stop}"));
+            assert_same(&files(&request.output), &files(&whole.output), &format!("stop {stop}"));
         }
         // Score once, plan, quantize by the plan.
         let allocation = whole.allocation.clone().unwrap();
@@ -256,7 +219,7 @@ fn every_way_to_a_plan_gives_the_same_bytes() {
         let mut with_scores = bench.budget(preset, &name("with-scores"), 3.0);
         with_scores.scores = Some(scores.clone());
         quantize(&with_scores).unwrap();
-        assert_same(&with_scores.output, &whole.output, "given scores");
+        assert_same(&files(&with_scores.output), &files(&whole.output), "given scores");
         tailorq::plan(&scores, &allocation.rule, &plan).unwrap();
         let mut by_plan = bench.request("gptq", &name("by-plan"));
         by_plan.plan = Some(plan.clone());
@@ -266,7 +229,7 @@ fn every_way_to_a_plan_gives_the_same_bytes() {
         // The recipe repeats it as long as the plan is the same file.
         let again = |name: &str| QuantizeRequest::repeat(report.recipe.clone(), bench.path(name), OutputMode::Fresh);
         quantize(&again(&name("again"))).unwrap();
-        assert_same(&bench.path(&name("again")), &by_plan.output, "repeated");
+        assert_same(&files(&bench.path(&name("again"))), &files(&by_plan.output), "repeated");
         tailorq::plan(&scores, &RuleSettings::budget(Rule::Hull, 4.0), &plan).unwrap();
         let error = quantize(&again(&name("other"))).unwrap_err().to_string();
         assert!(error.contains("is not the plan that"), "{error}");

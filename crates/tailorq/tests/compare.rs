@@ -2,11 +2,13 @@
 
 #![allow(clippy::unwrap_used, reason = "a failed step fails the test")]
 
+mod inputs;
+
+use inputs::{Bench, StopAfter, items};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
 use tailorq::compare::{Arms, CompareError, Experiment, compare, plan};
-use tailorq::{CircuitSignal, Observer, Silent};
+use tailorq::{CircuitSignal, Silent};
 use tailorq_model::testing::TinyModel;
 
 const EXPERIMENT: &str = r#"
@@ -37,33 +39,15 @@ window = 32
 windows = 2
 "#;
 
-struct Bench {
-    dir: tempfile::TempDir,
-}
-
 impl Bench {
     fn new() -> Self {
-        let bench = Bench { dir: tempfile::tempdir().unwrap() };
         let mut model = TinyModel::new("qwen2", 7).unwrap();
         model.config.n_blocks = 2;
-        model.write_directory(&bench.path("model")).unwrap();
-        let items = |range: std::ops::Range<u32>| -> String {
-            let item =
-                |i| format!("{{\"prompt\": \"what is {i} plus {}?\", \"completion\": \"it is {}\"}}\n", i * 7, i * 8);
-            range.map(item).collect()
-        };
+        let bench = Bench::with_model(&model);
         bench.write("task.jsonl", &items(0..8));
         bench.write("held-out.jsonl", &items(100..104));
         bench.write("general.txt", &"A text about nothing that a model can learn from, told at length. ".repeat(6));
         bench
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
-    }
-
-    fn write(&self, name: &str, text: &str) {
-        std::fs::write(self.path(name), text).unwrap();
     }
 
     fn experiment(&self, text: &str) -> Result<Experiment, CompareError> {
@@ -75,18 +59,6 @@ impl Bench {
     fn results(&self, output: &str) -> BTreeMap<&'static str, String> {
         let read = |name| (name, std::fs::read_to_string(self.path(output).join(name)).unwrap());
         ["results.json", "results.md", "results.svg"].map(read).into_iter().collect()
-    }
-}
-
-/// Asks to stop at the `n`-th look.
-struct StopAfter(AtomicU64, u64);
-
-impl Observer for StopAfter {
-    fn stage(&self, _: &str, _: u64) {}
-    fn progress(&self, _: u64, _: &str) {}
-    fn note(&self, _: &str) {}
-    fn cancelled(&self) -> bool {
-        self.0.fetch_add(1, Ordering::Relaxed) + 1 >= self.1
     }
 }
 
@@ -172,7 +144,7 @@ fn a_stopped_comparison_goes_on_to_the_same_bytes() {
     let experiment = bench.experiment(&small.replace("\"out\"", "\"again\"")).unwrap();
     let mut stops = 0;
     for looks in [2, 9, 30, 55, 80] {
-        match compare(device.as_ref(), &experiment, &StopAfter(AtomicU64::new(0), looks)) {
+        match compare(device.as_ref(), &experiment, &StopAfter::new(looks)) {
             Err(CompareError::Stopped) => stops += 1,
             other => panic!("{looks}: {other:?}"),
         }

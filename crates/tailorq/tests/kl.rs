@@ -2,46 +2,30 @@
 
 #![allow(clippy::unwrap_used, reason = "a failed step fails the test")]
 
-use std::path::{Path, PathBuf};
+mod inputs;
+
+use inputs::{Bench, answer, items, quantize, question};
+use std::path::Path;
 use std::sync::Mutex;
 use tailorq::{
-    Bits, CalibrationRequest, ChatMessage, CircuitSettings, Group, LossKind, Needs, Observer, OutputMode,
-    PipelineError, QuantizeRequest, QuantizeSettings, Silent, SurveyRequest, TokenWeight,
+    Bits, ChatMessage, CircuitSettings, Group, LossKind, Needs, Observer, OutputMode, PipelineError, QuantizeRequest,
+    QuantizeSettings, Silent, SurveyRequest, TokenWeight,
 };
 use tailorq_model::testing::TinyModel;
 use tailorq_model::{Batch, OpenedModel};
 
-struct Bench {
-    dir: tempfile::TempDir,
-}
-
 const N_ITEMS: usize = 6;
-
-fn question(i: usize) -> String {
-    format!("what is {i} plus {}?", i * 7)
-}
-
-fn answer(i: usize) -> String {
-    format!("it is {}", i * 8)
-}
 
 impl Bench {
     fn new() -> Self {
-        let dir = tempfile::tempdir().unwrap();
         let mut model = TinyModel::new("qwen2", 11).unwrap();
         // Tables at 16 bits are then what they were.
         model.dtype = tailorq_tensor::DType::BF16;
-        model.write_directory(&dir.path().join("model")).unwrap();
-        let lines = |f: &dyn Fn(usize) -> String| (0..N_ITEMS).map(f).collect::<String>();
-        let pair = |i| format!("{{\"prompt\": \"{}\", \"completion\": \"{}\"}}\n", question(i), answer(i));
-        std::fs::write(dir.path().join("pairs.jsonl"), lines(&pair)).unwrap();
+        let bench = Bench::with_model(&model);
+        bench.write("pairs.jsonl", &items(0..N_ITEMS));
         let prompt = |i| format!("{{\"prompt\": \"{}\"}}\n", question(i));
-        std::fs::write(dir.path().join("prompts.jsonl"), lines(&prompt)).unwrap();
-        Bench { dir }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
+        bench.write("prompts.jsonl", &(0..N_ITEMS).map(prompt).collect::<String>());
+        bench
     }
 
     fn request(&self, data: &str, output: &str) -> QuantizeRequest {
@@ -55,16 +39,9 @@ impl Bench {
         };
         QuantizeRequest {
             settings,
-            calibration: Some(CalibrationRequest {
-                file: self.path(data),
-                samples: N_ITEMS,
-                sequence_length: None,
-                seed: 0,
-                drop_calculator_marks: false,
-                general: None,
-            }),
+            calibration: Some(self.calibration(data, N_ITEMS)),
             circuit: Some(CircuitSettings { keep: 0.02, ..CircuitSettings::default() }),
-            ..QuantizeRequest::new(self.path("model").display().to_string(), self.path(output))
+            ..self.plain_request(output)
         }
     }
 
@@ -73,10 +50,6 @@ impl Bench {
             SurveyRequest { needs: Needs { absolute: true, ..Needs::default() }, ..SurveyRequest::of(request) };
         tailorq::survey(tailorq::cpu().as_ref(), &request, &self.path(name), &Silent).map(Option::unwrap)
     }
-}
-
-fn quantize(request: &QuantizeRequest) -> Result<tailorq::Outcome, PipelineError> {
-    tailorq::quantize(tailorq::cpu().as_ref(), request, &Silent)
 }
 
 fn log_shares(opened: &OpenedModel, ids: &[u32]) -> Vec<Vec<f64>> {

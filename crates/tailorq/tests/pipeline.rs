@@ -2,80 +2,33 @@
 
 #![allow(clippy::unwrap_used, reason = "a failed step fails the test")]
 
-use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+mod inputs;
+
+use inputs::{Bench, StopAfter, assert_same, files, items, quantize};
+use std::path::Path;
 use tailorq::{
-    Bits, CalibrationRequest, CircuitSettings, CircuitSignal, Group, LossKind, Observer, Outcome, OutputMode, PRESETS,
-    PipelineError, Preset, QuantizeRequest, QuantizeSettings, Recipe, Reference, Report, Silent, SurveyRequest,
-    TokenWeight,
+    Bits, CircuitSettings, CircuitSignal, Group, LossKind, Outcome, OutputMode, PRESETS, PipelineError, Preset,
+    QuantizeRequest, QuantizeSettings, Recipe, Reference, Report, Silent, SurveyRequest, TokenWeight,
 };
 use tailorq_model::testing::TinyModel;
 
-struct Bench {
-    dir: tempfile::TempDir,
-}
-
 impl Bench {
     fn new(architecture: &str) -> Self {
-        let dir = tempfile::tempdir().unwrap();
         let mut model = TinyModel::new(architecture, 7).unwrap();
         model.config.n_blocks = 3;
         model.config.intermediate = 144;
         model.config.tied_head = architecture == "llama";
-        model.write_directory(&dir.path().join("model")).unwrap();
-        let lines: String = (0..12)
-            .map(|i| format!("{{\"prompt\": \"what is {i} plus {}?\", \"completion\": \"it is {}\"}}\n", i * 7, i * 8))
-            .collect();
-        std::fs::write(dir.path().join("calibration.jsonl"), lines).unwrap();
-        Bench { dir }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
+        let bench = Bench::with_model(&model);
+        bench.write("calibration.jsonl", &items(0..12));
+        bench
     }
 
     fn request(&self, output: &str) -> QuantizeRequest {
         QuantizeRequest {
             settings: QuantizeSettings { group: Group::Inputs(32), ..QuantizeSettings::default() },
-            calibration: Some(CalibrationRequest {
-                file: self.path("calibration.jsonl"),
-                samples: 8,
-                sequence_length: None,
-                seed: 3,
-                drop_calculator_marks: false,
-                general: None,
-            }),
-            ..QuantizeRequest::new(self.path("model").display().to_string(), self.path(output))
+            calibration: Some(self.calibration("calibration.jsonl", 8)),
+            ..self.plain_request(output)
         }
-    }
-}
-
-fn quantize(request: &QuantizeRequest) -> Result<Outcome, PipelineError> {
-    tailorq::quantize(tailorq::cpu().as_ref(), request, &Silent)
-}
-
-/// Every file of a directory by name, with its bytes.
-fn files(dir: &Path) -> BTreeMap<String, Vec<u8>> {
-    let entries = std::fs::read_dir(dir).unwrap().map(|e| e.unwrap());
-    entries.map(|e| (e.file_name().to_string_lossy().into_owned(), std::fs::read(e.path()).unwrap())).collect()
-}
-
-/// Fails with the names of the files that differ.
-fn assert_same(a: &BTreeMap<String, Vec<u8>>, b: &BTreeMap<String, Vec<u8>>, what: &str) {
-    let differing: Vec<_> = a.keys().chain(b.keys()).filter(|name| a.get(*name) != b.get(*name)).collect();
-    assert!(differing.is_empty(), "{what}: {differing:?} differ");
-}
-
-/// Asks to stop at the `n`-th look.
-struct StopAfter(AtomicU64, u64);
-
-impl Observer for StopAfter {
-    fn stage(&self, _: &str, _: u64) {}
-    fn progress(&self, _: u64, _: &str) {}
-    fn note(&self, _: &str) {}
-    fn cancelled(&self) -> bool {
-        self.0.fetch_add(1, Ordering::Relaxed) + 1 >= self.1
     }
 }
 
@@ -107,7 +60,7 @@ fn a_stopped_run_resumes_to_the_same_bytes() {
     for stop in [1, 5, 9, 16, 20] {
         let name = format!("stopped-{stop}");
         let mut request = bench.request(&name);
-        let stopped = tailorq::quantize(tailorq::cpu().as_ref(), &request, &StopAfter(AtomicU64::new(0), stop));
+        let stopped = tailorq::quantize(tailorq::cpu().as_ref(), &request, &StopAfter::new(stop));
         assert!(matches!(stopped, Err(PipelineError::Cancelled)), "stop {stop}: {stopped:?}");
         assert!(!bench.path(&name).join("config.json").exists());
         // What is there is refused without a word on what to do with it.
@@ -123,7 +76,7 @@ fn damaged_parts_are_made_again() {
     let bench = Bench::new("llama");
     quantize(&bench.request("whole")).unwrap();
     let mut request = bench.request("out");
-    let stop = StopAfter(AtomicU64::new(0), 17);
+    let stop = StopAfter::new(17);
     assert!(tailorq::quantize(tailorq::cpu().as_ref(), &request, &stop).is_err());
     let part = bench.path("out/.tailorq-partial/block-00000.safetensors");
     let bytes = std::fs::read(&part).unwrap();
@@ -223,7 +176,7 @@ fn linears_at_sixteen_bits_are_counted_as_such() {
     assert!((estimate.linear_bits_per_weight - 16.0).abs() < 1e-9);
     let whole = files(&request.output);
     request.output = bench.path("stopped");
-    let stopped = tailorq::quantize(tailorq::cpu().as_ref(), &request, &StopAfter(AtomicU64::new(0), 9));
+    let stopped = tailorq::quantize(tailorq::cpu().as_ref(), &request, &StopAfter::new(9));
     assert!(matches!(stopped, Err(PipelineError::Cancelled)), "{stopped:?}");
     request.mode = OutputMode::Resume;
     quantize(&request).unwrap();
@@ -282,7 +235,7 @@ fn a_simulated_run_resumes_to_the_same_bytes() {
         for stop in [6, 14, 22] {
             request.output = bench.path(&format!("{name}-{stop}"));
             request.mode = OutputMode::Fresh;
-            let stopped = tailorq::quantize(tailorq::cpu().as_ref(), &request, &StopAfter(AtomicU64::new(0), stop));
+            let stopped = tailorq::quantize(tailorq::cpu().as_ref(), &request, &StopAfter::new(stop));
             assert!(stopped.is_err(), "{name}, stop {stop}");
             request.mode = OutputMode::Resume;
             quantize(&request).unwrap();
@@ -308,7 +261,7 @@ fn write_plan(path: &Path, model: &str, layers: &str) {
 fn a_plan_mixes_packed_and_dense_layers() {
     let bench = Bench::new("llama");
     let mut request = bench.request("out");
-    let stop = StopAfter(AtomicU64::new(0), 1);
+    let stop = StopAfter::new(1);
     assert!(tailorq::quantize(tailorq::cpu().as_ref(), &request, &stop).is_err());
     let recipe = Recipe::read(&bench.path("out/.tailorq-partial/recipe.toml")).unwrap();
     let layout = r#"{"bits":8,"group":"row","symmetric":false}"#;
@@ -433,7 +386,7 @@ fn parts_without_their_recipe_are_never_used() {
     quantize(&bench.request("whole")).unwrap();
     let mut other = bench.request("out");
     other.settings.bits = Bits::Two;
-    let stop = StopAfter(AtomicU64::new(0), 17);
+    let stop = StopAfter::new(17);
     assert!(tailorq::quantize(tailorq::cpu().as_ref(), &other, &stop).is_err());
     std::fs::remove_file(bench.path("out/.tailorq-partial/recipe.toml")).unwrap();
     let mut request = bench.request("out");
@@ -496,7 +449,7 @@ fn a_circuit_is_kept_resumed_and_repeated_to_the_same_bytes() {
         let whole = files(&bench.path(&name));
         for stop in [2, 6, 30, 45] {
             let mut request = circuit(&bench, &format!("{name}-{stop}"), reference);
-            let stopped = tailorq::quantize(tailorq::cpu().as_ref(), &request, &StopAfter(AtomicU64::new(0), stop));
+            let stopped = tailorq::quantize(tailorq::cpu().as_ref(), &request, &StopAfter::new(stop));
             assert!(matches!(stopped, Err(PipelineError::Cancelled)), "stop {stop}: {stopped:?}");
             request.mode = OutputMode::Resume;
             quantize(&request).unwrap();
@@ -527,7 +480,7 @@ fn salient_tiles_are_stored_counted_resumed_and_repeated() {
         assert_eq!(report.size.counted_bits_per_weight.is_some_and(|b| b < bits.0), name.contains("true8"));
         let mut stopped = request.clone();
         stopped.output = bench.path(&format!("{name}-stopped"));
-        let run = tailorq::quantize(device.as_ref(), &stopped, &StopAfter(AtomicU64::new(0), 9));
+        let run = tailorq::quantize(device.as_ref(), &stopped, &StopAfter::new(9));
         assert!(matches!(run, Err(PipelineError::Cancelled)));
         stopped.mode = OutputMode::Resume;
         quantize(&stopped).unwrap();

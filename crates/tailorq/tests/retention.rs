@@ -2,21 +2,15 @@
 
 #![allow(clippy::unwrap_used, reason = "a failed step fails the test")]
 
-use std::path::PathBuf;
+mod inputs;
+
+use inputs::{Bench, item, items, quantize};
 use std::sync::Mutex;
 use tailorq::{
-    Bits, CalibrationRequest, Group, Observer, Outcome, OutputMode, PipelineError, QuantizeRequest, QuantizeSettings,
-    Report, RetainRequest, Silent,
+    Bits, Group, Observer, Outcome, OutputMode, PipelineError, QuantizeRequest, QuantizeSettings, Report,
+    RetainRequest, Silent,
 };
 use tailorq_model::testing::TinyModel;
-
-struct Bench {
-    dir: tempfile::TempDir,
-}
-
-fn line(i: usize) -> String {
-    format!("{{\"prompt\": \"what is {i} plus {}?\", \"completion\": \"it is {}\"}}\n", i * 7, i * 8)
-}
 
 impl Bench {
     /// A tiny model and a calibration file of 40 items, of which 8 are drawn.
@@ -25,45 +19,29 @@ impl Bench {
     }
 
     fn seeded(architecture: &str, seed: u64) -> Self {
-        let dir = tempfile::tempdir().unwrap();
         let mut model = TinyModel::new(architecture, seed).unwrap();
         model.config.n_blocks = 2;
         model.config.tied_head = architecture == "llama";
-        model.write_directory(&dir.path().join("model")).unwrap();
-        std::fs::write(dir.path().join("task.jsonl"), (0..40).map(line).collect::<String>()).unwrap();
-        Bench { dir }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
+        let bench = Bench::with_model(&model);
+        bench.write("task.jsonl", &items(0..40));
+        bench
     }
 
     fn request(&self, output: &str, min: Option<f64>) -> QuantizeRequest {
         QuantizeRequest {
             settings: QuantizeSettings { group: Group::Inputs(32), bits: Bits::Two, ..QuantizeSettings::default() },
-            calibration: Some(CalibrationRequest {
-                file: self.path("task.jsonl"),
-                samples: 8,
-                sequence_length: None,
-                seed: 3,
-                drop_calculator_marks: false,
-                general: None,
-            }),
+            calibration: Some(self.calibration("task.jsonl", 8)),
             retain: min.map(|min| RetainRequest { min, data: None }),
-            ..QuantizeRequest::new(self.path("model").display().to_string(), self.path(output))
+            ..self.plain_request(output)
         }
     }
 
     /// Writes items of their own to measure on.
     fn with_data(&self, mut request: QuantizeRequest, text: &str) -> QuantizeRequest {
-        std::fs::write(self.path("held-out.jsonl"), text).unwrap();
+        self.write("held-out.jsonl", text);
         request.retain.as_mut().unwrap().data = Some(self.path("held-out.jsonl"));
         request
     }
-}
-
-fn quantize(request: &QuantizeRequest) -> Result<Outcome, PipelineError> {
-    tailorq::quantize(tailorq::cpu().as_ref(), request, &Silent)
 }
 
 fn written(request: &QuantizeRequest) -> Box<Report> {
@@ -158,7 +136,7 @@ fn calibration_items_are_never_held_out() {
     // All 40 calibration items, some in another shape, and 20 others, some twice.
     let own: String = (0..40)
         .map(|i| match i % 2 {
-            0 => line(i),
+            0 => item(i),
             _ => format!(
                 "{{\"messages\": [{{\"role\": \"system\", \"content\": \"be brief\"}}, {{\"role\": \"user\", \"content\": \"WHAT \
                  is {i} plus {}?\"}}, {{\"role\": \"assistant\", \"content\": \"it is {}\"}}]}}\n",
@@ -166,8 +144,8 @@ fn calibration_items_are_never_held_out() {
                 i * 8
             ),
         })
-        .chain((100..120).map(line))
-        .chain((100..110).map(line))
+        .chain((100..120).map(item))
+        .chain((100..110).map(item))
         .collect();
     let mut request = bench.request("out", Some(0.0));
     request.calibration.as_mut().unwrap().samples = 40;
@@ -195,7 +173,7 @@ fn what_cannot_be_measured_is_refused_before_any_work() {
     refuse(all, "--retain-data");
     refuse(bench.request("out", Some(95.0)), "share from 0 to 1");
     refuse(bench.request("out", Some(f64::NAN)), "share from 0 to 1");
-    let known: String = (0..40).map(line).collect();
+    let known: String = (0..40).map(item).collect();
     let mut drawn = bench.with_data(bench.request("out", Some(0.5)), &known);
     drawn.calibration.as_mut().unwrap().samples = 40;
     refuse(drawn, "has 0 items to hold out (40 are calibration items");
