@@ -1,76 +1,21 @@
 //! The command from outside: help, exit codes, bad input, and the shapes of its JSON.
 #![allow(clippy::unwrap_used, reason = "a test may stop where it stands")]
 
-use serde_json::Value;
-use std::io::Write;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
-use tailorq_model::testing::TinyModel;
+mod inputs;
 
-struct Place {
-    dir: tempfile::TempDir,
-}
+use inputs::{Place, text};
+use serde_json::Value;
+use std::path::Path;
+use std::process::Stdio;
+use tailorq_model::testing::TinyModel;
 
 impl Place {
     fn new() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        for seed in [1, 2] {
-            let tiny = TinyModel::new("llama", seed).unwrap();
-            tiny.write_directory(&dir.path().join(format!("model-{seed}"))).unwrap();
-        }
-        std::fs::write(dir.path().join("text.txt"), "Some text that is long enough to be scored. ".repeat(4)).unwrap();
-        Place { dir }
+        let [one, two] = [1, 2].map(|seed| TinyModel::new("llama", seed).unwrap());
+        let place = Place::with_models(&[("model-1", &one), ("model-2", &two)]);
+        place.write("text.txt", "Some text that is long enough to be scored. ".repeat(4));
+        place
     }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
-    }
-
-    fn write(&self, name: &str, content: impl AsRef<[u8]>) {
-        std::fs::write(self.path(name), content).unwrap();
-    }
-
-    /// Runs the command in this place, with `input` on standard input.
-    fn run_with(&self, args: &[&str], input: &str) -> Output {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_tailorq"))
-            .args(args)
-            .current_dir(self.dir.path())
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        // A command that fails early may not read its input.
-        let _ = child.stdin.take().unwrap().write_all(input.as_bytes());
-        child.wait_with_output().unwrap()
-    }
-
-    fn run(&self, args: &[&str]) -> Output {
-        self.run_with(args, "")
-    }
-
-    /// Runs the command, which must succeed, and reads its standard output as one JSON object.
-    fn json(&self, args: &[&str]) -> Value {
-        let output = self.run(&[args, &["--json"]].concat());
-        assert_eq!(output.status.code(), Some(0), "{args:?}: {}", text(&output.stderr));
-        serde_json::from_slice(&output.stdout).unwrap()
-    }
-
-    /// Runs the command, which must fail with this code, leave standard output empty and say `words`.
-    fn fails(&self, code: i32, args: &[&str], words: &[&str]) {
-        let output = self.run(args);
-        let message = text(&output.stderr);
-        assert_eq!(output.status.code(), Some(code), "{args:?}: {message}");
-        assert!(output.stdout.is_empty(), "{args:?}: {}", text(&output.stdout));
-        assert!(message.starts_with("error: ") && !message.contains("panicked"), "{args:?}: {message}");
-        for word in words {
-            assert!(message.contains(word), "{args:?}: no '{word}' in: {message}");
-        }
-    }
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
 }
 
 fn safetensors_header(path: &Path) -> Value {
@@ -409,14 +354,8 @@ fn bad_input_is_an_error_that_says_what_to_do() {
 #[test]
 fn a_reader_that_leaves_early_is_no_failure() {
     let place = Place::new();
-    let mut child = Command::new(env!("CARGO_BIN_EXE_tailorq"))
-        .args(["run", "model-1", "Hello", "--max-tokens", "64", "--quiet"])
-        .current_dir(place.dir.path())
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
+    let mut command = place.command(&["run", "model-1", "Hello", "--max-tokens", "64", "--quiet"]);
+    let mut child = command.stdin(Stdio::null()).spawn().unwrap();
     drop(child.stdout.take());
     let output = child.wait_with_output().unwrap();
     assert_eq!((output.status.code(), text(&output.stderr)), (Some(0), String::new()));

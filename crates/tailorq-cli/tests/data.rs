@@ -1,55 +1,17 @@
 //! What the command reads as data: data sets of the hub, and held-out items of a quantization.
 #![allow(clippy::unwrap_used, reason = "a test may stop where it stands")]
 
-use serde_json::Value;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
-use tailorq_model::testing::TinyModel;
+mod inputs;
 
-struct Place {
-    dir: tempfile::TempDir,
-}
+use inputs::Place;
+use serde_json::Value;
+use std::path::Path;
+use tailorq_model::testing::TinyModel;
 
 impl Place {
     fn new() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        TinyModel::new("llama", 1).unwrap().write_directory(&dir.path().join("model")).unwrap();
-        Place { dir }
+        Place::with_models(&[("model", &TinyModel::new("llama", 1).unwrap())])
     }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
-    }
-
-    /// Runs the command with nothing but this place's cache of the hub.
-    fn run(&self, args: &[&str]) -> Output {
-        Command::new(env!("CARGO_BIN_EXE_tailorq"))
-            .args(args)
-            .current_dir(self.dir.path())
-            .env("HF_HUB_CACHE", self.path("cache"))
-            .env("HF_HUB_OFFLINE", "1")
-            .output()
-            .unwrap()
-    }
-
-    fn json(&self, args: &[&str]) -> Value {
-        let output = self.run(&[args, &["--json"]].concat());
-        assert_eq!(output.status.code(), Some(0), "{args:?}: {}", text(&output.stderr));
-        serde_json::from_slice(&output.stdout).unwrap()
-    }
-
-    fn fails(&self, code: i32, args: &[&str], words: &[&str]) {
-        let output = self.run(args);
-        let message = text(&output.stderr);
-        assert_eq!(output.status.code(), Some(code), "{args:?}: {message}");
-        for word in words {
-            assert!(message.contains(word), "{args:?}: no '{word}' in: {message}");
-        }
-    }
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
 }
 
 #[test]
@@ -92,7 +54,7 @@ fn tasks_read_the_hub_s_cache() {
 fn a_bar_fails_with_1_and_passes_with_its_numbers() {
     let place = Place::new();
     let line = |i: usize| format!("{{\"prompt\": \"how much is {i} and {i}?\", \"completion\": \"{}\"}}\n", 2 * i);
-    std::fs::write(place.path("task.jsonl"), (0..40).map(line).collect::<String>()).unwrap();
+    place.write("task.jsonl", (0..40).map(line).collect::<String>());
     let quantize =
         ["quantize", "model", "--bits", "2", "--group", "32", "--task-data", "task.jsonl", "--output", "out"];
     let with = |more: &[&'static str]| [&quantize[..], more].concat();
