@@ -7,19 +7,16 @@
     reason = "a test may stop where it stands and say why it was skipped"
 )]
 
+mod inputs;
+
 use serde_json::{Map, Value, json};
 use std::ops::ControlFlow;
 use std::path::Path;
-use tailorq_eval::{CalibrationItems, EvalError, ItemOptions, Subject, TaskOptions, TaskResult, fingerprint, task};
+use tailorq_eval::{CalibrationItems, EvalError, ItemOptions, TaskOptions, TaskResult, fingerprint, task};
 use tailorq_model::OpenedModel;
-use tailorq_model::testing::TinyModel;
 
 fn tiny() -> OpenedModel {
-    let dir = tempfile::tempdir().unwrap();
-    let mut tiny = TinyModel::new("qwen2", 5).unwrap();
-    tiny.config.max_positions = 1024;
-    tiny.write_directory(dir.path()).unwrap();
-    tailorq_model::open(dir.path().to_str().unwrap()).unwrap()
+    inputs::tiny(5, |tiny| tiny.config.max_positions = 1024)
 }
 
 /// Runs a task; the work stops where the first item would be scored unless `allowed`.
@@ -33,8 +30,7 @@ fn run(
     let prints: Vec<String> = calibration.iter().map(|item| fingerprint(item.as_object().unwrap())).collect();
     let known = [CalibrationItems::new("artifact", prints.iter().map(String::as_str)).unwrap()];
     let device = tailorq_kernels::cpu();
-    let OpenedModel { model, tokenizer, template, .. } = model;
-    let subject = Subject { name: "tiny", model, tokenizer, template: template.as_ref(), device: device.as_ref() };
+    let subject = inputs::subject("tiny", model, device.as_ref());
     let items = ItemOptions {
         data: Some(data),
         limit: Some(200),

@@ -8,30 +8,15 @@
     reason = "a test may stop where it stands and say why it was skipped"
 )]
 
+mod inputs;
+
+use inputs::{open, subject, tiny};
 use serde_json::Value;
 use std::cell::RefCell;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use tailorq_eval::{EvalError, ItemOptions, ItemRecord, PromptStyle, Subject, TaskOptions, TaskResult, task};
+use tailorq_eval::{EvalError, ItemOptions, ItemRecord, PromptStyle, TaskOptions, TaskResult, task};
 use tailorq_model::OpenedModel;
-use tailorq_model::testing::TinyModel;
-use tailorq_runtime::Device;
-
-fn open(path: &Path) -> OpenedModel {
-    tailorq_model::open(path.to_str().unwrap()).unwrap()
-}
-
-fn tiny(seed: u64) -> OpenedModel {
-    let dir = tempfile::tempdir().unwrap();
-    TinyModel::new("qwen2", seed).unwrap().write_directory(dir.path()).unwrap();
-    open(dir.path())
-}
-
-fn subject<'a>(name: &'a str, opened: &'a OpenedModel, device: &'a Arc<dyn Device>) -> Subject<'a> {
-    let OpenedModel { model, tokenizer, template, .. } = opened;
-    Subject { name, model, tokenizer, template: template.as_ref(), device: device.as_ref() }
-}
 
 /// The result and the records, in the order in which they came.
 fn run(
@@ -44,16 +29,17 @@ fn run(
     let records = RefCell::new(Vec::new());
     let log = |record: &ItemRecord| records.borrow_mut().push(record.clone());
     let options = TaskOptions {
-        reference: reference.map(|r| subject("original", r, &device)),
+        reference: reference.map(|r| subject("original", r, device.as_ref())),
         items: ItemOptions { log: Some(&log), ..items },
         ..TaskOptions::default()
     };
     let (mut before, mut last) = (0, (0, 0));
-    let result = task::find(name).unwrap().run(&subject("tiny", opened, &device), &options, &mut |done, total| {
-        assert!(done >= before && done <= total);
-        (before, last) = (done, (done, total));
-        ControlFlow::Continue(())
-    })?;
+    let result =
+        task::find(name).unwrap().run(&subject("tiny", opened, device.as_ref()), &options, &mut |done, total| {
+            assert!(done >= before && done <= total);
+            (before, last) = (done, (done, total));
+            ControlFlow::Continue(())
+        })?;
     assert_eq!(last.0, last.1, "progress ends at its end");
     Ok((result, records.into_inner()))
 }
@@ -80,7 +66,7 @@ fn arc_folder(n: usize) -> tempfile::TempDir {
 
 #[test]
 fn results_and_logs_have_the_harness_shape() {
-    let (dir, model) = (arc_folder(20), tiny(5));
+    let (dir, model) = (arc_folder(20), tiny(5, |_| {}));
     let items = ItemOptions { data: Some(dir.path()), limit: Some(12), ..ItemOptions::default() };
     let (result, records) = run("arc_easy", &model, None, items).unwrap();
     assert_eq!(records.len(), 12);
@@ -113,7 +99,7 @@ fn results_and_logs_have_the_harness_shape() {
 
 #[test]
 fn examples_change_scores_and_need_a_pool() {
-    let (dir, model) = (arc_folder(4), tiny(5));
+    let (dir, model) = (arc_folder(4), tiny(5, |_| {}));
     let with = |n| {
         run("arc_easy", &model, None, ItemOptions { data: Some(dir.path()), num_fewshot: n, ..ItemOptions::default() })
     };
@@ -127,7 +113,7 @@ fn examples_change_scores_and_need_a_pool() {
 
 #[test]
 fn a_chat_is_asked_in_one_turn_or_in_several() {
-    let (dir, mut model) = (arc_folder(4), tiny(5));
+    let (dir, mut model) = (arc_folder(4), tiny(5, |_| {}));
     let items = ItemOptions { data: Some(dir.path()), num_fewshot: Some(2), ..ItemOptions::default() };
     let with = |model: &OpenedModel, style| run("arc_easy", model, None, ItemOptions { style, ..items });
     let [text, chat, turns] =
@@ -147,7 +133,7 @@ fn a_chat_is_asked_in_one_turn_or_in_several() {
 
 #[test]
 fn flips_are_counted_against_the_reference() {
-    let (dir, model, other) = (arc_folder(20), tiny(5), tiny(6));
+    let (dir, model, other) = (arc_folder(20), tiny(5, |_| {}), tiny(6, |_| {}));
     let items = ItemOptions { data: Some(dir.path()), ..ItemOptions::default() };
     let (result, records) = run("arc_easy", &model, Some(&other), items).unwrap();
     let (of_other, _) = run("arc_easy", &other, None, items).unwrap();
@@ -181,7 +167,7 @@ fn mmlu_reports_subjects_and_groups() {
     write(dir.path(), "mmlu/test.jsonl", &test);
     let dev: Vec<String> = (0..9).map(|i| row(["anatomy", "virology", "astronomy"][i % 3], 10 + i)).collect();
     write(dir.path(), "mmlu/dev.jsonl", &dev);
-    let model = tiny(5);
+    let model = tiny(5, |_| {});
     let with =
         |n| run("mmlu", &model, None, ItemOptions { data: Some(dir.path()), num_fewshot: n, ..ItemOptions::default() });
     let (result, records) = with(Some(3)).unwrap();
@@ -200,7 +186,7 @@ fn mmlu_reports_subjects_and_groups() {
 
 #[test]
 fn missing_and_bad_data_are_named() {
-    let model = tiny(5);
+    let model = tiny(5, |_| {});
     let dir = tempfile::tempdir().unwrap();
     let at = ItemOptions { data: Some(dir.path()), ..ItemOptions::default() };
     assert!(matches!(

@@ -6,31 +6,19 @@
     reason = "a test may stop where it stands, and says why it was skipped"
 )]
 
+mod inputs;
+
+use inputs::{Fixture, go_on, open};
 use std::ops::ControlFlow;
 use std::path::Path;
-use std::sync::Arc;
-use tailorq_eval::{Document, EvalError, Subject, llamacpp_perplexity, rolling_perplexity};
+use tailorq_eval::{Document, EvalError, llamacpp_perplexity, rolling_perplexity};
+use tailorq_model::Batch;
 use tailorq_model::testing::TinyModel;
-use tailorq_model::{Batch, OpenedModel};
-use tailorq_runtime::Device;
 
 const TEXT: &str =
     "The quick brown fox jumps over the lazy dog. Größe, naïveté; 0123456789 and so on, until it ends.\n";
 
-struct Fixture {
-    opened: OpenedModel,
-    device: Arc<dyn Device>,
-}
-
 impl Fixture {
-    fn new(change: impl FnOnce(&mut TinyModel)) -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let mut tiny = TinyModel::new("qwen2", 3).unwrap();
-        change(&mut tiny);
-        tiny.write_directory(dir.path()).unwrap();
-        Fixture::open(dir.path())
-    }
-
     /// A tokenizer that begins every text with the BOS.
     fn with_bos() -> Self {
         let dir = tempfile::tempdir().unwrap();
@@ -45,22 +33,7 @@ impl Fixture {
             "special_tokens": {bos: {"id": bos, "ids": [256], "tokens": [bos]}},
         });
         std::fs::write(&path, tokenizer.to_string()).unwrap();
-        Fixture::open(dir.path())
-    }
-
-    fn open(dir: &Path) -> Self {
-        // The files are memory-mapped, so they may lose their names.
-        Fixture { opened: tailorq_model::open(dir.to_str().unwrap()).unwrap(), device: tailorq_kernels::cpu() }
-    }
-
-    fn subject(&self) -> Subject<'_> {
-        Subject {
-            name: "tiny",
-            model: &self.opened.model,
-            tokenizer: &self.opened.tokenizer,
-            template: self.opened.template.as_ref(),
-            device: self.device.as_ref(),
-        }
+        Fixture::of(open(dir.path()))
     }
 
     /// `-log p(target | context)`, by a pass of its own.
@@ -73,17 +46,13 @@ impl Fixture {
     }
 }
 
-fn go_on(_done: usize, _total: usize) -> ControlFlow<()> {
-    ControlFlow::Continue(())
-}
-
 fn assert_close(found: f64, expected: f64) {
     assert!((found / expected - 1.0).abs() < 1e-5, "{found} {expected}");
 }
 
 #[test]
 fn llama_cpp_scores_the_second_half_of_each_window() {
-    let fixture = Fixture::new(|_| {});
+    let fixture = Fixture::new(3, |_| {});
     let tokens = fixture.opened.tokenizer.encode(TEXT.trim_end(), false).unwrap();
     for (window, limit) in [(10, None), (11, None), (16, Some(2))] {
         let found = llamacpp_perplexity(&fixture.subject(), TEXT, window, limit, &mut go_on).unwrap();
@@ -118,7 +87,7 @@ fn llama_cpp_begins_each_window_with_the_bos_where_texts_have_one() {
 
 #[test]
 fn rolling_scores_every_token_once() {
-    let fixture = Fixture::new(|tiny| tiny.config.max_positions = 64);
+    let fixture = Fixture::new(3, |tiny| tiny.config.max_positions = 64);
     let documents = [TEXT, "One short document.", "x"].map(|t| Document::plain(t.to_owned()));
     // BOS of the tiny model.
     let prefix = fixture.opened.tokenizer.bos.unwrap();

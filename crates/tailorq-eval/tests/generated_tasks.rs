@@ -1,13 +1,15 @@
 //! Generated tasks and completion scores on a tiny random model: data folders, bad files, limits, logs, and the shape of results.
 #![allow(clippy::unwrap_used, reason = "a test may stop where it stands")]
 
+mod inputs;
+
+use inputs::{subject, tiny};
 use std::cell::RefCell;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use tailorq_eval::{EvalError, ItemOptions, ItemRecord, Subject, TaskOptions, TaskResult, task};
+use tailorq_eval::{EvalError, ItemOptions, ItemRecord, TaskOptions, TaskResult, task};
 use tailorq_model::OpenedModel;
-use tailorq_model::testing::TinyModel;
 use tailorq_runtime::Device;
 
 struct Fixture {
@@ -18,11 +20,7 @@ struct Fixture {
 
 impl Fixture {
     fn new() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let model = dir.path().join("model");
-        TinyModel::new("qwen2", 5).unwrap().write_directory(&model).unwrap();
-        let opened = tailorq_model::open(model.to_str().unwrap()).unwrap();
-        Fixture { opened, device: tailorq_kernels::cpu(), dir }
+        Fixture { opened: tiny(5, |_| {}), device: tailorq_kernels::cpu(), dir: tempfile::tempdir().unwrap() }
     }
 
     fn write(&self, name: &str, content: &str) -> PathBuf {
@@ -33,13 +31,7 @@ impl Fixture {
     }
 
     fn run(&self, name: &str, items: ItemOptions<'_>) -> Result<TaskResult, EvalError> {
-        let subject = Subject {
-            name: "tiny",
-            model: &self.opened.model,
-            tokenizer: &self.opened.tokenizer,
-            template: self.opened.template.as_ref(),
-            device: self.device.as_ref(),
-        };
+        let subject = subject("tiny", &self.opened, self.device.as_ref());
         let options = TaskOptions { items: ItemOptions { max_tokens: Some(6), ..items }, ..TaskOptions::default() };
         task::find(name).unwrap().run(&subject, &options, &mut |_, _| ControlFlow::Continue(()))
     }

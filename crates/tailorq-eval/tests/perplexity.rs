@@ -6,50 +6,22 @@
     reason = "a test may stop where it stands, and says why it was skipped"
 )]
 
+mod inputs;
+
+use inputs::{Fixture, go_on};
 use std::ops::ControlFlow;
 use std::path::PathBuf;
-use std::sync::Arc;
-use tailorq_eval::{EvalError, Subject, TaskOptions, WindowOptions, divergence, perplexity, same_tokens, task};
-use tailorq_model::testing::TinyModel;
-use tailorq_model::{Batch, Model, OpenedModel};
+use tailorq_eval::{EvalError, TaskOptions, WindowOptions, divergence, perplexity, same_tokens, task};
+use tailorq_model::{Batch, Model};
 use tailorq_runtime::Device;
 
 const TEXT: &str =
     "The quick brown fox jumps over the lazy dog. Größe, naïveté, 猫と犬; 0123456789 and so on, until it ends.";
 
-struct Fixture {
-    opened: OpenedModel,
-    device: Arc<dyn Device>,
-}
-
 impl Fixture {
-    fn new(seed: u64, change: impl FnOnce(&mut TinyModel)) -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let mut tiny = TinyModel::new("qwen2", seed).unwrap();
-        change(&mut tiny);
-        tiny.write_directory(dir.path()).unwrap();
-        // The files are memory-mapped, so they may lose their names.
-        let opened = tailorq_model::open(dir.path().to_str().unwrap()).unwrap();
-        Fixture { opened, device: tailorq_kernels::cpu() }
-    }
-
-    fn subject(&self) -> Subject<'_> {
-        Subject {
-            name: "tiny",
-            model: &self.opened.model,
-            tokenizer: &self.opened.tokenizer,
-            template: self.opened.template.as_ref(),
-            device: self.device.as_ref(),
-        }
-    }
-
     fn tokens(&self, text: &str) -> Vec<u32> {
         self.opened.tokenizer.encode(text, true).unwrap()
     }
-}
-
-fn go_on(_done: usize, _total: usize) -> ControlFlow<()> {
-    ControlFlow::Continue(())
 }
 
 /// Log-probabilities of every position of a window, all of them held, in f64.

@@ -1,25 +1,15 @@
 //! An evaluation that was stopped and goes on gives what it would have given in one go, to the bit.
 #![allow(clippy::unwrap_used, reason = "a test may stop where it stands")]
 
+mod inputs;
+
+use inputs::{subject, tiny};
 use serde_json::{Value, json};
 use std::cell::RefCell;
 use std::ops::ControlFlow;
 use std::path::Path;
-use tailorq_eval::{Cache, EvalError, ItemOptions, ItemRecord, Subject, TaskOptions, task};
+use tailorq_eval::{Cache, EvalError, ItemOptions, ItemRecord, TaskOptions, task};
 use tailorq_model::OpenedModel;
-use tailorq_model::testing::TinyModel;
-use tailorq_runtime::Device;
-
-fn tiny(seed: u64) -> OpenedModel {
-    let dir = tempfile::tempdir().unwrap();
-    TinyModel::new("qwen2", seed).unwrap().write_directory(dir.path()).unwrap();
-    tailorq_model::open(dir.path().to_str().unwrap()).unwrap()
-}
-
-fn subject<'a>(name: &'a str, opened: &'a OpenedModel, device: &'a dyn Device) -> Subject<'a> {
-    let OpenedModel { model, tokenizer, template, .. } = opened;
-    Subject { name, model, tokenizer, template: template.as_ref(), device }
-}
 
 struct Bench {
     model: OpenedModel,
@@ -49,7 +39,12 @@ impl Bench {
         let gsm8k = |i: usize| json!({"question": format!("What is {i} + 1?"), "answer": format!("#### {}", i + 1)});
         write("gsm8k/test.jsonl", &gsm8k, 15);
         write("texts.jsonl", &|i| json!({"text": "Some text. ".repeat(1 + i)}), 5);
-        Bench { model: tiny(5), reference: tiny(6), data, text: "A text that is long enough. ".repeat(12) }
+        Bench {
+            model: tiny(5, |_| {}),
+            reference: tiny(6, |_| {}),
+            data,
+            text: "A text that is long enough. ".repeat(12),
+        }
     }
 
     /// Runs a task, and stops at the `stop`-th step.
