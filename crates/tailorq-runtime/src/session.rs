@@ -50,6 +50,7 @@ impl<'a> Session<'a> {
     pub fn reset(&mut self) {
         self.cache = KvCache::with(self.cache.kind());
         self.tokens.clear();
+        self.logits.clear();
     }
 
     /// Keeps of the sequence what begins `ids` too and forgets the rest; returns how many tokens were kept. At least the
@@ -57,6 +58,9 @@ impl<'a> Session<'a> {
     pub fn rewind_to(&mut self, ids: &[u32]) -> usize {
         let common = self.tokens.iter().zip(ids).take_while(|(a, b)| a == b).count();
         let kept = common.min(ids.len().saturating_sub(1));
+        if kept < self.tokens.len() {
+            self.logits.clear();
+        }
         self.cache.truncate(kept);
         self.tokens.truncate(kept);
         kept
@@ -86,12 +90,12 @@ impl<'a> Session<'a> {
                 return Err(RuntimeError::Interrupted);
             }
             let Session { model, device, cache, workspace, .. } = self;
+            self.logits.clear();
             if i + 1 < n_chunks {
                 let all = 0..chunk.len();
                 model.read(*device, chunk, slice::from_ref(&all), slice::from_mut(cache), workspace);
             } else {
                 let logits = model.read_prompt(*device, chunk, cache, workspace);
-                self.logits.clear();
                 self.logits.extend_from_slice(logits);
             }
             self.tokens.extend_from_slice(chunk);
@@ -105,7 +109,8 @@ impl<'a> Session<'a> {
         self.prefill(&[id], &|| false)
     }
 
-    /// The logits `[vocab]` after the last token that was read; none before the first.
+    /// The logits `[vocab]` after the last token of [`Session::tokens`]; none before the first, and none when what followed that
+    /// token was forgotten or it ends an interrupted prefill.
     pub fn logits(&self) -> &[f32] {
         &self.logits
     }

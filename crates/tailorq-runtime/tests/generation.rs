@@ -80,11 +80,15 @@ fn chunks_steps_and_a_rewind_give_the_logits_of_a_fresh_pass() {
     other.extend(random_ids(20, 2));
     let kept = session.rewind_to(&other);
     assert!((300..320).contains(&kept), "{kept}");
+    assert!(session.logits().is_empty(), "those of what was forgotten");
     assert_eq!(session.tokens(), &other[..kept]);
     assert_close(session.prefill(&other[kept..], &|| false).unwrap(), &fixture.fresh_logits(&other));
     // The same again: the last token is read anew, because only reading gives logits.
     assert_eq!(session.rewind_to(&other), other.len() - 1);
+    session.prefill(&other[other.len() - 1..], &|| false).unwrap();
+    assert_eq!(session.logits().len(), fixture.opened.model.config.vocab);
     session.reset();
+    assert!(session.logits().is_empty());
     assert_eq!(session.rewind_to(&other), 0);
 }
 
