@@ -62,7 +62,8 @@ pub fn execute(args: &BenchArgs, threads: usize, console: &Console) -> anyhow::R
     let options = args.options();
     let opened = super::open(&args.model, console)?;
     let device = args.engine.device();
-    let progress = Progress::new(console, "bench", 1 + 3 * options.repeat);
+    let n_steps = 1 + 3 * options.repeat;
+    let progress = Progress::new(console, "bench", n_steps);
     let report = bench(&opened.model, device.as_ref(), &options, &mut |stage, repeat| {
         let (place, what) = match stage {
             BenchStage::FirstToken => (0, "first token"),
@@ -70,7 +71,7 @@ pub fn execute(args: &BenchArgs, threads: usize, console: &Console) -> anyhow::R
             BenchStage::Generate => (2, "generation"),
             BenchStage::Memory => (3, "memory"),
         };
-        progress.step_with(3 * repeat + place, 1 + 3 * options.repeat, what)
+        progress.step_with(3 * repeat + place, n_steps, what)
     })?;
     drop(progress);
     let run = Run { args, options, threads, device: device.name(), opened: &opened, report: &report };

@@ -20,7 +20,7 @@ use crate::console::Console;
 use anyhow::Context;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
-use tailorq::OpenedModel;
+use tailorq::{OpenedModel, PipelineError};
 
 /// Opens a model and says how long it took.
 fn open(source: &str, console: &Console) -> anyhow::Result<OpenedModel> {
@@ -34,6 +34,18 @@ fn open(source: &str, console: &Console) -> anyhow::Result<OpenedModel> {
 fn read_text(path: &Path) -> anyhow::Result<String> {
     let bytes = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
     String::from_utf8(bytes).with_context(|| format!("{} is no UTF-8 text", path.display()))
+}
+
+/// Puts what was given in its place.
+fn set<T: Clone>(place: &mut T, given: Option<&T>) {
+    if let Some(given) = given {
+        place.clone_from(given);
+    }
+}
+
+/// Settings that contradict each other, which exit as wrong usage does.
+fn wrong_settings(problem: &str) -> anyhow::Error {
+    PipelineError::Settings(problem.into()).into()
 }
 
 /// One mebibyte, for sizes in tables.

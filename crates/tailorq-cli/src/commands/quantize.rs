@@ -1,18 +1,18 @@
 //! `tailorq quantize`: checkpoint and calibration text in, artifact out.
 
 use super::score::ScoreArgs;
-use super::{MIB, quantized_source, utf8_path};
+use super::{MIB, quantized_source, set, utf8_path, wrong_settings};
 use crate::console::Console;
 use crate::observer::ConsoleObserver;
 use anyhow::Context;
 use clap::Args;
 use serde_json::json;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 use tailorq::{
     AllocationSettings, AllocationSignal, CalibrationReport, CalibrationRequest, Estimate, Method, Outcome, OutputMode,
-    PRESETS, PipelineError, Preset, QuantizeRequest, QuantizeSettings, Recipe, Report, RetainRequest, Rule,
-    RuleSettings, ScoreSettings, TransformSettings,
+    PRESETS, Preset, QuantizeRequest, QuantizeSettings, Recipe, Report, RetainRequest, Rule, RuleSettings,
+    ScoreSettings, TransformSettings,
 };
 
 /// Quantize a model to 2, 3, 4 or 8 bits a weight
@@ -137,11 +137,6 @@ pub(super) struct GridArgs {
 impl GridArgs {
     /// Puts what was given over the method's settings.
     pub(super) fn apply(&self, settings: &mut QuantizeSettings) {
-        fn set<T: Clone>(place: &mut T, given: Option<&T>) {
-            if let Some(given) = given {
-                place.clone_from(given);
-            }
-        }
         set(&mut settings.bits, self.bits.as_ref());
         set(&mut settings.group, self.group.as_ref());
         set(&mut settings.clip, if self.no_clip { Some(&tailorq::Clip::None) } else { self.clip.as_ref() });
@@ -331,7 +326,6 @@ struct AllocationArgs {
 impl AllocationArgs {
     /// Puts what was given over the method's settings; returns the budget of a method without an allocation.
     fn apply(&self, bits: Option<tailorq::Bits>, method: &mut Method) -> anyhow::Result<Option<f64>> {
-        let usage = |problem: &str| Err(PipelineError::Settings(problem.into()).into());
         let budget = self.bits_per_weight;
         let old = method.allocation.take();
         let allocation = match (self.allocate, old) {
@@ -343,14 +337,14 @@ impl AllocationArgs {
         };
         let Some(mut allocation) = allocation else {
             if self.rule.is_some() || self.share.is_some() || self.score.is_given() {
-                return usage(
-                    "nothing is allocated: use --method taqo or another that allocates, or --allocate SIGNAL",
-                );
+                let problem = "nothing is allocated: use --method taqo or another that allocates, or --allocate SIGNAL";
+                return Err(wrong_settings(problem));
             }
             return Ok(budget);
         };
         if bits.is_some() {
-            return usage("an allocation chooses among widths: give --widths and --bits-per-weight instead of --bits");
+            let problem = "an allocation chooses among widths: give --widths and --bits-per-weight instead of --bits";
+            return Err(wrong_settings(problem));
         }
         let rule = &mut allocation.rule;
         match self.rule {
@@ -421,32 +415,38 @@ impl QuantizeArgs {
             (_, true) => OutputMode::Overwrite,
             _ => OutputMode::Fresh,
         };
-        let (method, bits_per_weight) = self.method()?;
         let mut request = match &self.recipe {
-            Some(path) => QuantizeRequest::repeat(Recipe::read(path)?, self.output.clone(), mode),
-            None => QuantizeRequest {
-                calibration: self.data.request(),
-                settings: method.quantize,
-                circuit: method.circuit,
-                allocation: method.allocation,
-                plan: self.allocation.plan.clone(),
-                bits_per_weight,
-                mode,
-                ..QuantizeRequest::new(self.model.clone().context("a model is needed")?, &self.output)
-            },
+            Some(path) => self.repeated(path, mode)?,
+            None => self.asked_for(mode)?,
         };
-        if self.recipe.is_some() {
-            if let Some(model) = &self.model {
-                request.model.clone_from(model);
-            }
-            if let (Some(file), Some(calibration)) = (&self.data.calibration, &mut request.calibration) {
-                calibration.file.clone_from(file);
-            }
-        }
         request.retain = self.retain.min_retain.map(|min| RetainRequest { min, data: self.retain.retain_data.clone() });
         request.survey.clone_from(&self.circuit.survey);
         request.scores.clone_from(&self.allocation.scores);
         Ok(request)
+    }
+
+    /// A recipe's request, of inputs that may lie elsewhere.
+    fn repeated(&self, recipe: &Path, mode: OutputMode) -> anyhow::Result<QuantizeRequest> {
+        let mut request = QuantizeRequest::repeat(Recipe::read(recipe)?, self.output.clone(), mode);
+        set(&mut request.model, self.model.as_ref());
+        if let Some(calibration) = &mut request.calibration {
+            set(&mut calibration.file, self.data.calibration.as_ref());
+        }
+        Ok(request)
+    }
+
+    fn asked_for(&self, mode: OutputMode) -> anyhow::Result<QuantizeRequest> {
+        let (method, bits_per_weight) = self.method()?;
+        Ok(QuantizeRequest {
+            calibration: self.data.request(),
+            settings: method.quantize,
+            circuit: method.circuit,
+            allocation: method.allocation,
+            plan: self.allocation.plan.clone(),
+            bits_per_weight,
+            mode,
+            ..QuantizeRequest::new(self.model.clone().context("a model is needed")?, &self.output)
+        })
     }
 
     /// The method's settings with what was given put over them, and the budget of a method that does not allocate.
@@ -457,7 +457,7 @@ impl QuantizeArgs {
         self.circuit.apply(&mut method);
         let budget = self.allocation.apply(self.grid.bits, &mut method)?;
         if self.allocation.plan.is_some() && self.grid.bits.is_some() {
-            return Err(PipelineError::Settings("a plan says the bits of every linear: leave --bits out".into()).into());
+            return Err(wrong_settings("a plan says the bits of every linear: leave --bits out"));
         }
         Ok((method, budget))
     }

@@ -1,6 +1,7 @@
 //! `tailorq score`: how much each unit of a model needs its bits, once, for many plans.
 
 use super::quantize::{DataArgs, GridArgs};
+use super::{set, wrong_settings};
 use crate::console::Console;
 use crate::observer::ConsoleObserver;
 use clap::Args;
@@ -69,11 +70,6 @@ pub(super) struct ScoreArgs {
 impl ScoreArgs {
     /// Puts what was given over the settings.
     pub(super) fn apply(&self, settings: &mut ScoreSettings) {
-        fn set<T: Clone>(place: &mut T, given: Option<&T>) {
-            if let Some(given) = given {
-                place.clone_from(given);
-            }
-        }
         set(&mut settings.unit, self.unit.as_ref());
         set(&mut settings.widths, self.widths.as_ref());
         set(&mut settings.prompts, self.prompts.as_ref());
@@ -104,7 +100,7 @@ impl ScoreArgs {
 pub fn execute(args: &ScoreCommand, console: &Console) -> anyhow::Result<()> {
     if args.grid.bits.is_some() {
         let problem = "scores are made for several widths: give --widths 2,3,4,8 instead of --bits";
-        return Err(tailorq::PipelineError::Settings(problem.into()).into());
+        return Err(wrong_settings(problem));
     }
     let (mut settings, mut score) = (QuantizeSettings::default(), ScoreSettings::of(args.signal));
     args.grid.apply(&mut settings);

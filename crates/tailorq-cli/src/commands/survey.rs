@@ -1,6 +1,7 @@
 //! `tailorq survey`: what a task's data and gradients say of every weight, gathered once for many plans.
 
 use super::quantize::{DataArgs, parse_bits};
+use super::wrong_settings;
 use crate::console::Console;
 use crate::observer::ConsoleObserver;
 use anyhow::Context;
@@ -8,7 +9,7 @@ use clap::Args;
 use serde_json::json;
 use std::path::PathBuf;
 use std::time::Instant;
-use tailorq::{Bits, Clip, Group, LossKind, Needs, PipelineError, QuantizeSettings, SurveyRequest};
+use tailorq::{Bits, Clip, Group, LossKind, Needs, QuantizeSettings, SurveyRequest};
 
 /// Run a task's data forward and backward through a model once, for many quantizations
 ///
@@ -58,7 +59,7 @@ impl SurveyArgs {
         if has_grid && self.loss != LossKind::Kl {
             let problem =
                 "gradients of labels are those of the original: --bits, --group, --clip and --sym belong to --loss kl";
-            return Err(PipelineError::Settings(problem.into()).into());
+            return Err(wrong_settings(problem));
         }
         let usual = QuantizeSettings::default();
         Ok(QuantizeSettings {
