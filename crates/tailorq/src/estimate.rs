@@ -6,7 +6,7 @@ use crate::task::allocation::{AllocationSettings, AllocationSignal};
 use crate::task::scores::units_of;
 use crate::task::survey::TAPE_BYTES;
 use crate::task::survey_needs;
-use crate::task::uniform::{circuit_bytes, n_weights};
+use crate::task::uniform::{circuit_bytes, n_weights, shapes};
 use serde::Serialize;
 use std::time::Instant;
 use tailorq_kernels::Device;
@@ -42,9 +42,9 @@ pub fn estimate(device: &dyn Device, model: &Model, recipe: &Recipe, tokens: usi
     let linear_weights = n_weights(model);
     // Forward, recomputation and two products backward, where there is a survey.
     let survey = if survey_needs(recipe).is_some() { 8.0 * tokens as f64 * linear_weights as f64 } else { 0.0 };
-    let survey = survey + 2.0 * scored_tokens(model, recipe, tokens) * linear_weights as f64;
-    let seconds =
-        (total_flops(model, tokens) + survey) / measured_flops(device) + search_seconds(linear_weights, settings);
+    let scores = 2.0 * scored_tokens(model, recipe, tokens) * linear_weights as f64;
+    let flops = total_flops(model, tokens) + (survey + scores);
+    let seconds = flops / measured_flops(device) + search_seconds(linear_weights, settings);
     Estimate {
         artifact_bytes: size.artifact_bytes,
         linear_bits_per_weight: size.linear_bytes as f64 * 8.0 / linear_weights as f64,
@@ -121,8 +121,7 @@ fn linear_bytes(model: &Model, settings: &QuantizeSettings) -> u64 {
             layout.bytes(r, c) + settings.level_bytes() + settings.aligned.map_or(0, |a| a.bytes(layout, r, c))
         }
     };
-    let linears = model.blocks.iter().flat_map(|b| &b.linears).map(|l| (l.weight.rows(), l.weight.cols()));
-    linears.map(of).sum::<usize>() as u64
+    shapes(model).map(of).sum::<usize>() as u64
 }
 
 /// Bytes of one table (embedding or head) in its layout, or at 16 bits.
@@ -151,12 +150,13 @@ pub(crate) fn peak_memory(model: &Model, recipe: &Recipe, tokens: usize, longest
     let beside = 1 + usize::from(settings.drift().is_on());
     let streams = beside * 4 * tokens * c.hidden + (4 * tokens * widest).min(KEPT_INPUT_BYTES);
     // The Hessian, its damped copy that becomes the factor, and the factorization's own copy; two more for a method that
-    // chooses, and one for each linear of an input whose gradients weigh the tokens.
+    // chooses, for a transform (the whole Hessian and the rotated one), for an input whose gradients weigh the tokens (one for
+    // each of its linears), and for drift.
     let chooses = tailorq_quant::find(&settings.method).is_some_and(|q| q.needs().held_out);
-    // A transform has the whole Hessian and the rotated one beside the original.
-    let more = 8 * usize::from(settings.transform.is_some());
-    let more = more + 8 * usize::from(chooses) + 8 * usize::from(settings.token_weight.reads_gradients());
-    let hessian = if tokens == 0 { 0 } else { (12 + more + 8 * (beside - 1)) * widest * widest };
+    let has_two_more =
+        [chooses, settings.transform.is_some(), settings.token_weight.reads_gradients(), settings.drift().is_on()];
+    let n_hessians = 3 + 2 * has_two_more.into_iter().filter(|has| *has).count();
+    let hessian = if tokens == 0 { 0 } else { 4 * n_hessians * widest * widest };
     // Weights as f32, their working copy, codes.
     let weights = 9 * largest;
     let activations = 4 * batch * (2 * c.hidden + 3 * c.intermediate);
@@ -189,6 +189,7 @@ fn total_flops(model: &Model, tokens: usize) -> f64 {
     per_block * c.n_blocks as f64
 }
 
+/// Of the search for the range of each group; without one, of finding extremes.
 fn search_seconds(weights: u64, settings: &QuantizeSettings) -> f64 {
     let share = if settings.clip != Clip::None { 1.0 } else { 0.1 };
     share * weights as f64 / (CLIP_WEIGHTS_PER_SECOND * rayon::current_num_threads() as f64)

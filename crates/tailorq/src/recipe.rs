@@ -153,7 +153,7 @@ pub struct QuantizeSettings {
     /// What is done to the inputs of linears before they meet their packed base, for methods that can; nothing when absent.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub transform: Option<TransformSettings>,
-    /// Salient tiles, for the methods `aligned` and `aligned-task` alone.
+    /// Salient tiles, for the methods that begin with `aligned` alone.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub aligned: Option<AlignedSettings>,
 }
@@ -256,8 +256,7 @@ impl QuantizeSettings {
         if !(0.0..=1.0).contains(&self.shrink) {
             return fail(format!("the shrinkage of correlations is {}: use 0 to 1", self.shrink));
         }
-        let holds_out = tailorq_quant::find(&self.method).is_some_and(|q| q.needs().held_out);
-        if self.drift().is_on() && (holds_out || self.shrink > 0.0) {
+        if self.drift().is_on() && (method.needs().held_out || self.shrink > 0.0) {
             return fail("drift is corrected from all items and all correlations: leave out best and --shrink".into());
         }
         if self.drift().is_on() && !self.true_sequential {

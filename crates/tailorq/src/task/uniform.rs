@@ -16,7 +16,7 @@ pub(crate) fn groups() -> impl Iterator<Item = Group> {
 }
 
 /// Shapes of all linears.
-fn shapes(model: &Model) -> impl Iterator<Item = (usize, usize)> {
+pub(crate) fn shapes(model: &Model) -> impl Iterator<Item = (usize, usize)> {
     model.blocks.iter().flat_map(|b| &b.linears).map(|l| (l.weight.rows(), l.weight.cols()))
 }
 
