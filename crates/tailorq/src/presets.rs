@@ -32,7 +32,7 @@ pub struct Method {
 
 /// All methods, quantizers by themselves first.
 pub const PRESETS: &[Preset] = &[
-    Preset { name: "rtn", about: "round to nearest; no calibration", settings: rtn },
+    Preset { name: "rtn", about: "round to nearest; no calibration", settings: || plain("rtn") },
     Preset { name: "gptq", about: "GPTQ: error feedback through the Hessian of the inputs", settings: gptq },
     Preset {
         name: "gptq-hadamard",
@@ -49,7 +49,11 @@ pub const PRESETS: &[Preset] = &[
         about: "per matrix the best of rounding and several GPTQs, judged on held-out items",
         settings: || baseline("best", |s| s.true_sequential = true),
     },
-    Preset { name: "half", about: "linears stay at 16 bits; for the tables alone, and as a control", settings: half },
+    Preset {
+        name: "half",
+        about: "linears stay at 16 bits; for the tables alone, and as a control",
+        settings: || plain("half"),
+    },
     Preset {
         name: "tacq",
         about: "GPTQ around the weights that carry the task, which stay at 16 bits",
@@ -124,16 +128,28 @@ pub const PRESETS: &[Preset] = &[
     Preset {
         name: "taqo",
         about: "GPTQ with a width for each block under a budget, by the measured divergence of the model's own answers",
-        settings: taqo,
+        settings: || budgeted(AllocationSignal::Taqo),
     },
     Preset {
         name: "taq",
         about: "the same by information and stability of activations over the task's prompts",
-        settings: taq,
+        settings: || budgeted(AllocationSignal::TaqIs),
     },
-    Preset { name: "taq-kl", about: "the same by what noise on each block does to the predictions", settings: taq_kl },
-    Preset { name: "depth", about: "control for these: the ends of the model get the bits", settings: depth },
-    Preset { name: "random", about: "control for these: drawn blocks get the bits", settings: random },
+    Preset {
+        name: "taq-kl",
+        about: "the same by what noise on each block does to the predictions",
+        settings: || budgeted(AllocationSignal::TaqKl),
+    },
+    Preset {
+        name: "depth",
+        about: "control for these: the ends of the model get the bits",
+        settings: || budgeted(AllocationSignal::Depth),
+    },
+    Preset {
+        name: "random",
+        about: "control for these: drawn blocks get the bits",
+        settings: || budgeted(AllocationSignal::Random),
+    },
     Preset {
         name: "taq-paper",
         about: "TAQ as its authors run it (zero points are rounded, theirs are not): a quarter of the blocks 8 bits, others 4",
@@ -159,8 +175,9 @@ impl Preset {
     }
 }
 
-fn rtn() -> Method {
-    Method { quantize: QuantizeSettings { method: "rtn".into(), ..QuantizeSettings::default() }, ..Method::default() }
+/// A quantizer with the default settings.
+fn plain(method: &str) -> Method {
+    Method { quantize: QuantizeSettings { method: method.into(), ..QuantizeSettings::default() }, ..Method::default() }
 }
 
 fn gptq() -> Method {
@@ -178,10 +195,6 @@ fn codebook(method: Method) -> Method {
     let method = rotated(method);
     let quantize = QuantizeSettings { grid: GridKind::Codebook, group: Group::Row, ..method.quantize };
     Method { quantize, ..method }
-}
-
-fn half() -> Method {
-    Method { quantize: QuantizeSettings { method: "half".into(), ..QuantizeSettings::default() }, ..Method::default() }
 }
 
 /// On a base of 2 bits.
@@ -234,26 +247,6 @@ const BUDGET: f64 = 3.0;
 /// GPTQ with widths under a budget.
 fn budgeted(signal: AllocationSignal) -> Method {
     Method { allocation: Some(AllocationSettings::of(signal, Some(BUDGET))), ..Method::default() }
-}
-
-fn taqo() -> Method {
-    budgeted(AllocationSignal::Taqo)
-}
-
-fn taq() -> Method {
-    budgeted(AllocationSignal::TaqIs)
-}
-
-fn taq_kl() -> Method {
-    budgeted(AllocationSignal::TaqKl)
-}
-
-fn depth() -> Method {
-    budgeted(AllocationSignal::Depth)
-}
-
-fn random() -> Method {
-    budgeted(AllocationSignal::Random)
 }
 
 /// Rounding to nearest, extremes as they are, groups of 128, two widths (LeVi et al. 2025, arXiv 2511.06516, and their script).
