@@ -49,11 +49,10 @@ pub fn plot_layer(models: &[(&str, &Model)], layer: &str, window: &Window) -> Re
         }
         panels.push((label, weight.reader().encoding(), cut(weight, layer, window)?));
     }
-    let Some((_, _, original)) = panels.first() else {
-        return Err(PipelineError::Settings("a picture needs at least one model".into()));
-    };
-    let original = original.clone();
-    Ok(draw(layer, window, &original, &panels))
+    match &panels[..] {
+        [] => Err(PipelineError::Settings("a picture needs at least one model".into())),
+        [(_, _, original), ..] => Ok(draw(layer, window, original, &panels)),
+    }
 }
 
 fn linear<'a>(model: &'a Model, label: &str, layer: &str) -> Result<&'a Weight, PipelineError> {
@@ -130,8 +129,13 @@ fn span(values: &Matrix) -> f32 {
 }
 
 fn text(svg: &mut String, (x, y): (usize, usize), words: &str, weight: &str) {
-    let words = words.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;");
+    let words = escape(words);
     writeln!(svg, "<text x=\"{x}\" y=\"{y}\" font-weight=\"{weight}\">{words}</text>").expect("a string takes all");
+}
+
+/// Text as SVG holds it between tags.
+pub(crate) fn escape(text: &str) -> String {
+    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
 }
 
 fn image(svg: &mut String, (x, y, side): (usize, usize, usize), values: &Matrix, limit: f32) {

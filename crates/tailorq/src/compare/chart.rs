@@ -3,6 +3,8 @@
 
 use super::evaluate::Metric;
 use super::results::{Results, RowResult};
+use super::table::MIB;
+use crate::plot::escape;
 use std::fmt::Write;
 
 const WIDTH: f64 = 900.0;
@@ -11,7 +13,6 @@ const LEFT: f64 = 80.0;
 const RIGHT: f64 = 30.0;
 const TOP: f64 = 40.0;
 const BOTTOM: f64 = 50.0;
-const MIB: f64 = (1 << 20) as f64;
 /// Pixels of a letter, of the size at which labels are written.
 const LETTER: f64 = 5.6;
 const LINE: f64 = 12.0;
@@ -31,7 +32,8 @@ struct Point {
 
 /// All panels, one below the other.
 pub(super) fn svg(results: &Results) -> String {
-    let panels = PANEL * results.metrics().len().max(1) as f64;
+    let metrics = results.metrics();
+    let panels = PANEL * metrics.len().max(1) as f64;
     let is_numbered = results.rows.len() > MOST_NAMES;
     let n_lines = if is_numbered { results.rows.len().div_ceil(2) } else { 0 };
     let height = panels + (LINE + 2.0) * n_lines as f64 + if is_numbered { 20.0 } else { 0.0 };
@@ -39,8 +41,8 @@ pub(super) fn svg(results: &Results) -> String {
         "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {height}\" width=\"{WIDTH}\" height=\"{height}\" \
          font-family=\"sans-serif\" font-size=\"10\">\n<rect width=\"{WIDTH}\" height=\"{height}\" fill=\"white\"/>\n"
     );
-    for (at, metric) in results.metrics().iter().enumerate() {
-        panel(&mut svg, results, metric, PANEL * at as f64);
+    for (at, metric) in metrics.iter().enumerate() {
+        panel(&mut svg, results, metric, is_numbered, PANEL * at as f64);
     }
     for (at, row) in results.rows.iter().enumerate().filter(|_| is_numbered) {
         let x = if at < n_lines { LEFT } else { WIDTH / 2.0 + LEFT / 2.0 };
@@ -52,27 +54,26 @@ pub(super) fn svg(results: &Results) -> String {
     svg
 }
 
-fn panel(svg: &mut String, results: &Results, metric: &Metric, top: f64) {
-    let is_numbered = results.rows.len() > MOST_NAMES;
+fn panel(svg: &mut String, results: &Results, metric: &Metric, is_numbered: bool, top: f64) {
     let label = |at: usize, row: &RowResult| if is_numbered { (at + 1).to_string() } else { name(row) };
     let points = results.rows.iter().enumerate().filter_map(|(at, row)| point(row, metric, label(at, row)));
     let points: Vec<Point> = points.collect();
     let x = Axis::new(points.iter().map(|p| p.x), false, (LEFT, WIDTH - RIGHT));
     let values = points.iter().flat_map(|p| [p.y].into_iter().chain(p.interval.into_iter().flatten()));
     let y = Axis::new(values.chain([metric.value]), true, (top + PANEL - BOTTOM, top + TOP));
-    let arrow = if metric.lower_is_better() { "lower is better" } else { "higher is better" };
+    let direction = if metric.lower_is_better() { "lower is better" } else { "higher is better" };
     let scale = if y.logarithmic { ", logarithmic" } else { "" };
-    let title = escape(&format!("{} ({arrow}{scale})", metric.title()));
+    let title = escape(&format!("{} ({direction}{scale})", metric.title()));
     text(svg, (LEFT, top + 22.0), "start", "font-size=\"13\" font-weight=\"bold\"", &title);
     text(svg, (WIDTH - RIGHT, top + PANEL - 12.0), "end", "", "MiB of weight files");
     frame(svg, &x, &y);
     let level = y.at(metric.value);
     line(svg, [LEFT, level, WIDTH - RIGHT, level], "stroke=\"#888\" stroke-dasharray=\"5 4\"");
     text(svg, (LEFT + 4.0, level - 4.0), "start", "fill=\"#666\"", "original");
-    let mut taken = vec![Box { left: LEFT, top: level - 4.0 - LINE, right: LEFT + 50.0, bottom: level }];
+    let mut taken = vec![Area { left: LEFT, top: level - 4.0 - LINE, right: LEFT + 50.0, bottom: level }];
     let place = |p: &Point| (x.at(p.x), y.at(p.y));
-    taken.extend(points.iter().map(|p| Box::around(place(p))));
-    let inside = Box { left: LEFT, top: top + TOP - 8.0, right: WIDTH - 2.0, bottom: top + PANEL - BOTTOM };
+    taken.extend(points.iter().map(|p| Area::around(place(p))));
+    let inside = Area { left: LEFT, top: top + TOP - 8.0, right: WIDTH - 2.0, bottom: top + PANEL - BOTTOM };
     for p in &points {
         let (px, py) = place(p);
         let colour = if p.is_control { "#999" } else { "#1f5fa8" };
@@ -180,39 +181,39 @@ fn number(value: f64) -> String {
 
 /// Where something is drawn.
 #[derive(Clone, Copy)]
-struct Box {
+struct Area {
     left: f64,
     top: f64,
     right: f64,
     bottom: f64,
 }
 
-impl Box {
+impl Area {
     fn around((x, y): (f64, f64)) -> Self {
-        Box { left: x - 4.0, top: y - 4.0, right: x + 4.0, bottom: y + 4.0 }
+        Area { left: x - 4.0, top: y - 4.0, right: x + 4.0, bottom: y + 4.0 }
     }
 
-    fn meets(&self, other: &Box) -> bool {
+    fn meets(&self, other: &Area) -> bool {
         self.left < other.right && other.left < self.right && self.top < other.bottom && other.top < self.bottom
     }
 
-    fn contains(&self, other: &Box) -> bool {
+    fn contains(&self, other: &Area) -> bool {
         self.left <= other.left && other.right <= self.right && self.top <= other.top && other.bottom <= self.bottom
     }
 }
 
 /// The nearest place beside a point, to its right or left and further and further up or down, where a label meets nothing; if
 /// there are too many for that, the nearest inside the panel.
-fn free_place((x, y): (f64, f64), letters: usize, taken: &[Box], inside: &Box) -> Box {
+fn free_place((x, y): (f64, f64), letters: usize, taken: &[Area], inside: &Area) -> Area {
     let width = letters as f64 * LETTER;
-    let at = |left: f64, middle: f64| Box {
+    let at = |left: f64, middle: f64| Area {
         left,
         top: middle - LINE / 2.0,
         right: left + width,
         bottom: middle + LINE / 2.0,
     };
     let steps = (0..48).map(|n: i32| f64::from((n + 1) / 2 * if n % 2 == 0 { 1 } else { -1 }) * LINE / 2.0);
-    let places: Vec<Box> = steps
+    let places: Vec<Area> = steps
         .flat_map(|dy| [at(x + 7.0, y + dy), at(x - 7.0 - width, y + dy)])
         .filter(|place| inside.contains(place))
         .collect();
@@ -228,20 +229,16 @@ fn text(svg: &mut String, (x, y): (f64, f64), anchor: &str, style: &str, words: 
     let _ = writeln!(svg, "<text x=\"{x:.1}\" y=\"{y:.1}\" text-anchor=\"{anchor}\" {style}>{words}</text>");
 }
 
-fn escape(text: &str) -> String {
-    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn labels_of_a_few_points_do_not_meet() {
-        let inside = Box { left: 80.0, top: 40.0, right: 898.0, bottom: 370.0 };
+        let inside = Area { left: 80.0, top: 40.0, right: 898.0, bottom: 370.0 };
         // Ten points, half of them in one place.
         let points: Vec<(f64, f64)> = (0..10).map(|i| (300.0 + f64::from(i / 5) * 40.0, 200.0)).collect();
-        let mut taken: Vec<Box> = points.iter().map(|p| Box::around(*p)).collect();
+        let mut taken: Vec<Area> = points.iter().map(|p| Area::around(*p)).collect();
         for point in &points {
             let label = free_place(*point, 30, &taken, &inside);
             assert!(inside.contains(&label) && !taken.iter().any(|t| t.meets(&label)));

@@ -3,7 +3,8 @@
 use super::evaluate::Metric;
 use super::results::{Results, RowMetric, RowResult};
 
-const MIB: f64 = (1 << 20) as f64;
+/// One mebibyte.
+pub(super) const MIB: f64 = (1 << 20) as f64;
 
 /// The results as a Markdown table with a legend.
 pub(super) fn markdown(results: &Results) -> String {
