@@ -1,0 +1,57 @@
+//! What can go wrong before the first operation runs.
+
+use thiserror::Error;
+
+/// Why there is no CUDA device to work with.
+#[derive(Debug, Error)]
+pub enum CudaError {
+    /// The driver's library cannot be loaded.
+    #[error("no CUDA device: the NVIDIA driver (libcuda) is not installed; use --device cpu")]
+    NoDriver,
+    /// A library of the CUDA toolkit cannot be loaded.
+    #[error(
+        "no CUDA device: the library {name} was not found; install the CUDA 13 toolkit's run-time libraries and name their folder in LD_LIBRARY_PATH, or use --device cpu"
+    )]
+    NoLibrary {
+        /// As the linker calls it.
+        name: &'static str,
+    },
+    /// The machine has fewer devices.
+    #[error("there is no CUDA device {ordinal}: the driver knows {count}; use a lower number or --device cpu")]
+    NoDevice {
+        /// What was asked for.
+        ordinal: usize,
+        /// How many there are.
+        count: usize,
+    },
+    /// The processor lacks instructions that the kernels use.
+    #[error("CUDA device {ordinal} ({name}) has compute capability {major}.{minor}; 8.0 or higher is needed: use --device cpu")]
+    TooOld {
+        /// Which device.
+        ordinal: usize,
+        /// Its name.
+        name: String,
+        /// Compute capability.
+        major: i32,
+        /// Compute capability.
+        minor: i32,
+    },
+    /// The driver refused something.
+    #[error("the CUDA driver refused to {what}: {error}; is the driver recent enough for CUDA 13, and the device free?")]
+    Driver {
+        /// What was tried.
+        what: &'static str,
+        /// What it said.
+        error: String,
+    },
+    /// A kernel did not compile, which its tests should have found.
+    #[error("kernel source {source_name} does not compile for {arch}: {log}")]
+    Compile {
+        /// File of the source.
+        source_name: &'static str,
+        /// Target.
+        arch: String,
+        /// The compiler's words.
+        log: String,
+    },
+}

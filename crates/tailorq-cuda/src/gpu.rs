@@ -1,0 +1,375 @@
+//! A device with its one stream, its memory, and its compiled kernels.
+//!
+//! All work goes through a single stream, so that an operation sees what those before it wrote, and memory that is given back
+//! while work is under way is reused only after it. Operations have no way to fail but for a broken device or one that is
+//! full: that ends the program with words about it, as a failed allocation of the processor's memory does.
+
+use crate::cubin;
+use crate::error::CudaError;
+use cudarc::driver::sys::{self, CUdevice_attribute as Attribute};
+use cudarc::driver::{CudaContext, CudaStream, result};
+use std::collections::HashMap;
+use std::ffi::{CString, c_void};
+use std::sync::{Arc, Mutex};
+
+/// A source of kernels, compiled as one module.
+#[derive(Debug)]
+pub(crate) struct Source {
+    /// For messages.
+    pub(crate) name: &'static str,
+    /// CUDA C++.
+    pub(crate) code: &'static str,
+}
+
+/// What every source begins with.
+pub(crate) const PRELUDE: &str = include_str!("kernels/prelude.cuh");
+
+/// Every source, for the test that compiles them all.
+pub(crate) const SOURCES: &[&Source] = &[];
+
+/// See the module.
+pub(crate) struct Gpu {
+    context: Arc<CudaContext>,
+    stream: Arc<CudaStream>,
+    /// `sm_90`.
+    arch: String,
+    name: String,
+    /// Streaming multiprocessors.
+    pub(crate) n_processors: u32,
+    functions: Mutex<HashMap<(&'static str, &'static str), Function>>,
+    modules: Mutex<HashMap<&'static str, Module>>,
+}
+
+#[derive(Clone, Copy)]
+struct Module(sys::CUmodule);
+
+// SAFETY: a handle of the driver, which may be used from any thread.
+unsafe impl Send for Module {}
+
+/// A compiled kernel. It lives as long as the process.
+#[derive(Clone, Copy)]
+pub(crate) struct Function(sys::CUfunction);
+
+// SAFETY: a handle of the driver, which may be used from any thread.
+unsafe impl Send for Function {}
+
+impl Gpu {
+    /// Opens device number `ordinal`.
+    pub(crate) fn open(ordinal: usize) -> Result<Arc<Gpu>, CudaError> {
+        libraries()?;
+        let driver = |what: &'static str| move |e: result::DriverError| CudaError::Driver { what, error: describe(e) };
+        result::init().map_err(driver("start"))?;
+        let count = result::device::get_count().map_err(driver("count devices"))?.max(0) as usize;
+        if ordinal >= count {
+            return Err(CudaError::NoDevice { ordinal, count });
+        }
+        let context = CudaContext::new(ordinal).map_err(driver("open the device"))?;
+        let name = context.name().map_err(driver("name the device"))?;
+        let (major, minor) = context.compute_capability().map_err(driver("tell the compute capability"))?;
+        if major < 8 {
+            return Err(CudaError::TooOld { ordinal, name, major, minor });
+        }
+        let stream = context.new_stream().map_err(driver("make a stream"))?;
+        let attribute = Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+        let n_processors = context.attribute(attribute).map_err(driver("count processors"))?.max(1) as u32;
+        keep_freed_memory(&context).map_err(driver("set up the memory pool"))?;
+        Ok(Arc::new(Gpu {
+            context,
+            stream,
+            arch: format!("sm_{major}{minor}"),
+            name,
+            n_processors,
+            functions: Mutex::default(),
+            modules: Mutex::default(),
+        }))
+    }
+
+    /// The device's name.
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    pub(crate) fn stream(&self) -> &Arc<CudaStream> {
+        &self.stream
+    }
+
+    /// Makes the context current on this thread; before every call of the driver.
+    fn enter(&self) {
+        must("enter the context", self.context.bind_to_thread());
+    }
+
+    /// Free and total memory of the device, in bytes.
+    pub(crate) fn memory(&self) -> (usize, usize) {
+        self.enter();
+        must("ask for free memory", self.context.mem_get_info())
+    }
+
+    /// Waits until all work is done.
+    pub(crate) fn synchronize(&self) {
+        self.enter();
+        must("finish the work under way", self.stream.synchronize());
+    }
+
+    /// Memory that holds whatever it held.
+    pub(crate) fn allocate(self: &Arc<Self>, bytes: usize) -> Buffer {
+        self.enter();
+        // The driver refuses nothing; an empty matrix still needs an address.
+        let size = bytes.max(1);
+        // SAFETY: the stream is alive as long as `self`, of which the buffer holds a share.
+        let allocated = unsafe { result::malloc_async(self.stream.cu_stream(), size) };
+        let ptr = allocated.unwrap_or_else(|e| {
+            let (free, total) = self.memory();
+            let mib = |b: usize| b >> 20;
+            panic!(
+                "the CUDA device has no room for {} MiB more ({} of {} MiB free): {}; use fewer or shorter samples, or --device cpu",
+                mib(size),
+                mib(free),
+                mib(total),
+                describe(e)
+            )
+        });
+        Buffer { ptr, bytes, gpu: self.clone() }
+    }
+
+    /// Memory of zeros.
+    pub(crate) fn zeros(self: &Arc<Self>, bytes: usize) -> Buffer {
+        let buffer = self.allocate(bytes);
+        if bytes > 0 {
+            // SAFETY: the buffer is that long.
+            must("clear memory", unsafe { result::memset_d8_async(buffer.ptr, 0, bytes, self.stream.cu_stream()) });
+        }
+        buffer
+    }
+
+    /// A copy of `data` on the device.
+    pub(crate) fn upload<T: Copy>(self: &Arc<Self>, data: &[T]) -> Buffer {
+        let buffer = self.allocate(size_of_val(data));
+        self.write(&buffer, 0, data);
+        buffer
+    }
+
+    /// Writes `data` from byte `at` on.
+    pub(crate) fn write<T: Copy>(&self, buffer: &Buffer, at: usize, data: &[T]) {
+        assert!(at + size_of_val(data) <= buffer.bytes, "the buffer is shorter than what is written");
+        if data.is_empty() {
+            return;
+        }
+        self.enter();
+        // SAFETY: the range lies inside the buffer; from pageable memory the driver has read all of `data` when it returns.
+        must("copy to the device", unsafe {
+            result::memcpy_htod_async(buffer.ptr + at as u64, data, self.stream.cu_stream())
+        });
+    }
+
+    /// Reads from byte `at` on, after all work so far.
+    pub(crate) fn read<T: Copy>(&self, buffer: &Buffer, at: usize, out: &mut [T]) {
+        assert!(at + size_of_val(out) <= buffer.bytes, "the buffer is shorter than what is read");
+        if out.is_empty() {
+            return;
+        }
+        self.enter();
+        // SAFETY: the range lies inside the buffer, and the stream is waited for before `out` is looked at.
+        must("copy from the device", unsafe {
+            result::memcpy_dtoh_async(out, buffer.ptr + at as u64, self.stream.cu_stream())
+        });
+        self.synchronize();
+    }
+
+    /// Copies `bytes` between places of the device that do not overlap.
+    pub(crate) fn copy(&self, to: u64, from: u64, bytes: usize) {
+        if bytes == 0 {
+            return;
+        }
+        self.enter();
+        // SAFETY: callers pass addresses inside live buffers, which the stream's order keeps alive.
+        must("copy on the device", unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream.cu_stream()) });
+    }
+
+    /// The kernel `name` of `source`, compiled when it is first asked for.
+    pub(crate) fn function(&self, source: &'static Source, name: &'static str) -> Function {
+        let key = (source.name, name);
+        if let Some(found) = self.functions.lock().expect("no thread panics while it looks up a kernel").get(&key) {
+            return *found;
+        }
+        self.enter();
+        let mut modules = self.modules.lock().expect("no thread panics while it compiles");
+        let module = *modules.entry(source.name).or_insert_with(|| {
+            let image = cubin::compiled(source, &self.arch).unwrap_or_else(|e| panic!("{e}"));
+            // SAFETY: the image is what the compiler returned for this device.
+            Module(must("load kernels", unsafe { result::module::load_data(image.as_ptr().cast()) }))
+        });
+        let c_name = CString::new(name).expect("kernel names hold no zero byte");
+        // SAFETY: modules are never unloaded.
+        let function = Function(must("find a kernel", unsafe { result::module::get_function(module.0, c_name) }));
+        self.functions.lock().expect("no thread panics while it stores a kernel").insert(key, function);
+        function
+    }
+
+    /// Starts `function`. `args` are copied before this returns.
+    ///
+    /// # Safety
+    /// The arguments are of the kernel's types, in its order, and their addresses hold what the kernel reads and writes.
+    pub(crate) unsafe fn launch(&self, function: Function, grid: Grid, args: &mut [*mut c_void]) {
+        if grid.blocks.0 == 0 || grid.blocks.1 == 0 || grid.blocks.2 == 0 {
+            return;
+        }
+        self.enter();
+        let threads = (grid.threads, 1, 1);
+        // SAFETY: as the caller promises.
+        let started = unsafe {
+            result::launch_kernel(function.0, grid.blocks, threads, grid.shared, self.stream.cu_stream(), args)
+        };
+        must("start a kernel", started);
+    }
+
+    /// Lets a kernel use more shared memory than the 48 KiB that every kernel has.
+    pub(crate) fn allow_shared(&self, function: Function, bytes: u32) {
+        self.enter();
+        let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        // SAFETY: the function is alive.
+        must("raise the limit of shared memory", unsafe {
+            result::function::set_function_attribute(function.0, attribute, bytes as i32)
+        });
+    }
+}
+
+/// Blocks and threads of a launch.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Grid {
+    pub(crate) blocks: (u32, u32, u32),
+    pub(crate) threads: u32,
+    /// Dynamic shared memory in bytes.
+    pub(crate) shared: u32,
+}
+
+impl Grid {
+    /// One thread an element.
+    pub(crate) fn elements(n: usize) -> Grid {
+        Grid { blocks: (n.div_ceil(256).try_into().expect("fewer than 2^40 elements"), 1, 1), threads: 256, shared: 0 }
+    }
+
+    /// One block of so many threads a row.
+    pub(crate) fn rows(n: usize, threads: u32) -> Grid {
+        Grid { blocks: (n.try_into().expect("fewer than 2^32 rows"), 1, 1), threads, shared: 0 }
+    }
+}
+
+/// Starts a kernel: `launch!(gpu, &SOURCE, "name", grid, a, b, c)`. The arguments are values of the kernel's types.
+macro_rules! launch {
+    ($gpu:expr, $source:expr, $name:literal, $grid:expr $(, $arg:expr)* $(,)?) => {{
+        let gpu: &$crate::gpu::Gpu = &$gpu;
+        let function = gpu.function($source, $name);
+        // Each argument lives in a tuple of its own name until the launch has copied it.
+        #[allow(unused_mut)]
+        let mut args: Vec<*mut std::ffi::c_void> = Vec::new();
+        $crate::gpu::launch!(@args gpu, function, $grid, args, $($arg),*);
+    }};
+    (@args $gpu:ident, $function:ident, $grid:expr, $args:ident, ) => {
+        // SAFETY: there is nothing to pass.
+        unsafe { $gpu.launch($function, $grid, &mut $args) };
+    };
+    (@args $gpu:ident, $function:ident, $grid:expr, $args:ident, $($arg:expr),+) => {
+        $crate::gpu::launch!(@bind $gpu, $function, $grid, $args, $($arg),+);
+    };
+    (@bind $gpu:ident, $function:ident, $grid:expr, $args:ident, $head:expr $(, $tail:expr)*) => {{
+        let mut value = $head;
+        $args.push((&raw mut value).cast());
+        $crate::gpu::launch!(@bind $gpu, $function, $grid, $args $(, $tail)*);
+    }};
+    (@bind $gpu:ident, $function:ident, $grid:expr, $args:ident) => {
+        // SAFETY: every call passes what the kernel's signature asks for, buffers that outlive the launch in stream order
+        // and are as long as the shapes say.
+        unsafe { $gpu.launch($function, $grid, &mut $args) };
+    };
+}
+pub(crate) use launch;
+
+/// Memory of the device.
+pub(crate) struct Buffer {
+    ptr: sys::CUdeviceptr,
+    bytes: usize,
+    gpu: Arc<Gpu>,
+}
+
+impl Buffer {
+    /// Its address.
+    pub(crate) fn ptr(&self) -> u64 {
+        self.ptr
+    }
+
+    /// Its length.
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    pub(crate) fn gpu(&self) -> &Arc<Gpu> {
+        &self.gpu
+    }
+
+    /// The same bytes in memory of their own.
+    pub(crate) fn duplicate(&self) -> Buffer {
+        let copy = self.gpu.allocate(self.bytes);
+        self.gpu.copy(copy.ptr, self.ptr, self.bytes);
+        copy
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        if self.gpu.context.bind_to_thread().is_ok() {
+            // SAFETY: allocated on this stream, freed once; work under way comes first. A failure here would be that of a
+            // device which the next operation reports.
+            let _ = unsafe { result::free_async(self.ptr, self.gpu.stream.cu_stream()) };
+        }
+    }
+}
+
+impl std::fmt::Debug for Buffer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} bytes on {}", self.bytes, self.gpu.name)
+    }
+}
+
+/// Whether all libraries can be loaded.
+fn libraries() -> Result<(), CudaError> {
+    // SAFETY: loading these libraries runs their initialisers, which have no preconditions.
+    let (driver, nvrtc, cublas, cusolver) = unsafe {
+        (
+            sys::is_culib_present(),
+            cudarc::nvrtc::sys::is_culib_present(),
+            cudarc::cublas::sys::is_culib_present(),
+            cudarc::cusolver::sys::is_culib_present(),
+        )
+    };
+    if !driver {
+        return Err(CudaError::NoDriver);
+    }
+    for (present, name) in [(nvrtc, "libnvrtc"), (cublas, "libcublas"), (cusolver, "libcusolver")] {
+        if !present {
+            return Err(CudaError::NoLibrary { name });
+        }
+    }
+    Ok(())
+}
+
+/// Memory that was given back stays with the process, so that taking it again costs nothing.
+fn keep_freed_memory(context: &CudaContext) -> Result<(), result::DriverError> {
+    context.bind_to_thread()?;
+    // SAFETY: the device is open, the attribute takes a u64.
+    unsafe {
+        let pool = result::device::get_default_mem_pool(context.cu_device())?;
+        let mut all = u64::MAX;
+        let attribute = sys::CUmemPool_attribute_enum::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+        sys::cuMemPoolSetAttribute(pool, attribute, (&raw mut all).cast()).result()
+    }
+}
+
+/// The driver's words for an error.
+pub(crate) fn describe(error: result::DriverError) -> String {
+    error.error_string().map_or_else(|_| format!("{error:?}"), |s| s.to_string_lossy().into_owned())
+}
+
+/// Ends the program when the device is broken: see the module.
+pub(crate) fn must<T>(what: &str, result: Result<T, result::DriverError>) -> T {
+    result.unwrap_or_else(|e| panic!("the CUDA device could not {what}: {}; try again, or use --device cpu", describe(e)))
+}
