@@ -25,7 +25,7 @@ pub(crate) struct Source {
 pub(crate) const PRELUDE: &str = include_str!("kernels/prelude.cuh");
 
 /// Every source, for the test that compiles them all.
-pub(crate) const SOURCES: &[&Source] = &[];
+pub(crate) const SOURCES: &[&Source] = &[&crate::device::SOURCE, &crate::attention::SOURCE, &crate::cached::SOURCE];
 
 /// See the module.
 pub(crate) struct Gpu {
@@ -94,7 +94,7 @@ impl Gpu {
     }
 
     /// Makes the context current on this thread; before every call of the driver.
-    fn enter(&self) {
+    pub(crate) fn enter(&self) {
         must("enter the context", self.context.bind_to_thread());
     }
 

@@ -1,6 +1,7 @@
 //! The seam between mathematics and machines.
 
 use crate::kv::KeyValues;
+use crate::resident::Resident;
 use std::ops::Range;
 use tailorq_tensor::{Matrix, Weight};
 use thiserror::Error;
@@ -105,7 +106,7 @@ impl LogSumExp {
     }
 
     /// Takes in further elements whose largest is `max` and whose `sum exp(x - max)` is `sum`.
-    pub(crate) fn merge(&mut self, max: f32, sum: f64) {
+    pub fn merge(&mut self, max: f32, sum: f64) {
         let larger = self.max.max(max);
         if larger == f32::NEG_INFINITY {
             // Nothing yet, or only infinitely small elements: their sum is what it was.
@@ -121,6 +122,11 @@ impl LogSumExp {
 pub trait Device: Send + Sync {
     /// For reports: `reference`, `cpu avx512`, ...
     fn name(&self) -> String;
+
+    /// The operations on matrices in the device's own memory, if it has one.
+    fn resident(&self) -> Option<&dyn Resident> {
+        None
+    }
 
     /// `y[n, rows.len()] = x[n, in] W[rows]^T (+ bias[rows])`: the chosen output rows of a linear. `bias` has all rows.
     fn linear_rows(&self, x: &[f32], w: &Weight, bias: Option<&[f32]>, rows: Range<usize>, y: &mut [f32]);

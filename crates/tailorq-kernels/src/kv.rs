@@ -7,6 +7,7 @@
 use crate::AttentionShape;
 use half::f16;
 use half::slice::HalfFloatSliceExt;
+use std::any::Any;
 use std::fmt;
 use std::ops::Range;
 use std::str::FromStr;
@@ -175,12 +176,24 @@ pub struct KvBlock {
     head_dim: usize,
     len: usize,
     pages: Vec<Arc<Page>>,
+    /// What a device with a memory of its own keeps in place of pages.
+    remote: Option<RemoteTokens>,
+}
+
+/// Tokens in the memory of a device, as it keeps them.
+#[derive(Clone)]
+struct RemoteTokens(Arc<dyn Any + Send + Sync>);
+
+impl fmt::Debug for RemoteTokens {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("on a device")
+    }
 }
 
 impl KvBlock {
     /// No tokens yet.
     pub fn new(kind: KvType, kv_heads: usize, head_dim: usize) -> Self {
-        KvBlock { kind, kv_heads, head_dim, len: 0, pages: Vec::new() }
+        KvBlock { kind, kv_heads, head_dim, len: 0, pages: Vec::new(), remote: None }
     }
 
     /// Tokens held.
@@ -196,6 +209,27 @@ impl KvBlock {
     /// Bytes of the keys and values of all tokens held.
     pub fn bytes(&self) -> usize {
         2 * self.kv_heads * self.len * self.kind.row_bytes(self.head_dim)
+    }
+
+    /// What the device that holds the tokens knows them by.
+    pub fn remote(&self) -> Option<&(dyn Any + Send + Sync)> {
+        self.remote.as_ref().map(|r| &*r.0)
+    }
+
+    /// The same, to be asked whether another copy of the block shares it.
+    pub fn remote_mut(&mut self) -> Option<&mut Arc<dyn Any + Send + Sync>> {
+        self.remote.as_mut().map(|r| &mut r.0)
+    }
+
+    /// Keeps the tokens on a device, which holds those that are there already.
+    pub fn set_remote(&mut self, remote: Arc<dyn Any + Send + Sync>) {
+        self.remote = Some(RemoteTokens(remote));
+    }
+
+    /// Counts tokens that a device has written.
+    pub fn grow(&mut self, tokens: usize) {
+        assert!(self.remote.is_some(), "tokens in memory are pushed");
+        self.len += tokens;
     }
 
     /// Makes room for `tokens` tokens in all, so that none of them asks for memory when it comes.

@@ -7,6 +7,7 @@ mod cpu;
 mod device;
 mod kv;
 mod reference;
+mod resident;
 mod shapes;
 
 pub use cpu::awake;
@@ -14,6 +15,8 @@ pub use device::{
     AttentionShape, AttentionSpan, Device, GradientSums, Heads, HeadsMut, LogSumExp, NotPositiveDefinite, RopeTable,
     Strided, StridedMut,
 };
+
+pub use resident::Resident;
 
 pub use kv::{KV_PAGE, KeyValues, KvBlock, KvType, Part};
 

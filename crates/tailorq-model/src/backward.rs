@@ -7,8 +7,7 @@
 use crate::forward::{BlockStage, positions};
 use crate::model::Model;
 use std::ops::Range;
-use tailorq_kernels::Device;
-use tailorq_kernels::{Heads, HeadsMut, LogSumExp};
+use tailorq_kernels::{Device, LogSumExp};
 use tailorq_tensor::{InputGroup, Matrix, Slot};
 
 /// Words of the vocabulary whose logits are held at once: with 2048 target tokens, 16 MiB.
@@ -79,13 +78,7 @@ impl BlockStage<'_> {
         visit(Tap { group: InputGroup::Attention, input: &attention_input, gradients: &gradients });
         let d_input = self.pull_back(&gradients, input.cols());
         let norm = &self.block.attention_norm;
-        self.device.rms_norm_backward(
-            input.data(),
-            norm,
-            self.model.config.rms_eps,
-            d_input.data(),
-            gradient.data_mut(),
-        );
+        self.device.rms_norm_backward_matrix(input, norm, self.model.config.rms_eps, &d_input, gradient);
     }
 
     /// From the gradient of the block's output to that of the stream before the feed-forward.
@@ -93,24 +86,18 @@ impl BlockStage<'_> {
         let input = self.mlp_input(residual);
         let (mut gate, mut up) = (self.apply(Slot::Gate, &input), self.apply(Slot::Up, &input));
         let mut hidden = gate.clone();
-        self.device.swiglu(hidden.data_mut(), up.data());
+        self.device.swiglu_matrix(&mut hidden, &up);
         visit(Tap { group: InputGroup::MlpOutput, input: &hidden, gradients: &[(Slot::Down, gradient)] });
         let width = hidden.cols();
         drop(hidden);
         let d_hidden = self.pull_back(&[(Slot::Down, gradient)], width);
-        self.device.swiglu_backward(d_hidden.data(), gate.data_mut(), up.data_mut());
+        self.device.swiglu_backward_matrix(&d_hidden, &mut gate, &mut up);
         drop(d_hidden);
         let gradients = [(Slot::Gate, &gate), (Slot::Up, &up)];
         visit(Tap { group: InputGroup::Mlp, input: &input, gradients: &gradients });
         let d_input = self.pull_back(&gradients, input.cols());
         let norm = &self.block.mlp_norm;
-        self.device.rms_norm_backward(
-            residual.data(),
-            norm,
-            self.model.config.rms_eps,
-            d_input.data(),
-            gradient.data_mut(),
-        );
+        self.device.rms_norm_backward_matrix(residual, norm, self.model.config.rms_eps, &d_input, gradient);
     }
 
     /// The gradient of the input that these linears share.
@@ -118,7 +105,8 @@ impl BlockStage<'_> {
         let n_rows = gradients.first().map_or(0, |(_, dy)| dy.rows());
         let mut dx = Matrix::zeros(n_rows, width);
         for (slot, dy) in gradients {
-            self.device.linear_backward(dy.data(), &self.block.linear(*slot).weight, dx.data_mut());
+            let weight = &self.block.linear(*slot).weight;
+            self.device.linear_backward_matrix(dy, weight, 0..weight.rows(), &mut dx);
         }
         dx
     }
@@ -132,21 +120,19 @@ impl BlockStage<'_> {
         spans: &[Range<usize>],
     ) -> [Matrix; 3] {
         let [q, k, v] = heads;
-        let mut gradients = [q, k, v].map(|m| Matrix::zeros(m.rows(), m.cols()));
-        let [dq, dk, dv] = &mut gradients;
-        let into = HeadsMut { q: dq.data_mut(), k: dk.data_mut(), v: dv.data_mut() };
-        let heads = Heads { q: q.data(), k: k.data(), v: v.data() };
-        self.device.attention_backward(self.attention_shape(), heads, spans, d_mixed.data(), into);
+        let mut gradients =
+            self.device.attention_backward_matrix(self.attention_shape(), [q, k, v], spans, d_mixed);
+        let [dq, dk, _] = &mut gradients;
         let positions = positions(d_mixed.rows(), spans, |_| 0);
         let table = self.rope_table(&positions);
         for d in [&mut *dq, &mut *dk] {
-            self.device.rope_backward(d.data_mut(), &table, &positions);
+            self.device.rope_backward_matrix(d, &table, &positions);
         }
         if let (Some((q_norm, k_norm)), Some([plain_q, plain_k])) = (&self.block.qk_norm, plain) {
             for (d, norm, before) in [(dq, q_norm, plain_q), (dk, k_norm, plain_k)] {
                 let mut pulled = Matrix::zeros(d.rows(), d.cols());
                 let eps = self.model.config.rms_eps;
-                self.device.rms_norm_backward(before.data(), norm, eps, d.data(), pulled.data_mut());
+                self.device.rms_norm_backward_matrix(&before, norm, eps, d, &mut pulled);
                 *d = pulled;
             }
         }
@@ -159,19 +145,17 @@ impl Model {
     /// `[tokens, hidden]` after the last block. Logits are seen in chunks of the vocabulary, twice: once for the sums of
     /// exponentials, once for the gradient.
     pub fn cross_entropy_backward(&self, device: &dyn Device, residual: &Matrix, targets: &[Target]) -> LossGradient {
-        let chosen = rows_of(residual, targets);
+        let chosen = device.rows(residual, &rows_of(targets));
         let hidden = self.final_norm(device, &chosen);
         let (log_sums, at_target) = self.log_sums(device, &hidden, targets);
         let weights: Vec<f32> = targets.iter().map(|t| t.weight).collect();
         let mut d_hidden = Matrix::zeros(hidden.rows(), hidden.cols());
         self.for_each_words(device, &hidden, &mut |words, logits| {
-            device.softmax_weighted(&weights, &log_sums, logits);
-            for (r, target) in targets.iter().enumerate() {
-                if words.contains(&(target.token as usize)) {
-                    logits[r * words.len() + target.token as usize - words.start] -= target.weight;
-                }
-            }
-            device.linear_backward_rows(logits, &self.head, words, d_hidden.data_mut());
+            device.softmax_weighted_matrix(&weights, &log_sums, logits);
+            let (at, values): (Vec<_>, Vec<f32>) =
+                among(targets, &words).map(|(r, column)| ((r, column), -targets[r].weight)).unzip();
+            device.add_at(logits, &at, &values);
+            device.linear_backward_matrix(logits, &self.head, words, &mut d_hidden);
         });
         let losses = log_sums.iter().zip(at_target).map(|(sum, logit)| sum - logit).collect();
         self.scatter(device, residual, (targets, &chosen, &d_hidden), losses)
@@ -188,20 +172,19 @@ impl Model {
         targets: &[Target],
     ) -> LossGradient {
         assert_eq!(self.head.rows(), reference.head.rows(), "models of the same vocabulary");
-        let chosen = rows_of(residual, targets);
+        let chosen = device.rows(residual, &rows_of(targets));
         let hidden = self.final_norm(device, &chosen);
-        let reference_hidden = reference.final_norm(device, &rows_of(reference_residual, targets));
+        let reference_hidden = reference.final_norm(device, &device.rows(reference_residual, &rows_of(targets)));
         let (log_sums, _) = self.log_sums(device, &hidden, targets);
         let (reference_sums, _) = reference.log_sums(device, &reference_hidden, targets);
         let weights: Vec<f32> = targets.iter().map(|t| t.weight).collect();
         let mut d_hidden = Matrix::zeros(hidden.rows(), hidden.cols());
         let mut losses = vec![0.0; targets.len()];
         self.for_each_words(device, &hidden, &mut |words, logits| {
-            let mut expected = vec![0.0; logits.len()];
-            device.linear_rows(reference_hidden.data(), &reference.head, None, words.clone(), &mut expected);
-            let reference = (expected.as_slice(), reference_sums.as_slice());
-            device.divergence_backward(&weights, reference, (&mut *logits, &log_sums), &mut losses);
-            device.linear_backward_rows(logits, &self.head, words, d_hidden.data_mut());
+            let expected = device.linear_matrix(&reference_hidden, &reference.head, None, words.clone());
+            let reference = (&expected, reference_sums.as_slice());
+            device.divergence_backward_matrix(&weights, reference, (&mut *logits, &log_sums), &mut losses);
+            device.linear_backward_matrix(logits, &self.head, words, &mut d_hidden);
         });
         self.scatter(device, residual, (targets, &chosen, &d_hidden), losses)
     }
@@ -211,25 +194,21 @@ impl Model {
         let mut sums = vec![LogSumExp::default(); targets.len()];
         let mut at_target = vec![f64::NAN; targets.len()];
         self.for_each_words(device, hidden, &mut |words, logits| {
-            device.log_sum_exp(logits, &mut sums);
-            for (r, target) in targets.iter().enumerate() {
-                if words.contains(&(target.token as usize)) {
-                    at_target[r] = f64::from(logits[r * words.len() + target.token as usize - words.start]);
-                }
+            device.log_sum_exp_matrix(logits, &mut sums);
+            let at: Vec<(usize, usize)> = among(targets, &words).collect();
+            for (&(r, _), logit) in at.iter().zip(device.pick(logits, &at)) {
+                at_target[r] = f64::from(logit);
             }
         });
         (sums.into_iter().map(LogSumExp::value).collect(), at_target)
     }
 
     /// Logits in chunks of [`WORDS`] that the visitor may overwrite.
-    fn for_each_words(&self, device: &dyn Device, hidden: &Matrix, visit: &mut dyn FnMut(Range<usize>, &mut [f32])) {
+    fn for_each_words(&self, device: &dyn Device, hidden: &Matrix, visit: &mut dyn FnMut(Range<usize>, &mut Matrix)) {
         let n_words = self.head.rows();
-        let mut chunk = vec![0.0; hidden.rows() * WORDS.min(n_words)];
         for start in (0..n_words).step_by(WORDS) {
             let words = start..(start + WORDS).min(n_words);
-            let logits = &mut chunk[..hidden.rows() * words.len()];
-            device.linear_rows(hidden.data(), &self.head, None, words.clone(), logits);
-            visit(words, logits);
+            visit(words.clone(), &mut device.linear_matrix(hidden, &self.head, None, words));
         }
     }
 
@@ -243,17 +222,20 @@ impl Model {
     ) -> LossGradient {
         let mut d_chosen = Matrix::zeros(chosen.rows(), chosen.cols());
         let eps = self.config.rms_eps;
-        device.rms_norm_backward(chosen.data(), &self.norm, eps, d_hidden.data(), d_chosen.data_mut());
+        device.rms_norm_backward_matrix(chosen, &self.norm, eps, d_hidden, &mut d_chosen);
         let mut gradient = Matrix::zeros(residual.rows(), residual.cols());
-        for (r, target) in targets.iter().enumerate() {
-            device.add(d_chosen.row(r), gradient.row_mut(target.row));
-        }
+        device.add_rows(&d_chosen, &rows_of(targets), &mut gradient);
         LossGradient { losses, gradient }
     }
 }
 
-/// The residual stream at the targets.
-fn rows_of(residual: &Matrix, targets: &[Target]) -> Matrix {
-    let data = targets.iter().flat_map(|t| residual.row(t.row)).copied().collect();
-    Matrix::from_vec(targets.len(), residual.cols(), data)
+/// The rows of the residual stream that predict.
+fn rows_of(targets: &[Target]) -> Vec<usize> {
+    targets.iter().map(|t| t.row).collect()
+}
+
+/// Of the targets whose token is among `words`: their number, and their column among these words.
+fn among(targets: &[Target], words: &Range<usize>) -> impl Iterator<Item = (usize, usize)> {
+    let numbered = targets.iter().enumerate().filter(|(_, t)| words.contains(&(t.token as usize)));
+    numbered.map(|(r, t)| (r, t.token as usize - words.start))
 }

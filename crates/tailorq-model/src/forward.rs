@@ -6,7 +6,7 @@ use crate::model::{Block, Linear, Model};
 use crate::workspace::Workspace;
 use std::ops::Range;
 use std::sync::Arc;
-use tailorq_kernels::{AttentionShape, AttentionSpan, Device, KeyValues, RopeTable};
+use tailorq_kernels::{AttentionShape, Device, RopeTable};
 use tailorq_tensor::{InputGroup, Matrix, Slot};
 
 /// Words of the vocabulary whose logits are computed at once: with 2048 tokens, 32 MiB.
@@ -68,14 +68,13 @@ impl BlockStage<'_> {
 
     /// Attention of fresh sequences.
     pub(crate) fn mix(&self, [q, k, v]: &[Matrix; 3], spans: &[Range<usize>]) -> Matrix {
-        let spans: Vec<_> = spans.iter().map(|rows| fresh_span(rows, k.cols(), k, v)).collect();
-        self.attend(q, &spans)
+        self.device.attention_matrix(self.attention_shape(), [q, k, v], spans)
     }
 
     /// `residual += o(mixed)`.
     pub fn add_attention(&self, mixed: &Matrix, residual: &mut Matrix) {
         let y = self.apply(Slot::O, mixed);
-        self.device.add(y.data(), residual.data_mut());
+        self.device.add_matrix(&y, residual);
     }
 
     /// `norm(residual)`: the input of gate and up. `[n, hidden]`.
@@ -87,14 +86,14 @@ impl BlockStage<'_> {
     pub fn mlp_hidden(&self, mlp_input: &Matrix) -> Matrix {
         let mut gate = self.apply(Slot::Gate, mlp_input);
         let up = self.apply(Slot::Up, mlp_input);
-        self.device.swiglu(gate.data_mut(), up.data());
+        self.device.swiglu_matrix(&mut gate, &up);
         gate
     }
 
     /// `residual += down(hidden)`.
     pub fn add_mlp(&self, hidden: &Matrix, residual: &mut Matrix) {
         let y = self.apply(Slot::Down, hidden);
-        self.device.add(y.data(), residual.data_mut());
+        self.device.add_matrix(&y, residual);
     }
 
     /// The feed-forward, all stages.
@@ -111,15 +110,14 @@ impl BlockStage<'_> {
             // A head is a row of `head_dim` elements, so the norm of rows is the norm of heads.
             let eps = self.model.config.rms_eps;
             [(&mut q, q_norm), (&mut k, k_norm)].map(|(heads, norm)| {
-                let before = heads.clone();
-                self.device.rms_norm(before.data(), norm, eps, heads.data_mut());
-                before
+                let normed = self.device.rms_norm_matrix(heads, norm, eps);
+                std::mem::replace(heads, normed)
             })
         });
         let positions = positions(x.rows(), spans, |_| 0);
         let table = self.rope_table(&positions);
-        self.device.rope(q.data_mut(), &table, &positions);
-        self.device.rope(k.data_mut(), &table, &positions);
+        self.device.rope_matrix(&mut q, &table, &positions);
+        self.device.rope_matrix(&mut k, &table, &positions);
         (q, k, v, plain)
     }
 
@@ -132,20 +130,12 @@ impl BlockStage<'_> {
         attention_shape(&self.model.config)
     }
 
-    fn attend(&self, q: &Matrix, spans: &[AttentionSpan<'_>]) -> Matrix {
-        let mut y = Matrix::zeros(q.rows(), q.cols());
-        self.device.attention(self.attention_shape(), q.data(), spans, y.data_mut());
-        y
-    }
-
     pub(crate) fn apply(&self, slot: Slot, x: &Matrix) -> Matrix {
         apply_linear(self.device, self.block.linear(slot), x)
     }
 
     fn norm(&self, x: &Matrix, weight: &[f32]) -> Matrix {
-        let mut y = Matrix::zeros(x.rows(), x.cols());
-        self.device.rms_norm(x.data(), weight, self.model.config.rms_eps, y.data_mut());
-        y
+        self.device.rms_norm_matrix(x, weight, self.model.config.rms_eps)
     }
 }
 
@@ -160,16 +150,7 @@ pub(crate) fn attention_shape(config: &ModelConfig) -> AttentionShape {
 }
 
 fn apply_linear(device: &dyn Device, linear: &Linear, x: &Matrix) -> Matrix {
-    let mut y = Matrix::zeros(x.rows(), linear.weight.rows());
-    device.linear(x.data(), &linear.weight, linear.bias.as_deref(), y.data_mut());
-    y
-}
-
-/// The keys and values of a sequence that has no past: its own rows.
-fn fresh_span<'a>(rows: &Range<usize>, width: usize, k: &'a Matrix, v: &'a Matrix) -> AttentionSpan<'a> {
-    let part = rows.start * width..rows.end * width;
-    let source = KeyValues::Rows { keys: &k.data()[part.clone()], values: &v.data()[part] };
-    AttentionSpan { rows: rows.clone(), source, past: 0 }
+    device.linear_matrix(x, &linear.weight, linear.bias.as_deref(), 0..linear.weight.rows())
 }
 
 /// The position of every row: counted up from `first(i)` in span `i`.
@@ -199,9 +180,7 @@ pub(crate) fn positions_into(
 impl Model {
     /// Embeds the tokens: `[ids.len(), hidden]`. Every id is below the vocabulary's size.
     pub fn embed(&self, device: &dyn Device, ids: &[u32]) -> Matrix {
-        let mut y = Matrix::zeros(ids.len(), self.config.hidden);
-        device.embed(ids, &self.embedding, y.data_mut());
-        y
+        device.embed_matrix(ids, &self.embedding)
     }
 
     /// One block over a batch of fresh sequences (positions from 0, no cache), in place.
@@ -229,9 +208,7 @@ impl Model {
 
     /// The final norm of the residual stream: what the head reads. `[n, hidden]`.
     pub fn final_norm(&self, device: &dyn Device, residual: &Matrix) -> Matrix {
-        let mut y = Matrix::zeros(residual.rows(), residual.cols());
-        device.rms_norm(residual.data(), &self.norm, self.config.rms_eps, y.data_mut());
-        y
+        device.rms_norm_matrix(residual, &self.norm, self.config.rms_eps)
     }
 
     /// Logits of chosen hidden rows in chunks of the vocabulary: calls `visit(words, logits)` with

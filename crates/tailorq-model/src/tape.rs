@@ -51,7 +51,7 @@ impl<'s> Tape<'s> {
     /// Keeps a copy of `m` under `key`, in place of what was there.
     pub fn put(&mut self, key: usize, m: &Matrix) -> Result<(), TapeError> {
         self.forget(key);
-        let bytes = size_of_val(m.data());
+        let bytes = m.bytes();
         let kept = if bytes <= self.limit - self.held {
             self.held += bytes;
             Kept::Memory(m.clone())
@@ -69,7 +69,7 @@ impl<'s> Tape<'s> {
     pub fn take(&mut self, key: usize) -> Result<Matrix, TapeError> {
         match self.kept.remove(&key).expect("a matrix is taken once, after it was put") {
             Kept::Memory(m) => {
-                self.held -= size_of_val(m.data());
+                self.held -= m.bytes();
                 Ok(m)
             }
             Kept::Spilled { rows, cols } => {
@@ -96,7 +96,7 @@ impl<'s> Tape<'s> {
 
     fn forget(&mut self, key: usize) {
         if let Some(Kept::Memory(m)) = self.kept.remove(&key) {
-            self.held -= size_of_val(m.data());
+            self.held -= m.bytes();
         }
     }
 }

@@ -27,7 +27,7 @@ pub use dtype::DType;
 pub use error::PackError;
 pub use layer::{InputGroup, LayerId, Slot};
 pub use layout::{Bits, Group, Layout, TILE};
-pub use matrix::Matrix;
+pub use matrix::{Matrix, Remote};
 pub use mean4::{Mean4, MeanTile};
 pub use packed::{PackedMatrix, PackedParts};
 pub use rng::Rng;

@@ -1,23 +1,46 @@
-//! An owned dense f32 matrix.
+//! An owned dense f32 matrix, in memory or on a device.
+
+use std::any::Any;
+use std::fmt;
+use std::sync::{Arc, OnceLock};
+
+/// Elements that lie in the memory of some device.
+pub trait Remote: Send + Sync {
+    /// Reads all elements, row by row.
+    fn read(&self, out: &mut [f32]);
+    /// For the device that made it.
+    fn as_any(&self) -> &dyn Any;
+}
 
 /// `[rows, cols]` row-major f32.
-#[derive(Clone, Debug, PartialEq)]
+///
+/// A matrix is in memory, on a device, or the same on both. Whoever asks for its elements gets them, and they are brought
+/// into memory when they are not there; whoever changes them in memory ([`Matrix::data_mut`]) makes the device's copy void.
+/// So code that works on elements need not know of devices, and operations of one leave their results where they are.
+#[derive(Clone)]
 pub struct Matrix {
     rows: usize,
     cols: usize,
-    data: Vec<f32>,
+    /// At least one of the two is there.
+    host: OnceLock<Vec<f32>>,
+    remote: OnceLock<Arc<dyn Remote>>,
 }
 
 impl Matrix {
     /// All zeros.
     pub fn zeros(rows: usize, cols: usize) -> Self {
-        Matrix { rows, cols, data: vec![0.0; rows * cols] }
+        Matrix::from_vec(rows, cols, vec![0.0; rows * cols])
     }
 
     /// Takes `data` as `[rows, cols]`; panics when its length is not `rows * cols` (a programming error, not an input error).
     pub fn from_vec(rows: usize, cols: usize, data: Vec<f32>) -> Self {
         assert_eq!(data.len(), rows * cols, "matrix data does not fill [{rows}, {cols}]");
-        Matrix { rows, cols, data }
+        Matrix { rows, cols, host: OnceLock::from(data), remote: OnceLock::new() }
+    }
+
+    /// A matrix whose elements are on a device.
+    pub fn from_remote(rows: usize, cols: usize, remote: Arc<dyn Remote>) -> Self {
+        Matrix { rows, cols, host: OnceLock::new(), remote: OnceLock::from(remote) }
     }
 
     /// Number of rows (tokens of activations, outputs of a weight).
@@ -30,28 +53,80 @@ impl Matrix {
         self.cols
     }
 
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        self.rows * self.cols
+    }
+
+    /// Whether it has no element.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Bytes of its elements, wherever they are.
+    pub fn bytes(&self) -> usize {
+        self.len() * size_of::<f32>()
+    }
+
     /// Row `r`.
     pub fn row(&self, r: usize) -> &[f32] {
-        &self.data[r * self.cols..(r + 1) * self.cols]
+        &self.data()[r * self.cols..(r + 1) * self.cols]
     }
 
     /// Row `r`, mutable.
     pub fn row_mut(&mut self, r: usize) -> &mut [f32] {
-        &mut self.data[r * self.cols..(r + 1) * self.cols]
+        let cols = self.cols;
+        &mut self.data_mut()[r * cols..(r + 1) * cols]
     }
 
     /// All elements, row by row.
     pub fn data(&self) -> &[f32] {
-        &self.data
+        self.host.get_or_init(|| {
+            let mut data = vec![0.0; self.rows * self.cols];
+            self.remote.get().expect("elements are in memory or on a device").read(&mut data);
+            data
+        })
     }
 
     /// All elements, mutable.
     pub fn data_mut(&mut self) -> &mut [f32] {
-        &mut self.data
+        self.data();
+        self.remote.take();
+        self.host.get_mut().expect("the elements were brought into memory above")
     }
 
     /// The elements as a vector.
     pub fn into_vec(self) -> Vec<f32> {
-        self.data
+        self.data();
+        self.host.into_inner().expect("the elements were brought into memory above")
+    }
+
+    /// The copy on a device, made with `upload` when there is none.
+    pub fn remote_or(&self, upload: impl FnOnce(&[f32]) -> Arc<dyn Remote>) -> &Arc<dyn Remote> {
+        self.remote.get_or_init(|| upload(self.host.get().expect("elements are in memory or on a device")))
+    }
+
+    /// The copy on a device, for an operation that changes it there: the elements in memory are given up. Made with
+    /// `upload` when there is none.
+    pub fn remote_mut(&mut self, upload: impl FnOnce(&[f32]) -> Arc<dyn Remote>) -> &mut Arc<dyn Remote> {
+        self.remote_or(upload);
+        self.host.take();
+        self.remote.get_mut().expect("the copy was made above")
+    }
+}
+
+impl PartialEq for Matrix {
+    fn eq(&self, other: &Self) -> bool {
+        (self.rows, self.cols) == (other.rows, other.cols) && self.data() == other.data()
+    }
+}
+
+impl fmt::Debug for Matrix {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Matrix")
+            .field("rows", &self.rows)
+            .field("cols", &self.cols)
+            .field("data", &self.data())
+            .finish()
     }
 }

@@ -17,6 +17,10 @@ pub trait ReadRows: Send + Sync {
     fn bytes(&self) -> usize;
     /// Reads `out.len() / cols` rows from row `first` on. `out` holds whole rows.
     fn read_rows(&self, first: usize, out: &mut [f32]);
+    /// The elements as they lie in a file, row by row, when they do so without a gap.
+    fn dense(&self) -> Option<(DType, &[u8])> {
+        None
+    }
     /// How the elements are stored, for people: `BF16`, `Q4_1`, `2-bit affine, group 128`.
     fn encoding(&self) -> String {
         format!("{:.2}-bit", self.bytes() as f64 * 8.0 / (self.rows() * self.cols()).max(1) as f64)
@@ -83,6 +87,9 @@ impl ReadRows for DenseRows {
         let size = self.dtype.size();
         let at = first * self.cols * size;
         self.dtype.decode(&self.bytes[at..at + out.len() * size], out);
+    }
+    fn dense(&self) -> Option<(DType, &[u8])> {
+        Some((self.dtype, &self.bytes))
     }
     fn encoding(&self) -> String {
         self.dtype.to_string()

@@ -60,8 +60,8 @@ impl Activations {
 
     /// Bytes of the residual streams.
     pub fn bytes(&self) -> usize {
-        let beside = |b: &MicroBatch| b.original.as_ref().map_or(0, |o| size_of_val(o.data()));
-        self.batches.iter().map(|b| size_of_val(b.residual.data()) + beside(b)).sum()
+        let beside = |b: &MicroBatch| b.original.as_ref().map_or(0, Matrix::bytes);
+        self.batches.iter().map(|b| b.residual.bytes() + beside(b)).sum()
     }
 }
 

@@ -359,7 +359,7 @@ impl Work<'_> {
         let writes_stream = matches!(group, InputGroup::AttentionOutput | InputGroup::MlpOutput);
         let mut room = if writes_stream { self.kept_bytes } else { 0 };
         let mut keep = |x: Matrix| {
-            let bytes = size_of_val(x.data());
+            let bytes = x.bytes();
             (bytes <= room).then(|| {
                 room -= bytes;
                 x

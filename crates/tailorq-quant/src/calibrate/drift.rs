@@ -59,7 +59,7 @@ impl DriftSums {
         drift: &Drift<'_>,
         (kind, energies, spans): (TokenWeight, Option<&[f32]>, &[Range<usize>]),
     ) {
-        let weights = token_weights(kind, drift.quantized, energies, spans);
+        let weights = token_weights(device, kind, drift.quantized, energies, spans);
         let moved = |from: &Matrix, to: &Matrix| {
             let mut difference = to.clone();
             for (t, &weight) in weights.iter().enumerate() {
@@ -72,7 +72,7 @@ impl DriftSums {
         let all = std::slice::from_ref(&whole);
         let sum = |a: &Matrix, b: &Matrix, into: &mut Matrix| {
             let sums = GradientSums { sum: Some(into), ..GradientSums::default() };
-            device.weight_gradients(a.data(), b.data(), all, sums);
+            device.weight_gradients_matrix(a, b, all, sums);
         };
         sum(drift.quantized, &moved(drift.quantized, drift.original), &mut self.inputs);
         if let (Some((quantized, original)), Some(residual)) = (drift.streams, &mut self.residual) {

@@ -41,9 +41,8 @@ impl TokenWeight {
         matches!(self, TokenWeight::Gradient | TokenWeight::GradientInverseNorm)
     }
 
-    /// The weight of a token with this input; `energy` is what kinds that read gradients multiply with.
-    fn weight(self, input: &[f32], energy: f32) -> f64 {
-        let size = squares(input);
+    /// The weight of a token whose input has the squares `size`; `energy` is what kinds that read gradients multiply with.
+    fn weight(self, size: f64, energy: f32) -> f64 {
         let inverse = if size > 0.0 { 1.0 / size } else { 0.0 };
         match self {
             TokenWeight::Uniform => 1.0,
@@ -65,8 +64,8 @@ impl FromStr for TokenWeight {
 }
 
 /// The energy of each token's output gradient `dy` `[tokens, out]`: the mean over outputs of its squares.
-pub(crate) fn energies(dy: &Matrix) -> Vec<f32> {
-    (0..dy.rows()).map(|t| (squares(dy.row(t)) / dy.cols().max(1) as f64) as f32).collect()
+pub(crate) fn energies(device: &dyn Device, dy: &Matrix) -> Vec<f32> {
+    device.row_squares(dy).into_iter().map(|s| (s / dy.cols().max(1) as f64) as f32).collect()
 }
 
 /// `H += sum_t s_t x_t x_t^T`, by rows scaled with the square root of their weight. `energies`, one a token, are there
@@ -78,31 +77,33 @@ pub(crate) fn add_hessian(
     hessian: &mut Matrix,
 ) {
     if kind == TokenWeight::Uniform && !without_first {
-        device.gram(x.data(), hessian);
+        device.gram_matrix(x, hessian);
         return;
     }
-    let mut scaled = x.clone();
+    let mut factors = vec![1.0; x.rows()];
+    let sizes = device.row_squares(x);
     for span in spans {
         for t in span.clone() {
             let is_left_out = without_first && t == span.start;
-            let weight = if is_left_out { 0.0 } else { kind.weight(x.row(t), energies.map_or(0.0, |e| e[t])) };
-            let factor = weight.sqrt() as f32;
-            scaled.row_mut(t).iter_mut().for_each(|v| *v *= factor);
+            let weight = if is_left_out { 0.0 } else { kind.weight(sizes[t], energies.map_or(0.0, |e| e[t])) };
+            factors[t] = weight.sqrt() as f32;
         }
     }
-    device.gram(scaled.data(), hessian);
+    device.gram_matrix(&device.scale_rows(x, &factors), hessian);
 }
 
 /// The weight of each token of `x`, 0 for rows of no span.
 pub(super) fn token_weights(
+    device: &dyn Device,
     kind: TokenWeight,
     x: &Matrix,
     energies: Option<&[f32]>,
     spans: &[Range<usize>],
 ) -> Vec<f32> {
     let mut weights = vec![0.0; x.rows()];
+    let sizes = device.row_squares(x);
     for t in spans.iter().flat_map(Range::clone) {
-        weights[t] = kind.weight(x.row(t), energies.map_or(0.0, |e| e[t])) as f32;
+        weights[t] = kind.weight(sizes[t], energies.map_or(0.0, |e| e[t])) as f32;
     }
     weights
 }

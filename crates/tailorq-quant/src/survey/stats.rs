@@ -131,13 +131,10 @@ impl BlockStats {
     ) {
         let stats = &mut self.groups[group as usize];
         if needs.token_norms {
-            stats.token_norms.extend((0..x.rows()).map(|t| squares(x.row(t)).sqrt() as f32));
+            stats.token_norms.extend(device.row_squares(x).into_iter().map(|s| s.sqrt() as f32));
         }
         if needs.input_energies {
-            for t in 0..x.rows() {
-                let values = x.row(t).iter().map(|&v| f64::from(v));
-                stats.input_energies.iter_mut().zip(values).for_each(|(sum, v)| *sum += v * v);
-            }
+            device.column_squares(x, &mut stats.input_energies);
         }
         for (kind, hessian) in &mut stats.hessians {
             add_hessian(device, (x, None), (*kind, needs.without_first, spans), hessian);
@@ -153,11 +150,11 @@ impl BlockStats {
                 absolute: layer.absolute.as_mut(),
                 square: layer.square.as_mut(),
             };
-            device.weight_gradients(dy.data(), tap.input.data(), spans, sums);
+            device.weight_gradients_matrix(dy, tap.input, spans, sums);
             if layer.hessians.is_empty() && !needs.token_energies {
                 continue;
             }
-            let energies = energies(dy);
+            let energies = energies(device, dy);
             for (kind, hessian) in &mut layer.hessians {
                 add_hessian(device, (tap.input, Some(&energies)), (*kind, needs.without_first, spans), hessian);
             }

@@ -1,0 +1,184 @@
+//! Attention of whole sequences, forward and backward: products by cuBLAS, head by head, with softmax between them.
+//!
+//! Scores of some queries of all heads are held at once; a long sequence takes several chunks of queries.
+
+use crate::blas::{Operand, Product};
+use crate::device::Cuda;
+use crate::gpu::{Buffer, Grid, Source, launch};
+use std::ops::Range;
+use tailorq_kernels::AttentionShape;
+use tailorq_tensor::Matrix;
+
+pub(crate) const SOURCE: Source = Source { name: "attention", code: include_str!("kernels/attention.cu") };
+
+/// Scores that are held at once.
+const SCORES: usize = 1 << 28;
+
+/// Queries of one sequence and the keys and values they may see.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Sequence {
+    /// `[n, heads * head_dim]`.
+    pub(crate) q: u64,
+    /// `[past + n, kv_heads * head_dim]`.
+    pub(crate) k: u64,
+    /// As `k`.
+    pub(crate) v: u64,
+    /// Queries.
+    pub(crate) n: usize,
+    /// Keys before the first query.
+    pub(crate) past: usize,
+}
+
+/// Widths of rows and the like.
+#[derive(Clone, Copy)]
+struct Sizes {
+    shape: AttentionShape,
+    width: usize,
+    kv_width: usize,
+    /// Query heads that read one key head.
+    group: usize,
+    scale: f32,
+}
+
+impl Sizes {
+    fn of(shape: AttentionShape) -> Self {
+        Sizes {
+            shape,
+            width: shape.heads * shape.head_dim,
+            kv_width: shape.kv_heads * shape.head_dim,
+            group: shape.heads / shape.kv_heads,
+            scale: 1.0 / (shape.head_dim as f32).sqrt(),
+        }
+    }
+
+    /// Queries of a chunk.
+    fn chunk(&self, n_keys: usize) -> usize {
+        (SCORES / (self.shape.heads * n_keys).max(1)).max(1)
+    }
+}
+
+const FLOAT: u64 = 4;
+
+impl Cuda {
+    /// `S[heads, n, keys] = alpha A B^T` head by head, where A has the rows of queries and B those of keys.
+    fn scores(&self, z: &Sizes, alpha: f32, (a, b): (u64, u64), (n, n_keys): (usize, usize), s: u64) {
+        let dim = z.shape.head_dim;
+        for kv_head in 0..z.shape.kv_heads {
+            let first = kv_head * z.group;
+            let job = Product { alpha, batch: z.group, ..self.f32(n, n_keys, dim) };
+            let a = Operand::new(a + (first * dim) as u64 * FLOAT, z.width).step(dim);
+            let b = Operand::new(b + (kv_head * dim) as u64 * FLOAT, z.kv_width).t();
+            let s = Operand::new(s + (first * n * n_keys) as u64 * FLOAT, n_keys).step(n * n_keys);
+            self.blas.product(&self.gpu, job, a, b, s);
+        }
+    }
+
+    /// `Y = S B` head by head: rows of queries from rows of keys.
+    fn mix(&self, z: &Sizes, s: u64, b: u64, (n, n_keys): (usize, usize), y: u64) {
+        let dim = z.shape.head_dim;
+        for kv_head in 0..z.shape.kv_heads {
+            let first = kv_head * z.group;
+            let job = Product { batch: z.group, ..self.f32(n, dim, n_keys) };
+            let s = Operand::new(s + (first * n * n_keys) as u64 * FLOAT, n_keys).step(n * n_keys);
+            let b = Operand::new(b + (kv_head * dim) as u64 * FLOAT, z.kv_width);
+            let y = Operand::new(y + (first * dim) as u64 * FLOAT, z.width).step(dim);
+            self.blas.product(&self.gpu, job, s, b, y);
+        }
+    }
+
+    /// `K += S^T A` head by head: rows of keys from rows of queries. Heads that share keys add up, one after another.
+    fn collect(&self, z: &Sizes, s: u64, a: u64, (n, n_keys): (usize, usize), k: u64) {
+        let dim = z.shape.head_dim;
+        for head in 0..z.shape.heads {
+            let job = Product { beta: 1.0, ..self.f32(n_keys, dim, n) };
+            let s = Operand::new(s + (head * n * n_keys) as u64 * FLOAT, n_keys).t();
+            let a = Operand::new(a + (head * dim) as u64 * FLOAT, z.width);
+            let k = Operand::new(k + (head / z.group * dim) as u64 * FLOAT, z.kv_width);
+            self.blas.product(&self.gpu, job, s, a, k);
+        }
+    }
+
+    fn f32(&self, m: usize, n: usize, k: usize) -> Product {
+        Product::f32(m, n, k, self.math)
+    }
+
+    /// Probabilities of queries `rows` of a sequence: `[heads, rows, keys]`, and the number of keys.
+    fn probabilities(&self, z: &Sizes, sequence: &Sequence, rows: &Range<usize>) -> (Buffer, usize) {
+        let (n, n_keys) = (rows.len(), sequence.past + rows.end);
+        let scores = self.gpu.allocate(z.shape.heads * n * n_keys * FLOAT as usize);
+        let q = sequence.q + (rows.start * z.width) as u64 * FLOAT;
+        self.scores(z, z.scale, (q, sequence.k), (n, n_keys), scores.ptr());
+        let grid = Grid { blocks: (n as u32, z.shape.heads as u32, 1), threads: 128, shared: 0 };
+        let past = sequence.past + rows.start;
+        let window = z.shape.window.map_or(0, |w| w.min(i32::MAX as usize) as i32);
+        launch!(self.gpu, &SOURCE, "causal_softmax", grid, scores.ptr(), n as i32, n_keys as i32, past as i32, window);
+        (scores, n_keys)
+    }
+
+    /// Attention of one sequence into its rows at `y`.
+    pub(crate) fn attend(&self, shape: AttentionShape, sequence: &Sequence, y: u64) {
+        let z = Sizes::of(shape);
+        let step = z.chunk(sequence.past + sequence.n);
+        for start in (0..sequence.n).step_by(step) {
+            let rows = start..(start + step).min(sequence.n);
+            let (p, n_keys) = self.probabilities(&z, sequence, &rows);
+            let y = y + (start * z.width) as u64 * FLOAT;
+            self.mix(&z, p.ptr(), sequence.v, (rows.len(), n_keys), y);
+        }
+    }
+
+    /// The gradients of one fresh sequence; those of keys and values are added to what is there.
+    fn attend_backward(&self, shape: AttentionShape, sequence: &Sequence, dy: u64, [dq, dk, dv]: [u64; 3]) {
+        let z = Sizes::of(shape);
+        let step = z.chunk(2 * sequence.n);
+        for start in (0..sequence.n).step_by(step) {
+            let rows = start..(start + step).min(sequence.n);
+            let (p, n_keys) = self.probabilities(&z, sequence, &rows);
+            let (n, at) = (rows.len(), (start * z.width) as u64 * FLOAT);
+            self.collect(&z, p.ptr(), dy + at, (n, n_keys), dv);
+            let dp = self.gpu.allocate(p.bytes());
+            self.scores(&z, 1.0, (dy + at, sequence.v), (n, n_keys), dp.ptr());
+            let grid = Grid::rows(shape.heads * n, 128);
+            launch!(self.gpu, &SOURCE, "softmax_backward", grid, p.ptr(), dp.ptr(), n_keys as i32, z.scale);
+            self.mix(&z, dp.ptr(), sequence.k, (n, n_keys), dq + at);
+            self.collect(&z, dp.ptr(), sequence.q + at, (n, n_keys), dk);
+        }
+    }
+
+    /// See [`tailorq_kernels::Resident::attention`].
+    pub(crate) fn attention_fresh(&self, shape: AttentionShape, [q, k, v]: [&Matrix; 3], spans: &[Range<usize>]) -> Matrix {
+        let (y, at) = self.gpu.zero_matrix(q.rows(), q.cols());
+        let [q, k, v] = [q, k, v].map(|m| self.gpu.address(m));
+        for rows in spans.iter().filter(|s| !s.is_empty()) {
+            let (sequence, offset) = fresh(shape, [q, k, v], rows);
+            self.attend(shape, &sequence, at + offset);
+        }
+        y
+    }
+
+    /// See [`tailorq_kernels::Resident::attention_backward`].
+    pub(crate) fn attention_fresh_backward(
+        &self,
+        shape: AttentionShape,
+        heads: [&Matrix; 3],
+        spans: &[Range<usize>],
+        dy: &Matrix,
+    ) -> [Matrix; 3] {
+        let [(dq, dq_at), (dk, dk_at), (dv, dv_at)] = heads.map(|m| self.gpu.zero_matrix(m.rows(), m.cols()));
+        let (heads, dy) = (heads.map(|m| self.gpu.address(m)), self.gpu.address(dy));
+        for rows in spans.iter().filter(|s| !s.is_empty()) {
+            let (sequence, offset) = fresh(shape, heads, rows);
+            let kv = (rows.start * shape.kv_heads * shape.head_dim) as u64 * FLOAT;
+            let gradients = [dq_at + offset, dk_at + kv, dv_at + kv];
+            self.attend_backward(shape, &sequence, dy + offset, gradients);
+        }
+        [dq, dk, dv]
+    }
+}
+
+/// A sequence whose keys and values are its own rows, and where its queries begin.
+fn fresh(shape: AttentionShape, [q, k, v]: [u64; 3], rows: &Range<usize>) -> (Sequence, u64) {
+    let offset = (rows.start * shape.heads * shape.head_dim) as u64 * FLOAT;
+    let kv = (rows.start * shape.kv_heads * shape.head_dim) as u64 * FLOAT;
+    (Sequence { q: q + offset, k: k + kv, v: v + kv, n: rows.len(), past: 0 }, offset)
+}

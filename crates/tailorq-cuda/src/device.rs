@@ -1,0 +1,409 @@
+//! The operations, on matrices that stay on the device and on slices that travel.
+
+use crate::blas::{Blas, Element, Math, Operand, Product};
+use crate::constants::Constants;
+use crate::error::CudaError;
+use crate::gpu::{Buffer, Gpu, Grid, Source, launch};
+use crate::weights::Weights;
+use rayon::prelude::*;
+use std::ops::Range;
+use std::sync::Arc;
+use tailorq_kernels::{
+    AttentionShape, AttentionSpan, Device, GradientSums, Heads, HeadsMut, KeyValues, KvBlock, LogSumExp,
+    NotPositiveDefinite, Part, Resident, RopeTable, Strided, StridedMut,
+};
+use tailorq_tensor::{Matrix, Weight};
+
+pub(crate) const SOURCE: Source = Source { name: "device", code: include_str!("kernels/device.cu") };
+
+/// How matrix products are computed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Precision {
+    /// In f32 throughout, as on the CPU.
+    #[default]
+    F32,
+    /// Weights and the activations that meet them are rounded to bf16, sums are f32. Hessians stay f32, so that they stay
+    /// definite.
+    Bf16,
+}
+
+/// Settings of a device.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct CudaOptions {
+    /// How matrix products are computed.
+    pub precision: Precision,
+    /// Bytes that weights may take on the device; half of what is free when `None`.
+    pub weight_bytes: Option<usize>,
+}
+
+/// An NVIDIA GPU.
+pub(crate) struct Cuda {
+    pub(crate) gpu: Arc<Gpu>,
+    pub(crate) blas: Blas,
+    pub(crate) math: Math,
+    weights: Weights,
+    constants: Constants,
+    /// For what has no business on a GPU: small products on the calling thread.
+    host: Arc<dyn Device>,
+}
+
+const FLOAT: usize = size_of::<f32>();
+
+/// As kernels take it.
+fn int(n: usize) -> i32 {
+    i32::try_from(n).expect("fewer than 2^31 elements in a row")
+}
+
+impl Cuda {
+    pub(crate) fn open(ordinal: usize, options: CudaOptions) -> Result<Cuda, CudaError> {
+        let gpu = Gpu::open(ordinal)?;
+        let blas = Blas::new(&gpu).map_err(|error| CudaError::Driver { what: "start cuBLAS", error })?;
+        let (element, math) = match options.precision {
+            Precision::F32 => (Element::F32, Math::F32),
+            Precision::Bf16 => (Element::Bf16, Math::Tf32),
+        };
+        let weights = Weights::new(element, options.weight_bytes.unwrap_or_else(|| gpu.memory().0 / 2));
+        Ok(Cuda { gpu, blas, math, weights, constants: Constants::default(), host: tailorq_kernels::cpu() })
+    }
+
+    /// `x` as a matrix on the device.
+    fn up(&self, x: &[f32], rows: usize, cols: usize) -> Matrix {
+        let (m, _) = self.gpu.matrix(rows, cols);
+        self.gpu.write_matrix(&m, x);
+        m
+    }
+
+    /// The elements as products take them, and what holds them meanwhile.
+    fn operand(&self, x: u64, n: usize) -> (u64, Option<Buffer>) {
+        match self.weights.element() {
+            Element::F32 => (x, None),
+            Element::Bf16 => {
+                let rounded = self.gpu.allocate(n * 2);
+                launch!(self.gpu, &SOURCE, "to_bf16", Grid::elements(n), x, rounded.ptr(), n as u64);
+                (rounded.ptr(), Some(rounded))
+            }
+        }
+    }
+
+    /// Rows of a weight.
+    fn weight_rows(&self, w: &Weight, rows: &Range<usize>) -> (Arc<Buffer>, u64) {
+        let buffer = self.weights.get(&self.gpu, w);
+        let at = buffer.ptr() + (rows.start * w.cols() * self.weights.element().size()) as u64;
+        (buffer, at)
+    }
+
+    fn product(&self, m: usize, n: usize, k: usize) -> Product {
+        Product { element: self.weights.element(), ..Product::f32(m, n, k, self.math) }
+    }
+
+    fn places(&self, places: impl Iterator<Item = usize>) -> Buffer {
+        self.gpu.upload(&places.map(|p| p as u64).collect::<Vec<_>>())
+    }
+
+    /// Of each row the largest element, where it is, and the sum of exponentials relative to it.
+    fn summaries(&self, x: &Matrix) -> (Vec<f32>, Vec<u32>, Vec<f64>) {
+        let n = x.rows();
+        let (mut max, mut best, mut sums) = (vec![0.0f32; n], vec![0u32; n], vec![0.0f64; n]);
+        let out = self.gpu.allocate(n * 16);
+        let (at_sums, at_max, at_best) = (0, n * 8, n * 12);
+        let place = |at: usize| out.ptr() + at as u64;
+        let grid = Grid::rows(n, 256);
+        let (values, width) = (self.gpu.address(x), int(x.cols()));
+        launch!(self.gpu, &SOURCE, "row_summary", grid, values, width, place(at_max), place(at_best), place(at_sums));
+        self.gpu.read(&out, at_max, &mut max);
+        self.gpu.read(&out, at_best, &mut best);
+        self.gpu.read(&out, at_sums, &mut sums);
+        (max, best, sums)
+    }
+}
+
+impl Resident for Cuda {
+    fn embed(&self, ids: &[u32], table: &Weight) -> Matrix {
+        let cols = table.cols();
+        let mut rows = vec![0.0; ids.len() * cols];
+        let reader = table.reader();
+        rows.par_chunks_mut(cols.max(1)).zip(ids).for_each(|(row, &id)| reader.read_rows(id as usize, row));
+        self.up(&rows, ids.len(), cols)
+    }
+
+    fn linear(&self, x: &Matrix, w: &Weight, bias: Option<&[f32]>, rows: Range<usize>) -> Matrix {
+        assert_eq!(x.cols(), w.cols(), "linear: x is [n, {}]", w.cols());
+        let n_out = rows.len();
+        if w.cols() == 0 || x.rows() == 0 || n_out == 0 {
+            let mut y = Matrix::zeros(x.rows(), n_out);
+            if let Some(bias) = bias.filter(|_| n_out > 0) {
+                y.data_mut().chunks_exact_mut(n_out).for_each(|row| row.copy_from_slice(&bias[rows.clone()]));
+            }
+            return y;
+        }
+        let (y, at) = self.gpu.matrix(x.rows(), n_out);
+        let (_kept, weight) = self.weight_rows(w, &rows);
+        let (input, _rounded) = self.operand(self.gpu.address(x), x.len());
+        let job = self.product(x.rows(), n_out, w.cols());
+        let weight = Operand::new(weight, w.cols()).t();
+        self.blas.product(&self.gpu, job, Operand::new(input, x.cols()), weight, Operand::new(at, n_out));
+        if let Some(bias) = bias {
+            let bias = self.constants.get(&self.gpu, &bias[rows]);
+            let n = y.len();
+            launch!(self.gpu, &SOURCE, "add_bias", Grid::elements(n), at, bias.ptr(), n as u64, int(n_out));
+        }
+        y
+    }
+
+    fn rms_norm(&self, x: &Matrix, weight: &[f32], eps: f32) -> Matrix {
+        let (y, at) = self.gpu.matrix(x.rows(), x.cols());
+        let width = weight.len().max(1);
+        let (w, from) = (self.constants.get(&self.gpu, weight), self.gpu.address(x));
+        let grid = Grid::rows(x.len() / width, threads_for(width));
+        launch!(self.gpu, &SOURCE, "rms_norm", grid, from, w.ptr(), at, int(width), eps);
+        y
+    }
+
+    fn rope(&self, x: &mut Matrix, table: &RopeTable, positions: &[u32], transposed: bool) {
+        let half = table.half;
+        if x.is_empty() {
+            return;
+        }
+        let chosen = |from: &[f32]| -> Vec<f32> {
+            positions.iter().flat_map(|&p| &from[p as usize * half..(p as usize + 1) * half]).copied().collect()
+        };
+        let cos = self.constants.get(&self.gpu, &chosen(&table.cos));
+        let sin = self.constants.get(&self.gpu, &chosen(&table.sin));
+        let (n, heads) = (x.len() / 2, int(x.cols() / (2 * half)));
+        let at = self.gpu.address_mut(x);
+        let sign = if transposed { -1.0f32 } else { 1.0 };
+        let grid = Grid::elements(n);
+        launch!(self.gpu, &SOURCE, "rope", grid, at, cos.ptr(), sin.ptr(), n as u64, heads, int(half), sign);
+    }
+
+    fn attention(&self, shape: AttentionShape, heads: [&Matrix; 3], spans: &[Range<usize>]) -> Matrix {
+        self.attention_fresh(shape, heads, spans)
+    }
+
+    fn push(&self, blocks: &mut [&mut KvBlock], keys: &Matrix, values: &Matrix, spans: &[Range<usize>]) {
+        self.push_cached(blocks, keys, values, spans);
+    }
+
+    fn attention_cached(
+        &self,
+        shape: AttentionShape,
+        q: &Matrix,
+        blocks: &[&KvBlock],
+        spans: &[Range<usize>],
+    ) -> Matrix {
+        self.attention_after(shape, q, blocks, spans)
+    }
+
+    fn swiglu(&self, gate: &mut Matrix, up: &Matrix) {
+        assert_eq!(gate.len(), up.len(), "swiglu: gate and up have the same shape");
+        let (n, at) = (gate.len(), self.gpu.address_mut(gate));
+        launch!(self.gpu, &SOURCE, "swiglu", Grid::elements(n), at, self.gpu.address(up), n as u64);
+    }
+
+    fn add(&self, x: &Matrix, y: &mut Matrix) {
+        assert_eq!(x.len(), y.len(), "add: x and y have the same shape");
+        let (n, at) = (y.len(), self.gpu.address_mut(y));
+        launch!(self.gpu, &SOURCE, "add", Grid::elements(n), self.gpu.address(x), at, n as u64);
+    }
+
+    fn linear_backward(&self, dy: &Matrix, w: &Weight, rows: Range<usize>, dx: &mut Matrix) {
+        assert_eq!((dy.cols(), dx.cols(), dy.rows()), (rows.len(), w.cols(), dx.rows()), "linear_backward: shapes");
+        if dy.is_empty() || dx.is_empty() {
+            return;
+        }
+        let (_kept, weight) = self.weight_rows(w, &rows);
+        let (gradient, _rounded) = self.operand(self.gpu.address(dy), dy.len());
+        let job = Product { beta: 1.0, ..self.product(dy.rows(), w.cols(), rows.len()) };
+        let c = Operand::new(self.gpu.address_mut(dx), w.cols());
+        self.blas.product(&self.gpu, job, Operand::new(gradient, rows.len()), Operand::new(weight, w.cols()), c);
+    }
+
+    fn weight_gradients(&self, dy: &Matrix, x: &Matrix, spans: &[Range<usize>], sums: GradientSums<'_>) {
+        let GradientSums { sum, absolute, square } = sums;
+        let (rows, cols) = (dy.cols(), x.cols());
+        let is_alone = absolute.is_none() && square.is_none();
+        let [sum, absolute, square] = [sum, absolute, square].map(|m| m.map_or(0, |m| self.gpu.address_mut(m)));
+        if rows * cols == 0 || [sum, absolute, square] == [0; 3] {
+            return;
+        }
+        let size = self.weights.element().size();
+        let (dy_at, _rounded) = self.operand(self.gpu.address(dy), dy.len());
+        let (x_at, _rounded_too) = self.operand(self.gpu.address(x), x.len());
+        let of_span = |span: &Range<usize>, beta: f32, into: u64| {
+            let job = Product { beta, ..self.product(rows, cols, span.len()) };
+            let dy = Operand::new(dy_at + (span.start * rows * size) as u64, rows).t();
+            let x = Operand::new(x_at + (span.start * cols * size) as u64, cols);
+            self.blas.product(&self.gpu, job, dy, x, Operand::new(into, cols));
+        };
+        let spans = spans.iter().filter(|s| !s.is_empty());
+        if is_alone {
+            spans.for_each(|span| of_span(span, 1.0, sum));
+            return;
+        }
+        let n = rows * cols;
+        let gradient = self.gpu.allocate(n * FLOAT);
+        for span in spans {
+            of_span(span, 0.0, gradient.ptr());
+            let grid = Grid::elements(n);
+            launch!(self.gpu, &SOURCE, "take_gradient", grid, gradient.ptr(), sum, absolute, square, n as u64);
+        }
+    }
+
+    fn rms_norm_backward(&self, x: &Matrix, weight: &[f32], eps: f32, dy: &Matrix, dx: &mut Matrix) {
+        let width = weight.len().max(1);
+        let (w, x_at, dy_at) = (self.constants.get(&self.gpu, weight), self.gpu.address(x), self.gpu.address(dy));
+        let dx_at = self.gpu.address_mut(dx);
+        let grid = Grid::rows(x.len() / width, threads_for(width));
+        launch!(self.gpu, &SOURCE, "rms_norm_backward", grid, x_at, w.ptr(), dy_at, dx_at, int(width), eps);
+    }
+
+    fn attention_backward(
+        &self,
+        shape: AttentionShape,
+        heads: [&Matrix; 3],
+        spans: &[Range<usize>],
+        dy: &Matrix,
+    ) -> [Matrix; 3] {
+        self.attention_fresh_backward(shape, heads, spans, dy)
+    }
+
+    fn swiglu_backward(&self, dy: &Matrix, gate: &mut Matrix, up: &mut Matrix) {
+        let n = dy.len();
+        assert!(n == gate.len() && n == up.len(), "swiglu_backward: dy, gate and up have the same shape");
+        let (dy, gate, up) = (self.gpu.address(dy), self.gpu.address_mut(gate), self.gpu.address_mut(up));
+        launch!(self.gpu, &SOURCE, "swiglu_backward", Grid::elements(n), dy, gate, up, n as u64);
+    }
+
+    fn log_sum_exp(&self, logits: &Matrix, sums: &mut [LogSumExp]) {
+        assert_eq!(logits.rows(), sums.len(), "log_sum_exp: one sum a row");
+        if logits.is_empty() {
+            return;
+        }
+        let (max, _, partial) = self.summaries(logits);
+        sums.iter_mut().zip(max).zip(partial).for_each(|((sum, max), partial)| sum.merge(max, partial));
+    }
+
+    fn row_max(&self, x: &Matrix) -> Vec<(usize, f32)> {
+        let (max, best, _) = self.summaries(x);
+        best.into_iter().map(|b| b as usize).zip(max).collect()
+    }
+
+    fn softmax_weighted(&self, weights: &[f32], log_sums: &[f64], logits: &mut Matrix) {
+        assert!(weights.len() == logits.rows() && log_sums.len() == logits.rows(), "softmax_weighted: one a row");
+        let (weights, log_sums) = (self.gpu.upload(weights), self.gpu.upload(log_sums));
+        let (n, width, at) = (logits.len(), int(logits.cols()), self.gpu.address_mut(logits));
+        let grid = Grid::elements(n);
+        launch!(self.gpu, &SOURCE, "softmax_weighted", grid, at, weights.ptr(), log_sums.ptr(), n as u64, width);
+    }
+
+    fn divergence_backward(
+        &self,
+        weights: &[f32],
+        (reference, reference_sums): (&Matrix, &[f64]),
+        (logits, log_sums): (&mut Matrix, &[f64]),
+        divergences: &mut [f64],
+    ) {
+        let n = logits.rows();
+        assert_eq!((reference.rows(), reference.cols()), (n, logits.cols()), "divergence: logits of the same shape");
+        assert!([weights.len(), reference_sums.len(), log_sums.len(), divergences.len()] == [n; 4], "one of each a row");
+        if logits.is_empty() {
+            return;
+        }
+        let weights = self.gpu.upload(weights);
+        let (reference_sums, log_sums) = (self.gpu.upload(reference_sums), self.gpu.upload(log_sums));
+        let out = self.gpu.allocate(n * size_of::<f64>());
+        let (width, theirs, ours) = (int(logits.cols()), self.gpu.address(reference), self.gpu.address_mut(logits));
+        launch!(
+            self.gpu,
+            &SOURCE,
+            "divergence_backward",
+            Grid::rows(n, 256),
+            theirs,
+            reference_sums.ptr(),
+            ours,
+            log_sums.ptr(),
+            weights.ptr(),
+            out.ptr(),
+            width
+        );
+        let mut of_chunk = vec![0.0f64; n];
+        self.gpu.read(&out, 0, &mut of_chunk);
+        divergences.iter_mut().zip(of_chunk).for_each(|(sum, d)| *sum += d);
+    }
+
+    fn gram(&self, x: &Matrix, h: &mut Matrix) {
+        assert_eq!((h.rows(), x.cols()), (h.cols(), h.cols()), "gram: x is [n, {}]", h.cols());
+        let at = self.gpu.address_mut(h);
+        self.blas.gram(&self.gpu, self.gpu.address(x), x.rows(), h.cols(), at);
+    }
+
+    fn inverse_cholesky_upper(&self, h: &mut Matrix) -> Result<(), NotPositiveDefinite> {
+        self.host.inverse_cholesky_upper(h)
+    }
+
+    fn pick(&self, x: &Matrix, at: &[(usize, usize)]) -> Vec<f32> {
+        let mut values = vec![0.0; at.len()];
+        if at.is_empty() {
+            return values;
+        }
+        let places = self.places(at.iter().map(|&(r, c)| r * x.cols() + c));
+        let (out, n) = (self.gpu.allocate(at.len() * FLOAT), at.len());
+        let grid = Grid::elements(n);
+        launch!(self.gpu, &SOURCE, "pick", grid, self.gpu.address(x), places.ptr(), out.ptr(), n as u64);
+        self.gpu.read(&out, 0, &mut values);
+        values
+    }
+
+    fn add_at(&self, x: &mut Matrix, at: &[(usize, usize)], values: &[f32]) {
+        assert_eq!(at.len(), values.len(), "add_at: one value a place");
+        let places = self.places(at.iter().map(|&(r, c)| r * x.cols() + c));
+        let (values, n, x) = (self.gpu.upload(values), at.len(), self.gpu.address_mut(x));
+        launch!(self.gpu, &SOURCE, "add_at", Grid::elements(n), x, places.ptr(), values.ptr(), n as u64);
+    }
+
+    fn rows(&self, x: &Matrix, rows: &[usize]) -> Matrix {
+        let (y, at) = self.gpu.matrix(rows.len(), x.cols());
+        let (places, n, from) = (self.places(rows.iter().copied()), y.len(), self.gpu.address(x));
+        launch!(self.gpu, &SOURCE, "gather_rows", Grid::elements(n), from, places.ptr(), at, n as u64, int(x.cols()));
+        y
+    }
+
+    fn add_rows(&self, x: &Matrix, rows: &[usize], y: &mut Matrix) {
+        assert_eq!((x.rows(), x.cols()), (rows.len(), y.cols()), "add_rows: one place a row");
+        let (places, from, at) = (self.places(rows.iter().copied()), self.gpu.address(x), self.gpu.address_mut(y));
+        let grid = Grid::elements(x.cols());
+        launch!(self.gpu, &SOURCE, "add_rows", grid, from, places.ptr(), at, int(rows.len()), int(x.cols()));
+    }
+
+    fn scale_rows(&self, x: &Matrix, factors: &[f32]) -> Matrix {
+        let (y, at) = self.gpu.matrix(x.rows(), x.cols());
+        let (factors, n, from) = (self.gpu.upload(factors), x.len(), self.gpu.address(x));
+        launch!(self.gpu, &SOURCE, "scale_rows", Grid::elements(n), from, factors.ptr(), at, n as u64, int(x.cols()));
+        y
+    }
+
+    fn row_squares(&self, x: &Matrix) -> Vec<f64> {
+        let mut sums = vec![0.0f64; x.rows()];
+        let out = self.gpu.allocate(size_of_val(&sums[..]));
+        let (grid, from) = (Grid::rows(x.rows(), 128), self.gpu.address(x));
+        launch!(self.gpu, &SOURCE, "row_squares", grid, from, out.ptr(), int(x.cols()));
+        self.gpu.read(&out, 0, &mut sums);
+        sums
+    }
+
+    fn column_squares(&self, x: &Matrix, sums: &mut [f64]) {
+        let mut of_x = vec![0.0f64; x.cols()];
+        let out = self.gpu.allocate(size_of_val(&of_x[..]));
+        let (grid, from) = (Grid::elements(x.cols()), self.gpu.address(x));
+        launch!(self.gpu, &SOURCE, "column_squares", grid, from, out.ptr(), int(x.rows()), int(x.cols()));
+        self.gpu.read(&out, 0, &mut of_x);
+        sums.iter_mut().zip(of_x).for_each(|(sum, s)| *sum += s);
+    }
+}
+
+/// Threads for rows of this width.
+fn threads_for(width: usize) -> u32 {
+    if width <= 256 { 64 } else { 256 }
+}
+
+mod slices;

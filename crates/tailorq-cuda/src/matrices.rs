@@ -1,0 +1,62 @@
+//! Matrices that lie on the device.
+
+use crate::gpu::{Buffer, Gpu};
+use std::any::Any;
+use std::sync::Arc;
+use tailorq_tensor::{Matrix, Remote};
+
+/// Elements of a [`Matrix`] in f32, row by row.
+#[derive(Debug)]
+pub(crate) struct Elements(pub(crate) Buffer);
+
+impl Remote for Elements {
+    fn read(&self, out: &mut [f32]) {
+        self.0.gpu().read(&self.0, 0, out);
+    }
+
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+}
+
+fn buffer(remote: &Arc<dyn Remote>) -> &Buffer {
+    &remote.as_any().downcast_ref::<Elements>().expect("one kind of device a process").0
+}
+
+impl Gpu {
+    /// A matrix that holds whatever its memory held.
+    pub(crate) fn matrix(self: &Arc<Self>, rows: usize, cols: usize) -> (Matrix, u64) {
+        let elements = self.allocate(rows * cols * size_of::<f32>());
+        let ptr = elements.ptr();
+        (Matrix::from_remote(rows, cols, Arc::new(Elements(elements))), ptr)
+    }
+
+    /// A matrix of zeros.
+    pub(crate) fn zero_matrix(self: &Arc<Self>, rows: usize, cols: usize) -> (Matrix, u64) {
+        let elements = self.zeros(rows * cols * size_of::<f32>());
+        let ptr = elements.ptr();
+        (Matrix::from_remote(rows, cols, Arc::new(Elements(elements))), ptr)
+    }
+
+    /// Where a matrix lies on the device; it is brought there when it is not.
+    pub(crate) fn address(self: &Arc<Self>, m: &Matrix) -> u64 {
+        buffer(m.remote_or(|data| Arc::new(Elements(self.upload(data))))).ptr()
+    }
+
+    /// The same for an operation that changes it: copies of the matrix keep what they have.
+    pub(crate) fn address_mut(self: &Arc<Self>, m: &mut Matrix) -> u64 {
+        let remote = m.remote_mut(|data| Arc::new(Elements(self.upload(data))));
+        if Arc::get_mut(remote).is_none() {
+            *remote = Arc::new(Elements(buffer(remote).duplicate()));
+        }
+        buffer(remote).ptr()
+    }
+}
+
+impl Gpu {
+    /// Writes all elements of a matrix of the device.
+    pub(crate) fn write_matrix(self: &Arc<Self>, m: &Matrix, data: &[f32]) {
+        let remote = m.remote_or(|_| unreachable!("the matrix was made on the device"));
+        self.write(buffer(remote), 0, data);
+    }
+}

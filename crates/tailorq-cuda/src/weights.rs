@@ -1,0 +1,109 @@
+//! Weights on the device, each uploaded when it is first used and kept while there is room.
+//!
+//! The key is the address of the weight's shared data; a kept entry holds a share of it, so that the address cannot become
+//! that of another weight. The least recently used entry gives way first.
+
+use crate::blas::Element;
+use crate::gpu::{Buffer, Gpu};
+use half::bf16;
+use rayon::prelude::*;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
+use tailorq_tensor::{DType, ReadRows, Weight};
+
+/// Elements that one task decodes.
+const PIECE: usize = 1 << 20;
+
+/// See the module.
+pub(crate) struct Weights {
+    element: Element,
+    /// Bytes that all entries may take together, the one in use aside.
+    limit: usize,
+    kept: Mutex<Kept>,
+}
+
+#[derive(Default)]
+struct Kept {
+    entries: HashMap<usize, Entry>,
+    bytes: usize,
+    clock: u64,
+}
+
+struct Entry {
+    buffer: Arc<Buffer>,
+    used: u64,
+    /// Keeps the address taken.
+    _weight: Weight,
+}
+
+/// The address of the data that clones of a weight share.
+fn key(weight: &Weight) -> usize {
+    match weight {
+        Weight::Stored(w) => Arc::as_ptr(w).cast::<()>() as usize,
+        Weight::Dense(w) => Arc::as_ptr(w) as usize,
+        Weight::Packed(w) => Arc::as_ptr(w) as usize,
+    }
+}
+
+impl Weights {
+    pub(crate) fn new(element: Element, limit: usize) -> Self {
+        Weights { element, limit, kept: Mutex::default() }
+    }
+
+    /// What the elements are rounded to.
+    pub(crate) fn element(&self) -> Element {
+        self.element
+    }
+
+    /// The whole weight on the device, row by row.
+    pub(crate) fn get(&self, gpu: &Arc<Gpu>, weight: &Weight) -> Arc<Buffer> {
+        let mut kept = self.kept.lock().expect("no thread panics while it holds the list");
+        kept.clock += 1;
+        let now = kept.clock;
+        if let Some(entry) = kept.entries.get_mut(&key(weight)) {
+            entry.used = now;
+            return entry.buffer.clone();
+        }
+        let bytes = weight.rows() * weight.cols() * self.element.size();
+        while kept.bytes + bytes > self.limit
+            && let Some(oldest) = kept.entries.iter().min_by_key(|(_, e)| e.used).map(|(k, _)| *k)
+        {
+            let gone = kept.entries.remove(&oldest).expect("it was found above");
+            kept.bytes -= gone.buffer.bytes();
+        }
+        let buffer = Arc::new(upload(gpu, weight.reader(), self.element));
+        kept.bytes += bytes;
+        let entry = Entry { buffer: buffer.clone(), used: now, _weight: weight.clone() };
+        kept.entries.insert(key(weight), entry);
+        buffer
+    }
+}
+
+/// Decodes a weight on all threads and copies it over, a part at a time.
+fn upload(gpu: &Arc<Gpu>, weight: &dyn ReadRows, element: Element) -> Buffer {
+    let (rows, cols) = (weight.rows(), weight.cols());
+    if let Some((DType::BF16, bytes)) = weight.dense().filter(|_| element == Element::Bf16) {
+        return gpu.upload::<u8>(bytes);
+    }
+    let buffer = gpu.allocate(rows * cols * element.size());
+    let piece_rows = (PIECE / cols.max(1)).max(1);
+    let part_rows = piece_rows * 4 * rayon::current_num_threads().max(1);
+    let mut values = vec![0.0f32; part_rows.min(rows) * cols];
+    let mut rounded = Vec::new();
+    for first in (0..rows).step_by(part_rows.max(1)) {
+        let n = part_rows.min(rows - first);
+        let part = &mut values[..n * cols];
+        let read = |(i, piece): (usize, &mut [f32])| weight.read_rows(first + i * piece_rows, piece);
+        part.par_chunks_mut((piece_rows * cols).max(1)).enumerate().for_each(read);
+        let at = first * cols * element.size();
+        match element {
+            Element::F32 => gpu.write(&buffer, at, part),
+            Element::Bf16 => {
+                rounded.clear();
+                rounded.par_extend(part.par_iter().map(|v| bf16::from_f32(*v).to_bits()));
+                gpu.write(&buffer, at, &rounded);
+            }
+        }
+    }
+    buffer
+}
