@@ -2,6 +2,10 @@
 //!
 //! The online log-sum-exp is that of Milakov and Gimelshein 2018, "Online normalizer calculation for softmax".
 
+use rayon::prelude::*;
+use tailorq_runtime::Device;
+use tailorq_tensor::Matrix;
+
 /// `log sum exp` of numbers that come in pieces.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct LogSumExp {
@@ -32,6 +36,12 @@ impl LogSumExp {
         self.sum += logits.iter().map(|l| (f64::from(*l) - self.max).exp()).sum::<f64>();
     }
 
+    /// Takes in a piece whose largest element is `max` and whose `sum exp(x - max)` is `sum`.
+    pub(crate) fn merge(&mut self, max: f32, sum: f64) {
+        self.raise(&[max]);
+        self.sum += sum * (f64::from(max) - self.max).exp();
+    }
+
     pub(crate) fn value(&self) -> f64 {
         self.max + self.sum.ln()
     }
@@ -56,6 +66,24 @@ impl TargetNll {
         if let Some(logit) = self.target.checked_sub(first_word).and_then(|at| logits.get(at)) {
             self.logit = f64::from(*logit);
         }
+    }
+
+    /// Takes the logits of the words `first_word..` into all rows, `[rows, words]`.
+    pub(crate) fn add_all(device: &dyn Device, rows: &mut [TargetNll], first_word: usize, logits: &Matrix) {
+        let n_words = logits.cols();
+        let Some(resident) = device.resident() else {
+            let pairs = rows.par_iter_mut().zip(logits.data().par_chunks(n_words));
+            return pairs.for_each(|(row, logits)| row.add(first_word, logits));
+        };
+        // What leaves the device is a few numbers a row.
+        let mut sums = vec![Default::default(); rows.len()];
+        resident.log_sum_exp(logits, &mut sums);
+        let place = |(r, row): (usize, &TargetNll)| Some((r, row.target.checked_sub(first_word)?));
+        let at: Vec<(usize, usize)> = rows.iter().enumerate().filter_map(place).filter(|(_, w)| *w < n_words).collect();
+        for (&(r, _), logit) in at.iter().zip(resident.pick(logits, &at)) {
+            rows[r].logit = f64::from(logit);
+        }
+        rows.iter_mut().zip(sums).for_each(|(row, sum)| row.total.merge(sum.max, sum.sum));
     }
 
     /// NaN when the target never came.

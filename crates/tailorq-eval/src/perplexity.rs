@@ -81,7 +81,7 @@ fn window_nll(subject: &Subject<'_>, window: &[u32], window_idx: usize) -> Resul
     let hidden = scored_hidden(subject.model, subject.device, window);
     let mut rows: Vec<TargetNll> = window[1..].iter().map(|id| TargetNll::new(*id)).collect();
     subject.model.for_each_logits(subject.device, &hidden, &mut |words, logits| {
-        rows.par_iter_mut().zip(logits.par_chunks(words.len())).for_each(|(row, l)| row.add(words.start, l));
+        TargetNll::add_all(subject.device, &mut rows, words.start, logits);
     });
     finite(subject, window_idx, rows.iter().map(TargetNll::value).sum())
 }
@@ -158,12 +158,10 @@ fn compare_window(subject: &Subject<'_>, reference: &Subject<'_>, window: &[u32]
     let hidden = scored_hidden(subject.model, subject.device, window);
     let reference_hidden = scored_hidden(reference.model, reference.device, window);
     let mut rows: Vec<PairDivergence> = window[1..].iter().map(|id| PairDivergence::new(*id)).collect();
-    let mut logits = Vec::new();
     reference.model.for_each_logits(reference.device, &reference_hidden, &mut |words, reference_logits| {
         let n_words = words.len();
-        logits.resize(rows.len() * n_words, 0.0);
-        subject.device.linear_rows(hidden.data(), &subject.model.head, None, words.clone(), &mut logits);
-        let pairs = reference_logits.par_chunks(n_words).zip(logits.par_chunks(n_words));
+        let logits = subject.device.linear_matrix(&hidden, &subject.model.head, None, words.clone());
+        let pairs = reference_logits.data().par_chunks(n_words).zip(logits.data().par_chunks(n_words));
         rows.par_iter_mut().zip(pairs).for_each(|(row, (r, m))| row.add(words.start, r, m));
     });
     rows

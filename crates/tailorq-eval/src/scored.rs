@@ -3,9 +3,7 @@
 use crate::error::EvalError;
 use crate::online::TargetNll;
 use crate::task::Subject;
-use rayon::prelude::*;
 use tailorq_model::Batch;
-use tailorq_tensor::Matrix;
 
 /// The negative log-likelihoods, in nats, of `targets`, where target `i` is what follows `inputs[..first + i + 1]`.
 ///
@@ -19,11 +17,11 @@ pub(crate) fn target_nlls(
 ) -> Result<Vec<f64>, EvalError> {
     assert_eq!(inputs.len(), first + targets.len(), "every target follows an input");
     let hidden = subject.model.hidden(subject.device, &Batch::new([inputs]), None);
-    let scored = hidden.data()[first * hidden.cols()..].to_vec();
-    let hidden = Matrix::from_vec(targets.len(), hidden.cols(), scored);
+    let scored: Vec<usize> = (first..inputs.len()).collect();
+    let hidden = subject.device.rows(&hidden, &scored);
     let mut rows: Vec<TargetNll> = targets.iter().map(|id| TargetNll::new(*id)).collect();
     subject.model.for_each_logits(subject.device, &hidden, &mut |words, logits| {
-        rows.par_iter_mut().zip(logits.par_chunks(words.len())).for_each(|(row, l)| row.add(words.start, l));
+        TargetNll::add_all(subject.device, &mut rows, words.start, logits);
     });
     let nlls: Vec<f64> = rows.iter().map(TargetNll::value).collect();
     if nlls.iter().all(|nll| nll.is_finite()) {

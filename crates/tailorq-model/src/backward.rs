@@ -64,7 +64,8 @@ impl BlockStage<'_> {
         visit: &mut dyn FnMut(Tap<'_>),
     ) {
         let attention_input = self.attention_input(input);
-        let (heads, plain) = self.heads(&attention_input, spans);
+        let positions = positions(input.rows(), spans, |_| 0);
+        let (heads, plain) = self.heads(&attention_input, &positions);
         let mixed = self.mix(&heads, spans);
         let mut middle = input.clone();
         self.add_attention(&mixed, &mut middle);

@@ -55,15 +55,9 @@ impl BlockStage<'_> {
 
     /// The mixed heads from the input of q, k and v: the input of o. Positions start at 0 in every span. `[n, heads * head_dim]`.
     pub fn attention_mix(&self, attention_input: &Matrix, spans: &[Range<usize>]) -> Matrix {
-        let (q, k, v, _) = self.rotated(attention_input, spans);
-        self.mix(&[q, k, v], spans)
-    }
-
-    /// Queries, keys and values of fresh sequences, ready to be mixed; with them queries and keys as they were before
-    /// their norms, where the architecture has such.
-    pub(crate) fn heads(&self, x: &Matrix, spans: &[Range<usize>]) -> ([Matrix; 3], Option<[Matrix; 2]>) {
-        let (q, k, v, plain) = self.rotated(x, spans);
-        ([q, k, v], plain)
+        let positions = positions(attention_input.rows(), spans, |_| 0);
+        let (heads, _) = self.heads(attention_input, &positions);
+        self.mix(&heads, spans)
     }
 
     /// Attention of fresh sequences.
@@ -97,14 +91,14 @@ impl BlockStage<'_> {
     }
 
     /// The feed-forward, all stages.
-    fn mlp(&self, residual: &mut Matrix) {
+    pub(crate) fn mlp(&self, residual: &mut Matrix) {
         let hidden = self.mlp_hidden(&self.mlp_input(residual));
         self.add_mlp(&hidden, residual);
     }
 
-    /// Queries, keys and values, heads normalised (if the architecture does) and rotated. Last, queries and keys as they were
-    /// before such norms.
-    fn rotated(&self, x: &Matrix, spans: &[Range<usize>]) -> (Matrix, Matrix, Matrix, Option<[Matrix; 2]>) {
+    /// Queries, keys and values of tokens at these positions, ready to be mixed: heads normalised (if the architecture does)
+    /// and rotated. With them queries and keys as they were before such norms.
+    pub(crate) fn heads(&self, x: &Matrix, positions: &[u32]) -> ([Matrix; 3], Option<[Matrix; 2]>) {
         let (mut q, mut k, v) = (self.apply(Slot::Q, x), self.apply(Slot::K, x), self.apply(Slot::V, x));
         let plain = self.block.qk_norm.as_ref().map(|(q_norm, k_norm)| {
             // A head is a row of `head_dim` elements, so the norm of rows is the norm of heads.
@@ -114,11 +108,10 @@ impl BlockStage<'_> {
                 std::mem::replace(heads, normed)
             })
         });
-        let positions = positions(x.rows(), spans, |_| 0);
-        let table = self.rope_table(&positions);
-        self.device.rope_matrix(&mut q, &table, &positions);
-        self.device.rope_matrix(&mut k, &table, &positions);
-        (q, k, v, plain)
+        let table = self.rope_table(positions);
+        self.device.rope_matrix(&mut q, &table, positions);
+        self.device.rope_matrix(&mut k, &table, positions);
+        ([q, k, v], plain)
     }
 
     /// Angles of all these positions.
@@ -195,6 +188,9 @@ impl Model {
     /// on from what a cache holds). Returns `[batch.ids.len(), hidden]`.
     pub fn hidden(&self, device: &dyn Device, batch: &Batch, caches: Option<&mut [KvCache]>) -> Matrix {
         if let Some(caches) = caches {
+            if let Some(resident) = device.resident() {
+                return self.read_resident(device, resident, (&batch.ids, &batch.spans), caches);
+            }
             let mut workspace = Workspace::new();
             let hidden = self.read(device, &batch.ids, &batch.spans, caches, &mut workspace).to_vec();
             return Matrix::from_vec(batch.ids.len(), self.config.hidden, hidden);
@@ -213,14 +209,21 @@ impl Model {
 
     /// Logits of chosen hidden rows in chunks of the vocabulary: calls `visit(words, logits)` with
     /// `logits: [hidden.rows(), words.len()]`, words ascending, a fixed chunk size, so that the logits of a long window are never held whole.
-    pub fn for_each_logits(&self, device: &dyn Device, hidden: &Matrix, visit: &mut dyn FnMut(Range<usize>, &[f32])) {
+    pub fn for_each_logits(&self, device: &dyn Device, hidden: &Matrix, visit: &mut dyn FnMut(Range<usize>, &Matrix)) {
         let n_words = self.head.rows();
-        let mut chunk = vec![0.0; hidden.rows() * LOGITS_CHUNK.min(n_words)];
+        let mut room = Vec::new();
         for start in (0..n_words).step_by(LOGITS_CHUNK) {
             let words = start..(start + LOGITS_CHUNK).min(n_words);
-            let logits = &mut chunk[..hidden.rows() * words.len()];
-            device.linear_rows(hidden.data(), &self.head, None, words.clone(), logits);
-            visit(words, logits);
+            if device.resident().is_some() {
+                visit(words.clone(), &device.linear_matrix(hidden, &self.head, None, words));
+                continue;
+            }
+            // One buffer for all chunks: fresh memory of this size would be cleared by the system every time.
+            room.resize(hidden.rows() * words.len(), 0.0);
+            device.linear_rows(hidden.data(), &self.head, None, words.clone(), &mut room);
+            let logits = Matrix::from_vec(hidden.rows(), words.len(), room);
+            visit(words, &logits);
+            room = logits.into_vec();
         }
     }
 
@@ -228,8 +231,8 @@ impl Model {
     pub fn logits(&self, device: &dyn Device, hidden: &Matrix) -> Matrix {
         let mut all = Matrix::zeros(hidden.rows(), self.head.rows());
         self.for_each_logits(device, hidden, &mut |words, logits| {
-            for (r, row) in logits.chunks_exact(words.len()).enumerate() {
-                all.row_mut(r)[words.clone()].copy_from_slice(row);
+            for r in 0..logits.rows() {
+                all.row_mut(r)[words.clone()].copy_from_slice(logits.row(r));
             }
         });
         all

@@ -2,14 +2,15 @@
 //!
 //! This is the forward pass of generation: the same operations in the same order as [`crate::BlockStage`], but what they
 //! write lies in a [`Workspace`] that grows to the largest batch it has seen and then stays, so that a step asks the
-//! allocator for nothing.
+//! allocator for nothing. A device with a memory of its own takes [`Model::read_resident`] instead, which is the stages
+//! themselves.
 
-use crate::forward::{attention_shape, positions_into};
+use crate::forward::{BlockStage, attention_shape, positions, positions_into};
 use crate::kv::KvCache;
 use crate::model::{Block, Linear, Model};
 use std::ops::Range;
-use tailorq_kernels::{AttentionSpan, Device, KeyValues, RopeTable};
-use tailorq_tensor::Slot;
+use tailorq_kernels::{AttentionSpan, Device, KeyValues, KvBlock, Resident, RopeTable};
+use tailorq_tensor::{Matrix, Slot};
 
 /// The buffers of a pass, by role. One serves any model and any batch, one pass at a time.
 #[derive(Default)]
@@ -37,6 +38,8 @@ pub struct Workspace {
     rows: Vec<Range<usize>>,
     /// Empty between passes; it only lends its memory.
     spans: Vec<AttentionSpan<'static>>,
+    /// The hidden states of the last pass where a device holds them in its own memory.
+    resident: Option<Matrix>,
 }
 
 impl Workspace {
@@ -81,6 +84,10 @@ impl Model {
         workspace: &'w mut Workspace,
     ) -> &'w [f32] {
         assert_eq!(spans.len(), caches.len(), "one cache a sequence");
+        if let Some(resident) = device.resident() {
+            let hidden = self.read_resident(device, resident, (ids, spans), caches);
+            return workspace.resident.insert(hidden).data();
+        }
         let n = ids.len();
         workspace.past.clear();
         workspace.past.extend(caches.iter().map(KvCache::len));
@@ -111,7 +118,7 @@ impl Model {
         let mut rows = std::mem::take(&mut workspace.rows);
         rows.clear();
         rows.extend((0..ids.len()).map(|i| i..i + 1));
-        self.read(device, ids, &rows, caches, workspace);
+        self.read_only(device, ids, &rows, caches, workspace);
         workspace.rows = rows;
         self.head(device, 0..ids.len(), workspace)
     }
@@ -126,12 +133,64 @@ impl Model {
     ) -> &'w [f32] {
         assert!(!ids.is_empty(), "read_prompt: at least one token");
         let all = 0..ids.len();
-        self.read(device, ids, std::slice::from_ref(&all), std::slice::from_mut(cache), workspace);
+        self.read_only(device, ids, std::slice::from_ref(&all), std::slice::from_mut(cache), workspace);
         self.head(device, ids.len() - 1..ids.len(), workspace)
+    }
+
+    /// [`Model::read`] for those who go on with [`Model::head`]: the hidden states stay where they are.
+    fn read_only(
+        &self,
+        device: &dyn Device,
+        ids: &[u32],
+        spans: &[Range<usize>],
+        caches: &mut [KvCache],
+        workspace: &mut Workspace,
+    ) {
+        match device.resident() {
+            Some(resident) => {
+                workspace.resident = Some(self.read_resident(device, resident, (ids, spans), caches));
+            }
+            None => {
+                self.read(device, ids, spans, caches, workspace);
+            }
+        }
+    }
+
+    /// [`Model::read`] with matrices and caches in the device's own memory.
+    pub(crate) fn read_resident(
+        &self,
+        device: &dyn Device,
+        resident: &dyn Resident,
+        (ids, spans): (&[u32], &[Range<usize>]),
+        caches: &mut [KvCache],
+    ) -> Matrix {
+        let positions = positions(ids.len(), spans, |i| caches[i].len());
+        caches.iter_mut().for_each(|cache| cache.prepare(&self.config));
+        let mut residual = self.embed(device, ids);
+        for (block_idx, block) in self.blocks.iter().enumerate() {
+            let stage = BlockStage { model: self, block, device };
+            let ([q, k, v], _) = stage.heads(&stage.attention_input(&residual), &positions);
+            let mut blocks: Vec<&mut KvBlock> = caches.iter_mut().map(|c| &mut c.blocks[block_idx]).collect();
+            resident.push(&mut blocks, &k, &v, spans);
+            let blocks: Vec<&KvBlock> = caches.iter().map(|c| &c.blocks[block_idx]).collect();
+            let mixed = resident.attention_cached(stage.attention_shape(), &q, &blocks, spans);
+            stage.add_attention(&mixed, &mut residual);
+            stage.mlp(&mut residual);
+        }
+        for (cache, rows) in caches.iter_mut().zip(spans) {
+            cache.len += rows.len();
+        }
+        self.final_norm(device, &residual)
     }
 
     /// The logits of some rows of the hidden states that the workspace holds.
     fn head<'w>(&self, device: &dyn Device, rows: Range<usize>, workspace: &'w mut Workspace) -> &'w [f32] {
+        if let Some(hidden) = workspace.resident.take() {
+            let chosen: Vec<usize> = rows.collect();
+            let logits = device.linear_matrix(&device.rows(&hidden, &chosen), &self.head, None, 0..self.head.rows());
+            workspace.logits = logits.into_vec();
+            return &workspace.logits;
+        }
         let width = self.config.hidden;
         let logits = room(&mut workspace.logits, rows.len() * self.head.rows());
         device.linear(&workspace.normed[rows.start * width..rows.end * width], &self.head, None, logits);

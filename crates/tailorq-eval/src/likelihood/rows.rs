@@ -5,6 +5,7 @@ use crate::online::LogSumExp;
 use crate::task::Subject;
 use rayon::prelude::*;
 use std::collections::HashMap;
+use tailorq_runtime::Device;
 use tailorq_tensor::Matrix;
 
 /// A position of an item: of its shared part (`branch` is none) or of a branch's own.
@@ -42,6 +43,32 @@ impl Row {
     }
 }
 
+/// Takes the logits of the words `first_word..` into all rows, `[rows, words]`.
+fn add_all(device: &dyn Device, rows: &mut [Row], first_word: usize, logits: &Matrix) {
+    let n_words = logits.cols();
+    let Some(resident) = device.resident() else {
+        let pairs = rows.par_iter_mut().zip(logits.data().par_chunks(n_words));
+        return pairs.for_each(|(row, logits)| row.add(first_word, logits));
+    };
+    // What leaves the device is a few numbers a row.
+    let mut sums = vec![Default::default(); rows.len()];
+    resident.log_sum_exp(logits, &mut sums);
+    let best = resident.row_max(logits);
+    for ((row, sum), (word, logit)) in rows.iter_mut().zip(sums).zip(best) {
+        row.total.merge(sum.max, sum.sum);
+        if logit > row.best.1 {
+            row.best = (first_word + word, logit);
+        }
+    }
+    let within = |word: usize| word.checked_sub(first_word).filter(|at| *at < n_words);
+    let at: Vec<(usize, usize)> = (rows.iter().enumerate())
+        .flat_map(|(r, row)| row.targets.iter().filter_map(move |(word, _)| Some((r, within(*word)?))))
+        .collect();
+    let mut found = resident.pick(logits, &at).into_iter();
+    let places = rows.iter_mut().flat_map(|row| &mut row.targets).filter(|(word, _)| within(*word).is_some());
+    places.for_each(|(_, kept)| *kept = found.next().expect("one logit a place"));
+}
+
 /// Hidden states `[n, hidden]` of the positions that are needed.
 #[derive(Debug, Default)]
 pub(super) struct Rows {
@@ -74,8 +101,7 @@ impl Rows {
         }
         let hidden = Matrix::from_vec(n, self.hidden.len() / n, std::mem::take(&mut self.hidden));
         subject.model.for_each_logits(subject.device, &hidden, &mut |words, logits| {
-            let rows = self.rows.par_iter_mut().zip(logits.par_chunks(words.len()));
-            rows.for_each(|(row, logits)| row.add(words.start, logits));
+            add_all(subject.device, &mut self.rows, words.start, logits);
         });
     }
 

@@ -1,17 +1,14 @@
-//! Every backward operation on every CPU variant against the scalar reference, and the same bits for any number of threads.
-#![allow(clippy::unwrap_used, reason = "a test may stop where it stands")]
-
-mod inputs;
-
-use inputs::{normal, rope_table, weights};
+//! Every backward operation on every device against the scalar reference, and the same bits for any number of threads.
+use super::devices;
+use super::inputs::{normal, rope_table, weights};
 use std::ops::Range;
-use tailorq_kernels::{AttentionShape, Device, GradientSums, Heads, HeadsMut, LogSumExp, cpu_variants, reference};
+use tailorq_kernels::{AttentionShape, Device, GradientSums, Heads, HeadsMut, LogSumExp, reference};
 use tailorq_tensor::{Matrix, Rng};
 
 /// Runs `f` on the reference and on every device with pools of several sizes: close to the one, the same bits in all.
 fn check(what: &str, tolerance: f32, f: impl Fn(&dyn Device) -> Vec<f32> + Sync) {
     let expected = f(&*reference());
-    for device in cpu_variants() {
+    for device in devices() {
         let run =
             |threads| rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(|| f(&*device));
         let found = run(1);
@@ -98,7 +95,7 @@ fn rows_and_elements() {
             device.rope_backward(&mut dx, &table, &positions);
             dx
         });
-        for device in cpu_variants() {
+        for device in devices() {
             let mut there_and_back = dx.clone();
             device.rope(&mut there_and_back, &table, &positions);
             device.rope_backward(&mut there_and_back, &table, &positions);
