@@ -20,6 +20,7 @@ const TENSOR: &str = "tailorq-tensor";
 const KERNELS: &str = "tailorq-kernels";
 const FORMAT: &str = "tailorq-format";
 const MODEL: &str = "tailorq-model";
+const CUDA: &str = "tailorq-cuda";
 const QUANT: &str = "tailorq-quant";
 const RUNTIME: &str = "tailorq-runtime";
 const EVAL: &str = "tailorq-eval";
@@ -31,10 +32,11 @@ const HOUSE: &[Room] = &[
     Room { name: KERNELS, floor: 2, imports: &[TENSOR], dev_imports: &[] },
     Room { name: FORMAT, floor: 2, imports: &[TENSOR], dev_imports: &[] },
     Room { name: MODEL, floor: 3, imports: &[TENSOR, KERNELS, FORMAT], dev_imports: &[] },
+    Room { name: CUDA, floor: 4, imports: &[TENSOR, KERNELS, MODEL], dev_imports: &[] },
     Room { name: QUANT, floor: 4, imports: &[TENSOR, KERNELS, MODEL], dev_imports: &[] },
     Room { name: RUNTIME, floor: 4, imports: &[TENSOR, KERNELS, MODEL], dev_imports: &[] },
     Room { name: EVAL, floor: 5, imports: &[TENSOR, MODEL, RUNTIME], dev_imports: &[KERNELS] },
-    Room { name: FACE, floor: 6, imports: &[TENSOR, KERNELS, FORMAT, MODEL, QUANT, RUNTIME, EVAL], dev_imports: &[] },
+    Room { name: FACE, floor: 6, imports: &[TENSOR, KERNELS, FORMAT, MODEL, CUDA, QUANT, RUNTIME, EVAL], dev_imports: &[] },
     Room { name: "tailorq-cli", floor: 7, imports: &[FACE, EVAL, RUNTIME], dev_imports: &[MODEL] },
     Room { name: "xtask", floor: 8, imports: &[], dev_imports: &[] },
     Room {

@@ -3,6 +3,7 @@
 
 mod commands;
 mod console;
+mod device;
 mod interrupt;
 mod observer;
 mod progress;
@@ -26,6 +27,8 @@ const USAGE: u8 = 2;
 struct Cli {
     #[command(flatten)]
     global: GlobalOptions,
+    #[command(flatten)]
+    device: device::DeviceArgs,
     #[command(subcommand)]
     command: Command,
 }
@@ -87,6 +90,7 @@ fn execute(command: Command, threads: usize, console: &Console) -> anyhow::Resul
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let console = Console::new(cli.global.json, cli.global.quiet, cli.global.verbose);
+    device::choose(cli.device);
     let outcome =
         prepare(&cli.global, &console).and_then(|threads| tailorq::on_pool(|| execute(cli.command, threads, &console)));
     match outcome {

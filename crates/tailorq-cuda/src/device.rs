@@ -6,7 +6,9 @@ use crate::error::CudaError;
 use crate::gpu::{Buffer, Gpu, Grid, Source, launch};
 use crate::weights::Weights;
 use rayon::prelude::*;
+use std::fmt;
 use std::ops::Range;
+use std::str::FromStr;
 use std::sync::Arc;
 use tailorq_kernels::{
     AttentionShape, AttentionSpan, Device, GradientSums, Heads, HeadsMut, KeyValues, KvBlock, LogSumExp,
@@ -25,6 +27,27 @@ pub enum Precision {
     /// Weights and the activations that meet them are rounded to bf16, sums are f32. Hessians stay f32, so that they stay
     /// definite.
     Bf16,
+}
+
+impl fmt::Display for Precision {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Precision::F32 => "f32",
+            Precision::Bf16 => "bf16",
+        })
+    }
+}
+
+impl FromStr for Precision {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<Self, String> {
+        match s {
+            "f32" => Ok(Precision::F32),
+            "bf16" => Ok(Precision::Bf16),
+            _ => Err(format!("there is no precision '{s}': use f32 or bf16")),
+        }
+    }
 }
 
 /// Settings of a device.

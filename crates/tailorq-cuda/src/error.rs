@@ -55,3 +55,11 @@ pub enum CudaError {
         log: String,
     },
 }
+
+impl CudaError {
+    /// Whether there simply is no device that could serve, as on most machines.
+    pub fn is_absence(&self) -> bool {
+        use CudaError::{NoDevice, NoDriver, NoLibrary, TooOld};
+        matches!(self, NoDriver | NoLibrary { .. } | NoDevice { .. } | TooOld { .. })
+    }
+}

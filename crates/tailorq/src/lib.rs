@@ -6,6 +6,7 @@ mod artifact;
 mod blocks;
 pub mod compare;
 pub mod demo;
+mod devices;
 mod error;
 mod estimate;
 mod held_out;
@@ -26,6 +27,7 @@ mod tables;
 mod task;
 mod threads;
 
+pub use devices::{DeviceChoice, open_device};
 pub use error::PipelineError;
 pub use estimate::Estimate;
 pub use inputs::{CalibrationRequest, QuantizeRequest, model_sha256};
@@ -39,6 +41,7 @@ pub use probe::{GradientOutput, GradientProbe, ProbeError, check_tokens, probe, 
 pub use recipe::{CalibrationInput, LossKind, ModelInput, PlanInput, QuantizeSettings, Recipe, hash_files};
 pub use report::{CalibrationReport, LayerReport, Report, SizeReport, calibration_items};
 pub use spill::SpillFile;
+pub use tailorq_cuda::{CudaError, CudaOptions, Precision};
 pub use tailorq_kernels::{Activations, Device, cpu, cpu_with, reference};
 pub use tailorq_model::{ChatMessage, ChatTemplate, Model, ModelError, ModelFiles, OpenedModel, Tokenizer, open};
 pub use tailorq_quant::quantize::{Saliency, Salient, Scope, Unit};

@@ -20,7 +20,7 @@ pub struct EngineArgs {
 
 impl EngineArgs {
     /// The device that computes so.
-    pub fn device(&self) -> Arc<dyn Device> {
-        tailorq::cpu_with(self.activations)
+    pub fn device(&self) -> anyhow::Result<Arc<dyn Device>> {
+        crate::device::open_with(self.activations)
     }
 }

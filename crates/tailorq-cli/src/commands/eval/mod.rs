@@ -113,7 +113,9 @@ pub fn execute(args: &EvalArgs, console: &Console) -> anyhow::Result<()> {
     let hashes =
         args.cache.as_ref().map(|_| model_hashes(&opened, reference.as_ref(), args.activations)).transpose()?;
     let cache = args.cache.as_deref().zip(hashes.as_ref());
-    let (device, exact) = (tailorq::cpu_with(args.activations), tailorq::cpu());
+    let device = crate::device::open_with(args.activations)?;
+    // The original is measured in f32 whatever its copy is measured in.
+    let exact = if device.resident().is_some() { device.clone() } else { tailorq::cpu() };
     let log = args.log_samples.as_deref().map(SampleLog::create).transpose()?;
     let write = |record: &ItemRecord| {
         if let Some(log) = &log {

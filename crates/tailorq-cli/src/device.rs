@@ -1,0 +1,39 @@
+//! The device of this process, chosen on the command line.
+
+use clap::Args;
+use std::sync::{Arc, OnceLock};
+use tailorq::{Activations, CudaOptions, Device, DeviceChoice, Precision};
+
+/// Where every command computes.
+#[derive(Args, Clone, Copy, Debug)]
+#[command(next_help_heading = "Device")]
+pub struct DeviceArgs {
+    /// Where to compute: cpu, cuda:N, or auto (the first CUDA device if there is one, else the CPU)
+    #[arg(long, global = true, default_value_t = DeviceChoice::Auto, value_name = "DEVICE")]
+    pub device: DeviceChoice,
+    /// Arithmetic of a CUDA device: f32, or bf16 (faster; weights and activations are rounded to bf16 in products)
+    #[arg(long, global = true, default_value_t = Precision::F32, value_name = "TYPE")]
+    pub precision: Precision,
+    /// Memory that weights may take on a CUDA device, in GiB [default: half of what is free]
+    #[arg(long, global = true, value_name = "GIB", value_parser = clap::value_parser!(u32).range(1..))]
+    pub device_memory: Option<u32>,
+}
+
+static CHOSEN: OnceLock<DeviceArgs> = OnceLock::new();
+
+/// Keeps the choice; once, before [`open`].
+pub fn choose(args: DeviceArgs) {
+    CHOSEN.get_or_init(|| args);
+}
+
+/// The device on which quantities are measured: packed weights meet f32 activations.
+pub fn open() -> anyhow::Result<Arc<dyn Device>> {
+    open_with(Activations::F32)
+}
+
+/// The device, whose CPU form rounds activations of packed weights to this type.
+pub fn open_with(activations: Activations) -> anyhow::Result<Arc<dyn Device>> {
+    let DeviceArgs { device, precision, device_memory } = *CHOSEN.get().expect("main chooses before any command runs");
+    let options = CudaOptions { precision, weight_bytes: device_memory.map(|gib| (gib as usize) << 30) };
+    Ok(tailorq::open_device(device, activations, options)?)
+}
