@@ -36,7 +36,12 @@ const HOUSE: &[Room] = &[
     Room { name: QUANT, floor: 4, imports: &[TENSOR, KERNELS, MODEL], dev_imports: &[] },
     Room { name: RUNTIME, floor: 4, imports: &[TENSOR, KERNELS, MODEL], dev_imports: &[] },
     Room { name: EVAL, floor: 5, imports: &[TENSOR, MODEL, RUNTIME], dev_imports: &[KERNELS] },
-    Room { name: FACE, floor: 6, imports: &[TENSOR, KERNELS, FORMAT, MODEL, CUDA, QUANT, RUNTIME, EVAL], dev_imports: &[] },
+    Room {
+        name: FACE,
+        floor: 6,
+        imports: &[TENSOR, KERNELS, FORMAT, MODEL, CUDA, QUANT, RUNTIME, EVAL],
+        dev_imports: &[],
+    },
     Room { name: "tailorq-cli", floor: 7, imports: &[FACE, EVAL, RUNTIME], dev_imports: &[MODEL] },
     Room { name: "xtask", floor: 8, imports: &[], dev_imports: &[] },
     Room {

@@ -146,8 +146,14 @@ impl Cuda {
     }
 
     /// See [`tailorq_kernels::Resident::attention`].
-    pub(crate) fn attention_fresh(&self, shape: AttentionShape, [q, k, v]: [&Matrix; 3], spans: &[Range<usize>]) -> Matrix {
-        let (y, at) = self.gpu.zero_matrix(q.rows(), q.cols());
+    pub(crate) fn attention_fresh(
+        &self,
+        shape: AttentionShape,
+        [q, k, v]: [&Matrix; 3],
+        spans: &[Range<usize>],
+    ) -> Matrix {
+        let mut y = Matrix::zeros(q.rows(), q.cols());
+        let at = self.gpu.address_mut(&mut y);
         let [q, k, v] = [q, k, v].map(|m| self.gpu.address(m));
         for rows in spans.iter().filter(|s| !s.is_empty()) {
             let (sequence, offset) = fresh(shape, [q, k, v], rows);
@@ -164,15 +170,15 @@ impl Cuda {
         spans: &[Range<usize>],
         dy: &Matrix,
     ) -> [Matrix; 3] {
-        let [(dq, dq_at), (dk, dk_at), (dv, dv_at)] = heads.map(|m| self.gpu.zero_matrix(m.rows(), m.cols()));
+        let mut gradients = heads.map(|m| Matrix::zeros(m.rows(), m.cols()));
+        let [dq, dk, dv] = gradients.each_mut().map(|m| self.gpu.address_mut(m));
         let (heads, dy) = (heads.map(|m| self.gpu.address(m)), self.gpu.address(dy));
         for rows in spans.iter().filter(|s| !s.is_empty()) {
             let (sequence, offset) = fresh(shape, heads, rows);
             let kv = (rows.start * shape.kv_heads * shape.head_dim) as u64 * FLOAT;
-            let gradients = [dq_at + offset, dk_at + kv, dv_at + kv];
-            self.attend_backward(shape, &sequence, dy + offset, gradients);
+            self.attend_backward(shape, &sequence, dy + offset, [dq + offset, dk + kv, dv + kv]);
         }
-        [dq, dk, dv]
+        gradients
     }
 }
 

@@ -55,7 +55,13 @@ impl Cuda {
     }
 
     /// See [`tailorq_kernels::Resident::push`].
-    pub(crate) fn push_cached(&self, blocks: &mut [&mut KvBlock], keys: &Matrix, values: &Matrix, spans: &[Range<usize>]) {
+    pub(crate) fn push_cached(
+        &self,
+        blocks: &mut [&mut KvBlock],
+        keys: &Matrix,
+        values: &Matrix,
+        spans: &[Range<usize>],
+    ) {
         let width = keys.cols();
         let (k, v) = (self.gpu.address(keys), self.gpu.address(values));
         for (block, rows) in blocks.iter_mut().zip(spans) {
@@ -68,7 +74,8 @@ impl Cuda {
             launch!(self.gpu, &SOURCE, "push_rows", grid, k, v, at(0), at(1), at(2), width as i32);
         } else {
             for (block, rows) in blocks.iter().zip(spans) {
-                let (arrays, from, to) = (arrays(block), (rows.start * width * FLOAT) as u64, (block.len() * width * FLOAT) as u64);
+                let (arrays, from, to) =
+                    (arrays(block), (rows.start * width * FLOAT) as u64, (block.len() * width * FLOAT) as u64);
                 self.gpu.copy(arrays.keys.ptr() + to, k + from, rows.len() * width * FLOAT);
                 self.gpu.copy(arrays.values.ptr() + to, v + from, rows.len() * width * FLOAT);
             }
@@ -94,7 +101,8 @@ impl Cuda {
         blocks: &[&KvBlock],
         spans: &[Range<usize>],
     ) -> Matrix {
-        let (y, at) = self.gpu.zero_matrix(q.rows(), q.cols());
+        let mut y = Matrix::zeros(q.rows(), q.cols());
+        let at = self.gpu.address_mut(&mut y);
         let from = self.gpu.address(q);
         if one_each(spans) && shape.head_dim <= MAX_HEAD_DIM {
             self.attention_steps(shape, from, blocks, at);
@@ -118,7 +126,20 @@ impl Cuda {
         let scale = 1.0 / (shape.head_dim as f32).sqrt();
         let (heads, kv_heads, head_dim) = (shape.heads as i32, shape.kv_heads as i32, shape.head_dim as i32);
         launch!(
-            self.gpu, &SOURCE, "attention_step", grid, q, at(0), at(1), at(2), y, heads, kv_heads, head_dim, window, scale
+            self.gpu,
+            &SOURCE,
+            "attention_step",
+            grid,
+            q,
+            at(0),
+            at(1),
+            at(2),
+            y,
+            heads,
+            kv_heads,
+            head_dim,
+            window,
+            scale
         );
     }
 }

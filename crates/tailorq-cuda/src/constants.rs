@@ -28,7 +28,8 @@ impl Constants {
     /// The values on the device.
     pub(crate) fn get(&self, gpu: &Arc<Gpu>, values: &[f32]) -> Arc<Buffer> {
         // Bits, so that -0 and NaN are what they are.
-        let same = |a: &[f32], b: &[f32]| a.len() == b.len() && a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits());
+        let same =
+            |a: &[f32], b: &[f32]| a.len() == b.len() && a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits());
         let mut hasher = DefaultHasher::new();
         values.len().hash(&mut hasher);
         // A few elements tell most apart; the comparison decides.

@@ -328,7 +328,10 @@ impl Resident for Cuda {
     ) {
         let n = logits.rows();
         assert_eq!((reference.rows(), reference.cols()), (n, logits.cols()), "divergence: logits of the same shape");
-        assert!([weights.len(), reference_sums.len(), log_sums.len(), divergences.len()] == [n; 4], "one of each a row");
+        assert!(
+            [weights.len(), reference_sums.len(), log_sums.len(), divergences.len()] == [n; 4],
+            "one of each a row"
+        );
         if logits.is_empty() {
             return;
         }

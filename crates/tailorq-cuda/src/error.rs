@@ -25,7 +25,9 @@ pub enum CudaError {
         count: usize,
     },
     /// The processor lacks instructions that the kernels use.
-    #[error("CUDA device {ordinal} ({name}) has compute capability {major}.{minor}; 8.0 or higher is needed: use --device cpu")]
+    #[error(
+        "CUDA device {ordinal} ({name}) has compute capability {major}.{minor}; 8.0 or higher is needed: use --device cpu"
+    )]
     TooOld {
         /// Which device.
         ordinal: usize,
@@ -37,7 +39,9 @@ pub enum CudaError {
         minor: i32,
     },
     /// The driver refused something.
-    #[error("the CUDA driver refused to {what}: {error}; is the driver recent enough for CUDA 13, and the device free?")]
+    #[error(
+        "the CUDA driver refused to {what}: {error}; is the driver recent enough for CUDA 13, and the device free?"
+    )]
     Driver {
         /// What was tried.
         what: &'static str,

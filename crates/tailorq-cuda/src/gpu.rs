@@ -371,5 +371,6 @@ pub(crate) fn describe(error: result::DriverError) -> String {
 
 /// Ends the program when the device is broken: see the module.
 pub(crate) fn must<T>(what: &str, result: Result<T, result::DriverError>) -> T {
-    result.unwrap_or_else(|e| panic!("the CUDA device could not {what}: {}; try again, or use --device cpu", describe(e)))
+    result
+        .unwrap_or_else(|e| panic!("the CUDA device could not {what}: {}; try again, or use --device cpu", describe(e)))
 }

@@ -31,21 +31,20 @@ impl Gpu {
         (Matrix::from_remote(rows, cols, Arc::new(Elements(elements))), ptr)
     }
 
-    /// A matrix of zeros.
-    pub(crate) fn zero_matrix(self: &Arc<Self>, rows: usize, cols: usize) -> (Matrix, u64) {
-        let elements = self.zeros(rows * cols * size_of::<f32>());
-        let ptr = elements.ptr();
-        (Matrix::from_remote(rows, cols, Arc::new(Elements(elements))), ptr)
+    /// `n` elements, zeros where there are none.
+    fn elements(self: &Arc<Self>, data: Option<&[f32]>, n: usize) -> Arc<dyn Remote> {
+        Arc::new(Elements(data.map_or_else(|| self.zeros(n * size_of::<f32>()), |data| self.upload(data))))
     }
 
     /// Where a matrix lies on the device; it is brought there when it is not.
     pub(crate) fn address(self: &Arc<Self>, m: &Matrix) -> u64 {
-        buffer(m.remote_or(|data| Arc::new(Elements(self.upload(data))))).ptr()
+        buffer(m.remote_or(|data| self.elements(data, m.len()))).ptr()
     }
 
     /// The same for an operation that changes it: copies of the matrix keep what they have.
     pub(crate) fn address_mut(self: &Arc<Self>, m: &mut Matrix) -> u64 {
-        let remote = m.remote_mut(|data| Arc::new(Elements(self.upload(data))));
+        let n = m.len();
+        let remote = m.remote_mut(|data| self.elements(data, n));
         if Arc::get_mut(remote).is_none() {
             *remote = Arc::new(Elements(buffer(remote).duplicate()));
         }

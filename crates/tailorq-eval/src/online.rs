@@ -86,6 +86,11 @@ impl TargetNll {
         rows.iter_mut().zip(sums).for_each(|(row, sum)| row.total.merge(sum.max, sum.sum));
     }
 
+    /// `log sum exp` of all logits so far.
+    pub(crate) fn log_sum(&self) -> f64 {
+        self.total.value()
+    }
+
     /// NaN when the target never came.
     pub(crate) fn value(&self) -> f64 {
         self.total.value() - self.logit

@@ -115,12 +115,12 @@ fn diverging(
     for (window_idx, window) in windows.iter().enumerate() {
         report(progress, window_idx, windows.len())?;
         let of_window = finished.numbers(window_idx, || {
-            let rows = compare_window(subject, reference, window);
+            let [nll, reference_nll, kl, agreed] = compare_window(subject, reference, window);
             Ok([
-                finite(subject, window_idx, rows.iter().map(PairDivergence::nll).sum())?,
-                finite(reference, window_idx, rows.iter().map(PairDivergence::reference_nll).sum())?,
-                finite(subject, window_idx, rows.iter().map(PairDivergence::kl).sum())?,
-                rows.iter().filter(|r| r.agrees()).count() as f64,
+                finite(subject, window_idx, nll)?,
+                finite(reference, window_idx, reference_nll)?,
+                finite(subject, window_idx, kl)?,
+                agreed,
             ])
         })?;
         sums.iter_mut().zip(of_window).for_each(|(sum, of_window)| *sum += of_window);
@@ -154,9 +154,14 @@ fn scored_hidden(model: &Model, device: &dyn Device, window: &[u32]) -> Matrix {
     model.hidden(device, &Batch::new([&window[..window.len() - 1]]), None)
 }
 
-fn compare_window(subject: &Subject<'_>, reference: &Subject<'_>, window: &[u32]) -> Vec<PairDivergence> {
+/// Sums over a window's positions: negative log-likelihoods of both models, divergences, and how often both find the same
+/// word most likely.
+fn compare_window(subject: &Subject<'_>, reference: &Subject<'_>, window: &[u32]) -> [f64; 4] {
     let hidden = scored_hidden(subject.model, subject.device, window);
     let reference_hidden = scored_hidden(reference.model, reference.device, window);
+    if subject.device.resident().is_some() && reference.device.resident().is_some() {
+        return compare_resident((subject, &hidden), (reference, &reference_hidden), window);
+    }
     let mut rows: Vec<PairDivergence> = window[1..].iter().map(|id| PairDivergence::new(*id)).collect();
     reference.model.for_each_logits(reference.device, &reference_hidden, &mut |words, reference_logits| {
         let n_words = words.len();
@@ -164,7 +169,41 @@ fn compare_window(subject: &Subject<'_>, reference: &Subject<'_>, window: &[u32]
         let pairs = reference_logits.data().par_chunks(n_words).zip(logits.data().par_chunks(n_words));
         rows.par_iter_mut().zip(pairs).for_each(|(row, (r, m))| row.add(words.start, r, m));
     });
-    rows
+    let sum = |of: fn(&PairDivergence) -> f64| rows.iter().map(of).sum();
+    let agreed = rows.iter().filter(|r| r.agrees()).count() as f64;
+    [sum(PairDivergence::nll), sum(PairDivergence::reference_nll), sum(PairDivergence::kl), agreed]
+}
+
+/// [`compare_window`] where logits lie in the memory of a device: they are computed twice, once for their sums and once for
+/// the divergence, and never leave it.
+fn compare_resident(
+    (subject, hidden): (&Subject<'_>, &Matrix),
+    (reference, reference_hidden): (&Subject<'_>, &Matrix),
+    window: &[u32],
+) -> [f64; 4] {
+    let summed = |subject: &Subject<'_>, hidden: &Matrix| {
+        let mut rows: Vec<TargetNll> = window[1..].iter().map(|id| TargetNll::new(*id)).collect();
+        let mut best = vec![(0, f32::NEG_INFINITY); rows.len()];
+        subject.model.for_each_logits(subject.device, hidden, &mut |words, logits| {
+            TargetNll::add_all(subject.device, &mut rows, words.start, logits);
+            let of_chunk = subject.device.resident().map(|resident| resident.row_max(logits)).unwrap_or_default();
+            for (best, (word, logit)) in best.iter_mut().zip(of_chunk).filter(|(best, found)| found.1 > best.1) {
+                *best = (words.start + word, logit);
+            }
+        });
+        let log_sums: Vec<f64> = rows.iter().map(TargetNll::log_sum).collect();
+        (rows.iter().map(TargetNll::value).sum::<f64>(), log_sums, best)
+    };
+    let (nll, log_sums, best) = summed(subject, hidden);
+    let (reference_nll, reference_sums, reference_best) = summed(reference, reference_hidden);
+    let (weights, mut divergences) = (vec![0.0; log_sums.len()], vec![0.0; log_sums.len()]);
+    reference.model.for_each_logits(reference.device, reference_hidden, &mut |words, expected| {
+        let mut logits = subject.device.linear_matrix(hidden, &subject.model.head, None, words);
+        let expected = (expected, reference_sums.as_slice());
+        subject.device.divergence_backward_matrix(&weights, expected, (&mut logits, &log_sums), &mut divergences);
+    });
+    let agreed = best.iter().zip(&reference_best).filter(|(a, b)| a.0 == b.0).count() as f64;
+    [nll, reference_nll, divergences.iter().sum(), agreed]
 }
 
 pub(crate) fn report(progress: &mut Progress<'_>, done: usize, total: usize) -> Result<(), EvalError> {

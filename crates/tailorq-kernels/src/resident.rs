@@ -27,8 +27,13 @@ pub trait Resident: Send + Sync {
     /// Adds the rows `spans[i]` of keys and values to the caches `blocks[i]`.
     fn push(&self, blocks: &mut [&mut KvBlock], keys: &Matrix, values: &Matrix, spans: &[Range<usize>]);
     /// [`Device::attention`] of rows whose keys and values were pushed last.
-    fn attention_cached(&self, shape: AttentionShape, q: &Matrix, blocks: &[&KvBlock], spans: &[Range<usize>])
-    -> Matrix;
+    fn attention_cached(
+        &self,
+        shape: AttentionShape,
+        q: &Matrix,
+        blocks: &[&KvBlock],
+        spans: &[Range<usize>],
+    ) -> Matrix;
     /// [`Device::swiglu`].
     fn swiglu(&self, gate: &mut Matrix, up: &Matrix);
     /// [`Device::add`].

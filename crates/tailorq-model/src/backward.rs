@@ -121,8 +121,7 @@ impl BlockStage<'_> {
         spans: &[Range<usize>],
     ) -> [Matrix; 3] {
         let [q, k, v] = heads;
-        let mut gradients =
-            self.device.attention_backward_matrix(self.attention_shape(), [q, k, v], spans, d_mixed);
+        let mut gradients = self.device.attention_backward_matrix(self.attention_shape(), [q, k, v], spans, d_mixed);
         let [dq, dk, _] = &mut gradients;
         let positions = positions(d_mixed.rows(), spans, |_| 0);
         let table = self.rope_table(&positions);

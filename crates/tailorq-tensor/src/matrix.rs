@@ -21,15 +21,15 @@ pub trait Remote: Send + Sync {
 pub struct Matrix {
     rows: usize,
     cols: usize,
-    /// At least one of the two is there.
+    /// Where neither is there, all elements are 0.
     host: OnceLock<Vec<f32>>,
     remote: OnceLock<Arc<dyn Remote>>,
 }
 
 impl Matrix {
-    /// All zeros.
+    /// All zeros; they take no memory before somebody looks at them.
     pub fn zeros(rows: usize, cols: usize) -> Self {
-        Matrix::from_vec(rows, cols, vec![0.0; rows * cols])
+        Matrix { rows, cols, host: OnceLock::new(), remote: OnceLock::new() }
     }
 
     /// Takes `data` as `[rows, cols]`; panics when its length is not `rows * cols` (a programming error, not an input error).
@@ -83,7 +83,9 @@ impl Matrix {
     pub fn data(&self) -> &[f32] {
         self.host.get_or_init(|| {
             let mut data = vec![0.0; self.rows * self.cols];
-            self.remote.get().expect("elements are in memory or on a device").read(&mut data);
+            if let Some(remote) = self.remote.get() {
+                remote.read(&mut data);
+            }
             data
         })
     }
@@ -101,14 +103,14 @@ impl Matrix {
         self.host.into_inner().expect("the elements were brought into memory above")
     }
 
-    /// The copy on a device, made with `upload` when there is none.
-    pub fn remote_or(&self, upload: impl FnOnce(&[f32]) -> Arc<dyn Remote>) -> &Arc<dyn Remote> {
-        self.remote.get_or_init(|| upload(self.host.get().expect("elements are in memory or on a device")))
+    /// The copy on a device, made with `upload` when there is none; that gets the elements, or nothing where all are 0.
+    pub fn remote_or(&self, upload: impl FnOnce(Option<&[f32]>) -> Arc<dyn Remote>) -> &Arc<dyn Remote> {
+        self.remote.get_or_init(|| upload(self.host.get().map(Vec::as_slice)))
     }
 
     /// The copy on a device, for an operation that changes it there: the elements in memory are given up. Made with
     /// `upload` when there is none.
-    pub fn remote_mut(&mut self, upload: impl FnOnce(&[f32]) -> Arc<dyn Remote>) -> &mut Arc<dyn Remote> {
+    pub fn remote_mut(&mut self, upload: impl FnOnce(Option<&[f32]>) -> Arc<dyn Remote>) -> &mut Arc<dyn Remote> {
         self.remote_or(upload);
         self.host.take();
         self.remote.get_mut().expect("the copy was made above")
@@ -128,5 +130,60 @@ impl fmt::Debug for Matrix {
             .field("cols", &self.cols)
             .field("data", &self.data())
             .finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Mutex;
+
+    /// A device's memory, and how often it was read.
+    struct Far(Mutex<(Vec<f32>, usize)>);
+
+    impl Remote for Far {
+        fn read(&self, out: &mut [f32]) {
+            let mut far = self.0.lock().unwrap();
+            far.1 += 1;
+            out.copy_from_slice(&far.0);
+        }
+        fn as_any(&self) -> &dyn Any {
+            self
+        }
+    }
+
+    fn far(values: Vec<f32>) -> Arc<Far> {
+        Arc::new(Far(Mutex::new((values, 0))))
+    }
+
+    #[test]
+    fn elements_are_brought_once_and_changes_void_the_copy() {
+        let device = far(vec![1.0, 2.0, 3.0, 4.0]);
+        let mut m = Matrix::from_remote(2, 2, device.clone());
+        assert_eq!((m.row(1), m.data()), (&[3.0, 4.0][..], &[1.0, 2.0, 3.0, 4.0][..]));
+        assert_eq!(device.0.lock().unwrap().1, 1, "read once");
+        m.data_mut()[0] = 9.0;
+        let upload = |data: Option<&[f32]>| far(data.unwrap().to_vec()) as Arc<dyn Remote>;
+        let fresh = m.remote_or(upload).clone();
+        assert_eq!(fresh.as_any().downcast_ref::<Far>().unwrap().0.lock().unwrap().0, [9.0, 2.0, 3.0, 4.0]);
+        let kept = m.clone();
+        *m.remote_mut(upload) = far(vec![7.0; 4]);
+        assert_eq!((m.data(), kept.data()[0]), (&[7.0; 4][..], 9.0));
+    }
+
+    #[test]
+    fn zeros_are_zeros_wherever_they_are_asked_for() {
+        let mut m = Matrix::zeros(2, 3);
+        assert!(matches!(
+            m.remote_or(|data| {
+                assert!(data.is_none());
+                far(vec![0.0; 6])
+            }),
+            _
+        ));
+        assert_eq!(Matrix::zeros(2, 3).data(), [0.0; 6]);
+        assert_eq!(Matrix::zeros(2, 3).into_vec(), [0.0; 6]);
+        m.row_mut(1)[2] = 5.0;
+        assert_eq!((m.data(), m == Matrix::zeros(2, 3)), (&[0.0, 0.0, 0.0, 0.0, 0.0, 5.0][..], false));
     }
 }

@@ -97,7 +97,8 @@ impl Device for Cuda {
     }
 
     fn weight_gradients(&self, dy: &[f32], x: &[f32], spans: &[Range<usize>], sums: GradientSums<'_>) {
-        let shape = [&sums.sum, &sums.absolute, &sums.square].into_iter().flatten().map(|m| (m.rows(), m.cols())).next();
+        let shape =
+            [&sums.sum, &sums.absolute, &sums.square].into_iter().flatten().map(|m| (m.rows(), m.cols())).next();
         let Some((rows, cols)) = shape else { return };
         let (dy, x) = (self.rows_of(dy, rows), self.rows_of(x, cols));
         Resident::weight_gradients(self, &dy, &x, spans, sums);

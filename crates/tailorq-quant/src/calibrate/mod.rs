@@ -11,4 +11,4 @@ pub use activations::{Activations, MICRO_BATCH_TOKENS, MicroBatch};
 pub use block::{BlockQuantizer, KEPT_INPUT_BYTES, QuantizedBlock, QuantizedLayer, Squares, TokenEnergies, advance};
 pub use drift::DriftCorrection;
 pub use tokens::TokenWeight;
-pub(crate) use tokens::{add_hessian, energies, squares};
+pub(crate) use tokens::{add_hessian, energies};

@@ -107,8 +107,3 @@ pub(super) fn token_weights(
     }
     weights
 }
-
-/// `|v|^2`, in f64.
-pub(crate) fn squares(v: &[f32]) -> f64 {
-    v.iter().map(|&x| f64::from(x) * f64::from(x)).sum()
-}

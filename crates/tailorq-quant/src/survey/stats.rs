@@ -1,6 +1,6 @@
 //! What a survey can gather, and the statistics of one block.
 
-use crate::calibrate::{TokenWeight, add_hessian, energies, squares};
+use crate::calibrate::{TokenWeight, add_hessian, energies};
 use std::ops::Range;
 use tailorq_kernels::{Device, GradientSums};
 use tailorq_model::{BlockStage, Tap};
