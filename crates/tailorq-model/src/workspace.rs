@@ -123,6 +123,19 @@ impl Model {
         self.head(device, 0..ids.len(), workspace)
     }
 
+    /// [`Model::step`] on a device with a memory of its own, where the logits stay.
+    pub fn step_resident(
+        &self,
+        device: &dyn Device,
+        resident: &dyn Resident,
+        ids: &[u32],
+        caches: &mut [KvCache],
+    ) -> Matrix {
+        let rows: Vec<Range<usize>> = (0..ids.len()).map(|i| i..i + 1).collect();
+        let hidden = self.read_resident(device, resident, (ids, &rows), caches);
+        device.linear_matrix(&hidden, &self.head, None, 0..self.head.rows())
+    }
+
     /// Reads `ids` of one sequence. Returns the logits that follow the last of them, `[vocab]`.
     pub fn read_prompt<'w>(
         &self,

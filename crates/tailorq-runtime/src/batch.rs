@@ -12,7 +12,7 @@
 
 use crate::error::RuntimeError;
 use crate::generate::{FinishReason, Output};
-use crate::sampler::{Sampler, SamplerOptions};
+use crate::sampler::greedy;
 use std::ops::ControlFlow;
 use std::slice;
 use tailorq_kernels::{Device, KvType};
@@ -50,6 +50,18 @@ impl Default for BatchOptions {
     /// model's context.
     fn default() -> Self {
         BatchOptions { sequences: 12, kv_bytes: 2 << 30, context: None, kv: KvType::F32 }
+    }
+}
+
+impl BatchOptions {
+    /// The default of a device: one with a memory of its own takes many sequences at once, since a step of it costs as
+    /// much for one as for a hundred.
+    pub fn for_device(device: &dyn Device) -> Self {
+        let default = BatchOptions::default();
+        if device.resident().is_none() {
+            return default;
+        }
+        BatchOptions { sequences: 128, kv_bytes: 16 << 30, ..default }
     }
 }
 
@@ -243,7 +255,7 @@ impl Stage<'_> {
             reserved: self.reservation(turn_idx),
         };
         let (cache, logits) = self.read(turn_idx)?;
-        match self.accept(&mut sequence, &logits)? {
+        match self.accept(&mut sequence, greedy(&logits)?)? {
             Some(finish) => self.retire(sequence, finish),
             None => {
                 self.running.push(sequence);
@@ -288,12 +300,11 @@ impl Stage<'_> {
     }
 
     /// Takes the most likely token into the sequence; says why the sequence ends, if it does.
-    fn accept(&self, sequence: &mut Running<'_>, logits: &[f32]) -> Result<Option<FinishReason>, RuntimeError> {
+    fn accept(&self, sequence: &mut Running<'_>, id: u32) -> Result<Option<FinishReason>, RuntimeError> {
         let most = self.requests[sequence.request].max_tokens;
         if sequence.output.tokens.len() >= most {
             return Ok(Some(FinishReason::MaxTokens));
         }
-        let id = Sampler::new(SamplerOptions::GREEDY)?.sample(logits, &[])?;
         if self.tokenizer.eos.contains(&id) {
             return Ok(Some(FinishReason::EndOfSequence));
         }
@@ -324,10 +335,10 @@ impl Stage<'_> {
         self.next.extend(self.running.iter().map(|r| r.next));
         let mut workspace = std::mem::take(&mut self.workspace);
         let (mut running, mut caches) = (std::mem::take(&mut self.running), std::mem::take(&mut self.caches));
-        let logits = self.model.step(self.device, &self.next, &mut caches, &mut workspace);
+        let chosen = most_likely(self.model, self.device, &self.next, &mut caches, &mut workspace)?;
         let mut place = 0;
-        for logits in logits.chunks_exact(self.model.head.rows()) {
-            match self.accept(&mut running[place], logits)? {
+        for id in chosen {
+            match self.accept(&mut running[place], id)? {
                 Some(finish) => {
                     caches.remove(place);
                     self.retire(running.remove(place), finish)?;
@@ -338,6 +349,24 @@ impl Stage<'_> {
         (self.workspace, self.running, self.caches) = (workspace, running, caches);
         Ok(())
     }
+}
+
+/// One step of every sequence, and the most likely token after each.
+fn most_likely(
+    model: &Model,
+    device: &dyn Device,
+    ids: &[u32],
+    caches: &mut [KvCache],
+    workspace: &mut Workspace,
+) -> Result<Vec<u32>, RuntimeError> {
+    let Some(resident) = device.resident() else {
+        let logits = model.step(device, ids, caches, workspace);
+        return logits.chunks_exact(model.head.rows()).map(greedy).collect();
+    };
+    // The logits of all sequences stay on the device.
+    let logits = model.step_resident(device, resident, ids, caches);
+    let best = resident.row_max(&logits).into_iter();
+    best.map(|(word, logit)| if logit.is_finite() { Ok(word as u32) } else { Err(RuntimeError::BadLogits) }).collect()
 }
 
 #[cfg(test)]

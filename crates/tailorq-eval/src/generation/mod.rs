@@ -153,7 +153,7 @@ pub(crate) fn answer(
             }
         }
     };
-    let outcome = generate_batch(model, tokenizer, device, &requests, &BatchOptions::default(), listen);
+    let outcome = generate_batch(model, tokenizer, device, &requests, &BatchOptions::for_device(device), listen);
     match (failure, outcome) {
         (Some(error), _) => Err(error),
         (None, Err(RuntimeError::Interrupted)) => Err(EvalError::Interrupted),

@@ -56,7 +56,7 @@ impl Metric for AnswerMetric<'_> {
         let mut watch = |_: tailorq_runtime::BatchProgress<'_>| {
             if self.observer.cancelled() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         };
-        let options = BatchOptions::default();
+        let options = BatchOptions::for_device(self.device);
         let found = generate_batch(model, self.tokenizer, self.device, &self.requests, &options, &mut watch);
         let found = found.map_err(|error| match error {
             RuntimeError::Interrupted => QuantError::Interrupted,

@@ -21,7 +21,7 @@ pub(crate) fn continue_prompts(
     let request = |p: &Vec<u32>| CompletionRequest { prompt: p.clone(), max_tokens, stop: Vec::new() };
     let requests: Vec<CompletionRequest> = prompts.iter().map(request).collect();
     observer.stage("continuing the prompts", requests.len() as u64);
-    let found = generate_batch(model, tokenizer, device, &requests, &BatchOptions::default(), &mut |p| {
+    let found = generate_batch(model, tokenizer, device, &requests, &BatchOptions::for_device(device), &mut |p| {
         observer.progress(p.done as u64, "");
         if observer.cancelled() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     });
