@@ -11,7 +11,7 @@ pub struct DeviceArgs {
     /// Where to compute: cpu, cuda:N, or auto (the first CUDA device if there is one, else the CPU)
     #[arg(long, global = true, default_value_t = DeviceChoice::Auto, value_name = "DEVICE")]
     pub device: DeviceChoice,
-    /// Arithmetic of a CUDA device: f32, or bf16 (faster; weights and activations are rounded to bf16 in products)
+    /// Arithmetic of products on a CUDA device: f32, or faster and coarser tf32 or bf16
     #[arg(long, global = true, default_value_t = Precision::F32, value_name = "TYPE")]
     pub precision: Precision,
     /// Memory that weights may take on a CUDA device, in GiB [default: half of what is free]

@@ -24,6 +24,9 @@ pub enum Precision {
     /// In f32 throughout, as on the CPU.
     #[default]
     F32,
+    /// Operands are rounded to 10 bits of mantissa for the tensor cores, sums are f32. Hessians stay f32, so that they stay
+    /// definite.
+    Tf32,
     /// Weights and the activations that meet them are rounded to bf16, sums are f32. Hessians stay f32, so that they stay
     /// definite.
     Bf16,
@@ -33,6 +36,7 @@ impl fmt::Display for Precision {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Precision::F32 => "f32",
+            Precision::Tf32 => "tf32",
             Precision::Bf16 => "bf16",
         })
     }
@@ -44,8 +48,9 @@ impl FromStr for Precision {
     fn from_str(s: &str) -> Result<Self, String> {
         match s {
             "f32" => Ok(Precision::F32),
+            "tf32" => Ok(Precision::Tf32),
             "bf16" => Ok(Precision::Bf16),
-            _ => Err(format!("there is no precision '{s}': use f32 or bf16")),
+            _ => Err(format!("there is no precision '{s}': use f32, tf32 or bf16")),
         }
     }
 }
@@ -64,6 +69,7 @@ pub(crate) struct Cuda {
     pub(crate) gpu: Arc<Gpu>,
     pub(crate) blas: Blas,
     pub(crate) math: Math,
+    precision: Precision,
     weights: Weights,
     constants: Constants,
     /// For what has no business on a GPU: small products on the calling thread.
@@ -83,10 +89,12 @@ impl Cuda {
         let blas = Blas::new(&gpu).map_err(|error| CudaError::Driver { what: "start cuBLAS", error })?;
         let (element, math) = match options.precision {
             Precision::F32 => (Element::F32, Math::F32),
+            Precision::Tf32 => (Element::F32, Math::Tf32),
             Precision::Bf16 => (Element::Bf16, Math::Tf32),
         };
+        let precision = options.precision;
         let weights = Weights::new(element, options.weight_bytes.unwrap_or_else(|| gpu.memory().0 / 2));
-        Ok(Cuda { gpu, blas, math, weights, constants: Constants::default(), host: tailorq_kernels::cpu() })
+        Ok(Cuda { gpu, blas, precision, math, weights, constants: Constants::default(), host: tailorq_kernels::cpu() })
     }
 
     /// `x` as a matrix on the device.
@@ -141,6 +149,10 @@ impl Cuda {
 }
 
 impl Resident for Cuda {
+    fn room(&self) -> usize {
+        self.gpu.memory().0 / 2
+    }
+
     fn embed(&self, ids: &[u32], table: &Weight) -> Matrix {
         let cols = table.cols();
         let mut rows = vec![0.0; ids.len() * cols];
@@ -420,7 +432,8 @@ impl Resident for Cuda {
     fn column_squares(&self, x: &Matrix, sums: &mut [f64]) {
         let mut of_x = vec![0.0f64; x.cols()];
         let out = self.gpu.allocate(size_of_val(&of_x[..]));
-        let (grid, from) = (Grid::elements(x.cols()), self.gpu.address(x));
+        let grid = Grid { blocks: (x.cols().div_ceil(32) as u32, 1, 1), threads: 1024, shared: 0 };
+        let from = self.gpu.address(x);
         launch!(self.gpu, &SOURCE, "column_squares", grid, from, out.ptr(), int(x.rows()), int(x.cols()));
         self.gpu.read(&out, 0, &mut of_x);
         sums.iter_mut().zip(of_x).for_each(|(sum, s)| *sum += s);

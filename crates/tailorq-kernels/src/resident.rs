@@ -14,6 +14,8 @@ use tailorq_tensor::{Matrix, Weight};
 
 /// See the module. Matrices are `[rows, width]`; shapes are those of the methods of [`Device`] of the same names.
 pub trait Resident: Send + Sync {
+    /// Bytes that matrices may take on the device, what they take now not counted.
+    fn room(&self) -> usize;
     /// [`Device::embed`].
     fn embed(&self, ids: &[u32], table: &Weight) -> Matrix;
     /// [`Device::linear_rows`].

@@ -34,11 +34,7 @@ fn cached_rows(source: KeyValues<'_>, part: Part, shape: AttentionShape) -> Vec<
 
 impl Device for Cuda {
     fn name(&self) -> String {
-        let precision = match self.weights.element() {
-            Element::F32 => "f32",
-            Element::Bf16 => "bf16",
-        };
-        format!("cuda {}, {precision}", self.gpu.name())
+        format!("cuda {}, {}", self.gpu.name(), self.precision)
     }
 
     fn resident(&self) -> Option<&dyn Resident> {

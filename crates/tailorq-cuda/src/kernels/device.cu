@@ -199,14 +199,21 @@ KERNEL row_squares(const float* x, double* sums, int width) {
     }
 }
 
-// One thread a column.
+// A block has 32 columns and takes 32 rows at a time.
 KERNEL column_squares(const float* x, double* sums, int n_rows, int width) {
-    u64 column = global_idx();
-    if (column >= width) return;
+    __shared__ double partial[32][33];
+    int lane = threadIdx.x & 31, slice = threadIdx.x >> 5;
+    u64 column = (u64)blockIdx.x * 32 + lane;
     double sum = 0.0;
-    for (int r = 0; r < n_rows; r++) {
+    for (int r = slice; r < n_rows && column < width; r += 32) {
         double v = x[(u64)r * width + column];
         sum += v * v;
     }
-    sums[column] = sum;
+    partial[slice][lane] = sum;
+    __syncthreads();
+    if (slice == 0 && column < width) {
+        double total = 0.0;
+        for (int s = 0; s < 32; s++) total += partial[s][lane];
+        sums[column] = total;
+    }
 }

@@ -10,7 +10,7 @@ use crate::task::allocation::{AllocationSignal, HALF, MeasureKind, ScoreSettings
 use crate::task::answers::AnswerMetric;
 use crate::task::continuations::continue_prompts;
 use crate::task::scores::{SCORES_SCHEMA, ScoredCandidate, ScoredUnit, Scores, at_width, units_of};
-use crate::task::survey::TAPE_BYTES;
+use crate::task::survey::tape_bytes;
 use std::ops::ControlFlow;
 use std::path::Path;
 use tailorq_kernels::Device;
@@ -126,7 +126,7 @@ impl Scoring<'_> {
             model,
             sampling,
             normalize: settings.without_sinks,
-            tape_bytes: TAPE_BYTES,
+            tape_bytes: tape_bytes(self.device),
         };
         let mut spill = self.spill_file()?;
         let found = interruptible(survey.run(&prompts, Some(&mut spill), &mut |b| self.watch(b + 1)))?;
@@ -144,7 +144,7 @@ impl Scoring<'_> {
             bits: NOISE_BITS,
             seed: self.settings.seed,
             judged,
-            tape_bytes: TAPE_BYTES,
+            tape_bytes: tape_bytes(self.device),
         };
         let mut spill = self.spill_file()?;
         let found = interruptible(survey.run(&samples, Some(&mut spill), &mut |b| self.watch(b + 1)))?;
@@ -174,7 +174,7 @@ impl Scoring<'_> {
             _ => Measure::Divergence,
         };
         let quantizer = tailorq_quant::find(&settings.probe).expect("settings were checked");
-        let (model, units_, tape_bytes) = (&self.opened.model, &ids[..], TAPE_BYTES);
+        let (model, units_, tape_bytes) = (&self.opened.model, &ids[..], tape_bytes(device));
         let survey =
             DamageSurvey { device, model, quantizer, units: units_, formats: &formats, judged, measure, tape_bytes };
         let n = ids.len() * formats.len();

@@ -32,6 +32,11 @@ const ANSWER_TOKENS: usize = 64;
 /// Block inputs and gradients held in memory; what is beyond goes to a file beside the survey.
 pub(crate) const TAPE_BYTES: usize = 1 << 30;
 
+/// [`TAPE_BYTES`], or what a device with a memory of its own has room for.
+pub(crate) fn tape_bytes(device: &dyn Device) -> usize {
+    device.resident().map_or(TAPE_BYTES, |resident| resident.room())
+}
+
 /// The sum over samples of `|dL/dW|` (TACQ).
 pub(crate) const ABSOLUTE: &str = "absolute";
 /// The sum over samples of `(dL/dW)^2`.
@@ -194,7 +199,7 @@ pub(crate) fn write_survey(
     let mut file = SafetensorsWriter::create(path, &specs, &metadata)?;
     let dir = path.parent().unwrap_or(Path::new("."));
     let mut spill = SpillFile::create(dir).map_err(|e| crate::error::output_error(dir, &e))?;
-    let survey = Survey { device, model, loss, needs, tape_bytes: TAPE_BYTES };
+    let survey = Survey { device, model, loss, needs, tape_bytes: tape_bytes(device) };
     let (mut failed, mut n_done) = (None, 0);
     let summary = survey.run(&survey_samples, Some(&mut spill), &mut |stats| {
         failed = write_block(&mut file, model, &stats).err();
