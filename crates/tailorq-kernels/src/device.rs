@@ -2,6 +2,7 @@
 
 use crate::kv::KeyValues;
 use crate::resident::Resident;
+use crate::rounding::{Rounded, RoundingJob};
 use std::ops::Range;
 use tailorq_tensor::{Matrix, Weight};
 use thiserror::Error;
@@ -216,6 +217,17 @@ pub trait Device: Send + Sync {
 
     /// `C[m, n] = beta C + alpha A[m, k] B[k, n]`, row-major, each with its own row stride, on the calling thread alone.
     fn matmul_sequential(&self, alpha: f32, a: Strided<'_>, b: Strided<'_>, beta: f32, c: StridedMut<'_>);
+
+    /// Rounds a whole layer, where the device can and nothing stands against it. `None` when it cannot, and also when weights or
+    /// scales are out of range: the quantizer then does it by itself and says what is wrong.
+    fn round_layer(&self, _job: &RoundingJob<'_>) -> Option<Rounded> {
+        None
+    }
+
+    /// `tr(E H E^T)` for `errors` `[n, in]`, where the device can; of `hessian` `[in, in]` the lower triangle is read.
+    fn quadratic_loss(&self, _errors: &Matrix, _hessian: &Matrix) -> Option<f64> {
+        None
+    }
 }
 
 /// A row-major matrix inside a slice: row `r` starts at `r * stride`.

@@ -8,6 +8,7 @@ mod device;
 mod kv;
 mod reference;
 mod resident;
+mod rounding;
 mod shapes;
 
 pub use cpu::awake;
@@ -17,6 +18,7 @@ pub use device::{
 };
 
 pub use resident::Resident;
+pub use rounding::{ClipCandidates, ErrorFeedback, KeptElements, Rounded, RoundingJob};
 
 pub use kv::{KV_PAGE, KeyValues, KvBlock, KvType, Part};
 

@@ -213,6 +213,11 @@ impl ElementMask {
         &self.cols[self.starts[row]..self.starts[row + 1]]
     }
 
+    /// Where each row begins among all kept columns (and the end of the last row), and these columns.
+    pub(crate) fn parts(&self) -> (&[usize], &[u32]) {
+        (&self.starts, &self.cols)
+    }
+
     /// Kept elements.
     pub fn len(&self) -> usize {
         self.cols.len()

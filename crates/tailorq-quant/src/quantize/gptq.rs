@@ -9,6 +9,7 @@
 use super::feedback::{BLOCK, Factor, Feedback, FeedbackRows, RoundColumn, RowBlock, check_hessian, original};
 use super::grid::{Grid, GridRule, Line};
 use super::levels::Levels;
+use super::on_device::round_on_device;
 use super::rotated::in_rotation;
 use super::rows::{Rows, at_group, check_mask, codebook, corrected, fit_without, kept_within, quantize_rows};
 use super::{LayerStats, Needs, Quantized, Quantizer, Rtn, check_settings};
@@ -62,7 +63,11 @@ impl Quantizer for Gptq {
         let diagonal: Vec<f32> = (0..cols).map(|i| hessian.row(i)[i]).collect();
         let levels = codebook(weights, plan, Some(&diagonal))?;
         let job = Job::new(device, weights, (plan, levels), &factor);
-        let (mut quantized, loss) = quantize_rows(weights, plan, (notes, levels), |first, n| job.rows(first, n))?;
+        let fit = (&job.rule, job.importance(0..cols));
+        let (mut quantized, loss) = match round_on_device(device, (weights, plan), fit, Some(&factor), notes) {
+            Ok(rounded) => rounded?,
+            Err(notes) => quantize_rows(weights, plan, (notes, levels), |first, n| job.rows(first, n))?,
+        };
         // The sum of differences of rounded numbers may end a hair below zero.
         quantized.proxy_loss = Some(loss.max(0.0) / stats.n_tokens.max(1) as f64);
         Ok(quantized)

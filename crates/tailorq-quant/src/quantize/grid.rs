@@ -81,6 +81,18 @@ pub struct ClipSearch {
     pub norm: f32,
 }
 
+impl ClipSearch {
+    /// The factors on the range, in the order in which they are tried.
+    pub fn factors(self) -> impl Iterator<Item = f32> {
+        let candidates = ((self.max_shrink * self.steps as f32) as u32).max(1);
+        let grown = (self.max_growth * self.steps as f32) as u32;
+        (0..candidates + grown).map(move |i| {
+            let step = if i < candidates { -i.cast_signed() } else { (i - candidates + 1).cast_signed() };
+            1.0 + step as f32 / self.steps as f32
+        })
+    }
+}
+
 impl Default for ClipSearch {
     /// The search of GPTQ's reference code (Frantar et al. 2022, `quant.py`, option `mse`).
     fn default() -> Self {
@@ -215,13 +227,8 @@ fn search_loop<const FUSED: bool>(
     importance: &[f32],
     full: Grid,
 ) -> Grid {
-    let candidates = (clip.max_shrink * clip.steps as f32) as u32;
     let (mut best, mut best_penalty) = (full, f32::INFINITY);
-    let candidates = candidates.max(1);
-    let grown = (clip.max_growth * clip.steps as f32) as u32;
-    for i in 0..candidates + grown {
-        let step = if i < candidates { -i.cast_signed() } else { (i - candidates + 1).cast_signed() };
-        let shrink = 1.0 + step as f32 / clip.steps as f32;
+    for shrink in clip.factors() {
         // A shrunken grid fits f16 when the full one does; a grown one may not.
         let Ok(Some(grid)) = rule.grid(range, shrink) else { continue };
         let line = Line::new(grid, rule.bits);

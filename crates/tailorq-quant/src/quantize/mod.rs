@@ -13,6 +13,7 @@ mod grid;
 mod keep_half;
 mod levels;
 mod loss;
+mod on_device;
 mod pb_llm;
 mod rotated;
 mod rows;

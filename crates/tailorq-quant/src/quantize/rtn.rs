@@ -1,7 +1,7 @@
 //! Round to nearest: every weight to the nearest point of its group's grid.
 
 use super::grid::{GridRule, Line};
-use super::levels::Levels;
+use super::on_device::round_on_device;
 use super::rotated::in_rotation;
 use super::rows::{
     Rows, at_group, check_finite, check_mask, codebook, corrected, fit_without, kept_within, quantize_rows,
@@ -42,8 +42,15 @@ impl Quantizer for Rtn {
         }
         check_mask(weights, plan)?;
         let levels = codebook(weights, plan, None)?;
-        let task = |first, n| round_rows(weights, plan, levels, (first, n));
-        let (mut quantized, _) = quantize_rows(weights, plan, (Vec::new(), levels), task)?;
+        let clip = plan.settings.clip.without_hessian();
+        let rule = GridRule { levels, ..GridRule::new(plan.settings.layout, clip) };
+        let (mut quantized, _) = match round_on_device(device, (weights, plan), (&rule, None), None, Vec::new()) {
+            Ok(rounded) => rounded?,
+            Err(notes) => {
+                let task = |first, n| round_rows(weights, plan, &rule, (first, n));
+                quantize_rows(weights, plan, (notes, levels), task)?
+            }
+        };
         quantized.proxy_loss =
             stats.hessian.map(|h| proxy_loss(device, weights, quantized.weight.reader(), h, stats.n_tokens));
         Ok(quantized)
@@ -53,26 +60,25 @@ impl Quantizer for Rtn {
 fn round_rows(
     weights: &Matrix,
     plan: &LayerPlan,
-    levels: Option<Levels>,
+    rule: &GridRule,
     (first, n): (usize, usize),
 ) -> Result<Rows, QuantError> {
     check_finite(weights, first, n)?;
     let (settings, mask, cols) = (&plan.settings, plan.kept.as_deref(), weights.cols());
     let layout = settings.layout;
-    let rule = GridRule { levels, ..GridRule::new(layout, settings.clip.without_hessian()) };
     let group_len = layout.group.len(cols);
     let mut rows = Rows::new(n, cols, settings);
     for r in 0..n {
         for (g, group) in weights.row(first + r).chunks(group_len).enumerate() {
             let start = g * group_len;
             let kept = kept_within(mask, first + r, start..start + group.len());
-            let grid = fit_without(&rule, (group, None), kept.clone()).map_err(at_group(first + r, g))?;
+            let grid = fit_without(rule, (group, None), kept.clone()).map_err(at_group(first + r, g))?;
             rows.set_grid(r, g, grid);
             let line = Line::new(grid, layout.bits);
             let mut kept = kept.peekable();
             let (mut weight_energy, mut error_energy) = (0.0f64, 0.0f64);
             for (i, &w) in group.iter().enumerate() {
-                let (code, mut value) = line.round(levels.as_ref(), w);
+                let (code, mut value) = line.round(rule.levels.as_ref(), w);
                 rows.codes_mut(r)[start + i] = code;
                 if kept.next_if_eq(&i).is_some() {
                     let (correction, exact) = corrected(w, value);
