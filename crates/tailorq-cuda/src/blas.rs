@@ -201,3 +201,8 @@ impl Blas {
         call(self.handle.lock().expect("no thread panics inside the library").0)
     }
 }
+
+/// Ends the program when the device is broken, as every operation does.
+pub(crate) fn check(status: Result<(), result::CublasError>) {
+    status.unwrap_or_else(|e| panic!("the CUDA device could not multiply matrices: {e:?}"));
+}

@@ -3,6 +3,7 @@
 use crate::blas::{Blas, Element, Math, Operand, Product};
 use crate::constants::Constants;
 use crate::error::CudaError;
+use crate::factor::{Solver, inverse_cholesky_upper};
 use crate::gpu::{Buffer, Gpu, Grid, Source, launch};
 use crate::weights::Weights;
 use rayon::prelude::*;
@@ -70,6 +71,7 @@ pub(crate) struct Cuda {
     pub(crate) blas: Blas,
     pub(crate) math: Math,
     precision: Precision,
+    solver: Solver,
     weights: Weights,
     constants: Constants,
     /// For what has no business on a GPU: small products on the calling thread.
@@ -94,7 +96,8 @@ impl Cuda {
         };
         let precision = options.precision;
         let weights = Weights::new(element, options.weight_bytes.unwrap_or_else(|| gpu.memory().0 / 2));
-        Ok(Cuda { gpu, blas, precision, math, weights, constants: Constants::default(), host: tailorq_kernels::cpu() })
+        let (solver, constants) = (Solver::default(), Constants::default());
+        Ok(Cuda { gpu, blas, precision, math, solver, weights, constants, host: tailorq_kernels::cpu() })
     }
 
     /// `x` as a matrix on the device.
@@ -376,7 +379,9 @@ impl Resident for Cuda {
     }
 
     fn inverse_cholesky_upper(&self, h: &mut Matrix) -> Result<(), NotPositiveDefinite> {
-        self.host.inverse_cholesky_upper(h)
+        let n = h.rows();
+        assert_eq!(h.cols(), n, "inverse_cholesky_upper: H is square");
+        inverse_cholesky_upper(&self.gpu, (&self.blas, &self.solver), self.gpu.address_mut(h), n)
     }
 
     fn pick(&self, x: &Matrix, at: &[(usize, usize)]) -> Vec<f32> {

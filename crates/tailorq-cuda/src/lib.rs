@@ -10,8 +10,10 @@ mod constants;
 mod cubin;
 mod device;
 mod error;
+mod factor;
 mod gpu;
 mod matrices;
+mod rounding;
 mod weights;
 
 pub use device::{CudaOptions, Precision};

@@ -1,6 +1,8 @@
 //! The same operations on slices: up, compute, down. For tests against the reference, and for what is seldom done.
 
 use super::*;
+use crate::rounding;
+use tailorq_kernels::{Rounded, RoundingJob};
 
 impl Cuda {
     /// Rows of elements `width` wide.
@@ -167,5 +169,13 @@ impl Device for Cuda {
 
     fn matmul_sequential(&self, alpha: f32, a: Strided<'_>, b: Strided<'_>, beta: f32, c: StridedMut<'_>) {
         self.host.matmul_sequential(alpha, a, b, beta, c);
+    }
+
+    fn round_layer(&self, job: &RoundingJob<'_>) -> Option<Rounded> {
+        rounding::round_layer(&self.gpu, &self.blas, job)
+    }
+
+    fn quadratic_loss(&self, errors: &Matrix, hessian: &Matrix) -> Option<f64> {
+        Some(rounding::quadratic_loss(&self.gpu, &self.blas, errors, hessian))
     }
 }
