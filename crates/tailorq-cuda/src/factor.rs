@@ -104,13 +104,7 @@ impl Solver {
 }
 
 /// `L^T X = B` for the columns of a panel at `at`, of which the rows up to the panel's end are solved for.
-fn solve_transposed(
-    gpu: &Gpu,
-    blas: &Blas,
-    lower: &Buffer,
-    n: usize,
-    (at, panel): (u64, std::ops::Range<usize>),
-) {
+fn solve_transposed(gpu: &Gpu, blas: &Blas, lower: &Buffer, n: usize, (at, panel): (u64, std::ops::Range<usize>)) {
     let one = 1.0f32;
     // SAFETY: both matrices are [n, n], the panel lies inside the second, and `one` lives through the call.
     check(blas.with(gpu, |handle| unsafe {

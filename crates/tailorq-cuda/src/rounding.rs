@@ -173,7 +173,11 @@ struct Kept {
 impl Kept {
     fn new(gpu: &Arc<Gpu>, kept: KeptElements<'_>, (rows, cols): (usize, usize)) -> Kept {
         let n = kept.columns.len();
-        assert_eq!((kept.starts.len(), kept.starts.last()), (rows + 1, Some(&n)), "kept elements are those of the rows");
+        assert_eq!(
+            (kept.starts.len(), kept.starts.last()),
+            (rows + 1, Some(&n)),
+            "kept elements are those of the rows"
+        );
         let words = cols.div_ceil(32);
         let bits = gpu.zeros(rows * words * size_of::<u32>());
         let starts = gpu.upload(&kept.starts.iter().map(|&s| s as u64).collect::<Vec<_>>());

@@ -192,6 +192,18 @@ __device__ __forceinline__ int next_tile(Tiles& t) {
     return 0;
 }
 
+// Halves added to halves, as the CPU adds its lanes.
+template <int N>
+__device__ __forceinline__ float sum_of(float* sums) {
+    if constexpr (N == 1) {
+        return sums[0];
+    } else {
+#pragma unroll
+        for (int i = 0; i < N / 2; i++) sums[i] = __fadd_rn(sums[i], sums[i + N / 2]);
+        return sum_of<N / 2>(sums);
+    }
+}
+
 // sum importance |w / scale - q|^norm over the group. With two PARTS, lanes 16 apart have the same grid, and each of them
 // holds half of the partial sums.
 template <bool WEIGHTED, bool SQUARED, int PARTS>
@@ -203,6 +215,7 @@ __device__ __forceinline__ float penalty(Tiles& t, Line line, float norm) {
     for (int i = 0; i < N; i++) sums[i] = 0.0f;
     rewind(t);
     for (int n = next_tile(t); n > 0; n = next_tile(t)) {
+#pragma unroll 1
         for (int c = offset; c < n; c += LANES) {
 #pragma unroll
             for (int q = 0; q < N; q += 4) {
@@ -224,12 +237,7 @@ __device__ __forceinline__ float penalty(Tiles& t, Line line, float norm) {
 #pragma unroll
         for (int i = 0; i < N; i++) sums[i] = __fadd_rn(sums[i], __shfl_xor_sync(ALL, sums[i], 16));
     }
-#pragma unroll
-    for (int n = PARTS == 2 ? N / 2 : LANES / 2; n > 0; n >>= 1) {
-#pragma unroll
-        for (int i = 0; i < n; i++) sums[i] = __fadd_rn(sums[i], sums[i + n]);
-    }
-    return sums[0];
+    return sum_of<N>(sums);
 }
 
 template <int PARTS>

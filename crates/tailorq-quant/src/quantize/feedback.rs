@@ -33,6 +33,12 @@ pub(super) fn check_hessian(hessian: &Matrix) -> Result<(), QuantError> {
     Ok(())
 }
 
+/// [`check_hessian`] of a matrix that may lie on the device: only one with something wrong is brought into memory, to say what.
+pub(super) fn check_hessian_on(device: &dyn Device, hessian: &Matrix) -> Result<(), QuantError> {
+    let sound = device.resident().is_some() && device.row_squares(hessian).iter().all(|s| s.is_finite());
+    if sound { Ok(()) } else { check_hessian(hessian) }
+}
+
 /// The damped inverse Hessian's factor, in the order in which columns are quantized.
 pub(super) struct Factor {
     /// Upper triangular, `H^-1 = U^T U`.
@@ -57,7 +63,8 @@ impl Factor {
         notes: &mut Vec<Note>,
     ) -> Option<Self> {
         let cols = hessian.cols();
-        let diagonal: Vec<f32> = (0..cols).map(|i| hessian.row(i)[i]).collect();
+        let on_diagonal: Vec<(usize, usize)> = (0..cols).map(|i| (i, i)).collect();
+        let diagonal = device.pick(hessian, &on_diagonal);
         let n_dead = diagonal.iter().filter(|d| **d == 0.0).count();
         if n_dead > 0 {
             notes.push(Note::DeadColumns { count: n_dead });
@@ -72,13 +79,17 @@ impl Factor {
         });
         let mut damping = settings.damping;
         for attempt in 0..=DAMPING_RETRIES {
-            let mut upper = damped(hessian, order.as_deref(), mean, damping * mean);
+            let added = damping * mean;
+            let mut upper = match &order {
+                None if device.resident().is_some() => damped_on_device(device, (hessian, &diagonal), mean, added),
+                order => damped(hessian, order.as_deref(), mean, added),
+            };
             if device.inverse_cholesky_upper(&mut upper).is_ok() {
-                let inverse_diagonal: Vec<f32> = (0..cols).map(|j| 1.0 / upper.row(j)[j]).collect();
+                let inverse_diagonal: Vec<f32> = device.pick(&upper, &on_diagonal).iter().map(|u| 1.0 / u).collect();
                 // A factor of a matrix at the edge of f32 may overflow without a bad pivot.
                 if inverse_diagonal.iter().all(|d| d.is_finite() && *d > 0.0) {
                     let dead = (0..cols).map(|j| diagonal[original(order.as_deref(), j)] == 0.0).collect();
-                    return Some(Factor { upper, inverse_diagonal, order, dead, added: damping * mean });
+                    return Some(Factor { upper, inverse_diagonal, order, dead, added });
                 }
             }
             if attempt < DAMPING_RETRIES {
@@ -127,6 +138,15 @@ fn damped(hessian: &Matrix, order: Option<&[usize]>, mean: f64, added: f64) -> M
         let diagonal = if row[i] == 0.0 { mean } else { f64::from(row[i]) };
         row[i] = (diagonal + added) as f32;
     }
+    h
+}
+
+/// The same in the natural order, for a matrix that stays where it is.
+fn damped_on_device(device: &dyn Device, (hessian, diagonal): (&Matrix, &[f32]), mean: f64, added: f64) -> Matrix {
+    let mut h = hessian.clone();
+    let raised = |d: f32| (if d == 0.0 { mean } else { f64::from(d) } + added) as f32 - d;
+    let on_diagonal: Vec<(usize, usize)> = (0..h.cols()).map(|i| (i, i)).collect();
+    device.add_at(&mut h, &on_diagonal, &diagonal.iter().map(|&d| raised(d)).collect::<Vec<_>>());
     h
 }
 

@@ -6,7 +6,7 @@
 //! not zeroed, because the task's own prompts may use them where the calibration sample did not. And these inputs do not
 //! enter the mean of the diagonal that the damping is a fraction of.
 
-use super::feedback::{BLOCK, Factor, Feedback, FeedbackRows, RoundColumn, RowBlock, check_hessian, original};
+use super::feedback::{BLOCK, Factor, Feedback, FeedbackRows, RoundColumn, RowBlock, check_hessian_on, original};
 use super::grid::{Grid, GridRule, Line};
 use super::levels::Levels;
 use super::on_device::round_on_device;
@@ -53,15 +53,15 @@ impl Quantizer for Gptq {
         }
         let cols = weights.cols();
         assert_eq!((hessian.rows(), hessian.cols()), (cols, cols), "the Hessian belongs to another input");
-        check_hessian(hessian)?;
+        check_hessian_on(device, hessian)?;
         let mut notes = Vec::new();
         let Some(factor) = Factor::new(device, hessian, settings, &mut notes) else {
             let mut rounded = Rtn.quantize(device, weights, stats, plan)?;
             rounded.notes.splice(0..0, notes);
             return Ok(rounded);
         };
-        let diagonal: Vec<f32> = (0..cols).map(|i| hessian.row(i)[i]).collect();
-        let levels = codebook(weights, plan, Some(&diagonal))?;
+        let on_diagonal: Vec<(usize, usize)> = (0..cols).map(|i| (i, i)).collect();
+        let levels = codebook(weights, plan, Some(&device.pick(hessian, &on_diagonal)))?;
         let job = Job::new(device, weights, (plan, levels), &factor);
         let fit = (&job.rule, job.importance(0..cols));
         let (mut quantized, loss) = match round_on_device(device, (weights, plan), fit, Some(&factor), notes) {
