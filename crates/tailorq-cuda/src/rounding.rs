@@ -11,7 +11,7 @@ use cudarc::cublas::sys;
 use half::f16;
 use std::sync::Arc;
 use tailorq_kernels::{KeptElements, Rounded, RoundingJob};
-use tailorq_tensor::{Group, Matrix};
+use tailorq_tensor::{Bits, Group, Matrix, SharedBytes, TILE};
 
 pub(crate) const SOURCE: Source = Source { name: "rounding", code: include_str!("kernels/rounding.cu") };
 
@@ -105,12 +105,11 @@ pub(crate) fn round_layer(gpu: &Arc<Gpu>, blas: &Blas, job: &RoundingJob<'_>) ->
     } else {
         round_groups(gpu, layer, clip.rule);
     }
-    out.read(gpu, kept.as_ref())
+    out.read(gpu, job, kept.as_ref())
 }
 
 /// What comes back.
 struct Outputs {
-    n_codes: usize,
     n_grids: usize,
     n_sums: usize,
     codes: Buffer,
@@ -126,7 +125,6 @@ impl Outputs {
         let n_grids = rows * n_groups;
         let n_sums = if job.feedback.is_some() { rows } else { n_grids };
         Outputs {
-            n_codes,
             n_grids,
             n_sums,
             codes: gpu.allocate(n_codes),
@@ -137,7 +135,7 @@ impl Outputs {
         }
     }
 
-    fn read(&self, gpu: &Arc<Gpu>, kept: Option<&Kept>) -> Option<Rounded> {
+    fn read(&self, gpu: &Arc<Gpu>, job: &RoundingJob<'_>, kept: Option<&Kept>) -> Option<Rounded> {
         let totals = gpu.allocate(3 * size_of::<f64>());
         let grid = Grid { blocks: (1, 1, 1), threads: 1024, shared: 0 };
         launch!(gpu, &SOURCE, "total", grid, self.sums.ptr(), self.n_sums as u64, totals.ptr());
@@ -147,18 +145,50 @@ impl Outputs {
             return None;
         }
         gpu.read(&totals, 0, &mut sums);
-        let (mut codes, mut zeros) = (vec![0u8; self.n_codes], vec![0u8; self.n_grids]);
-        let mut scales = vec![f16::ZERO; self.n_grids];
-        gpu.read(&self.codes, 0, &mut codes);
-        gpu.read(&self.scales, 0, &mut scales);
-        gpu.read(&self.zeros, 0, &mut zeros);
-        let mut corrections = vec![f16::ZERO; kept.map_or(0, |k| k.n)];
-        if let Some(kept) = kept {
-            gpu.read(&kept.corrections, 0, &mut corrections);
-        }
+        let (codes, codes_high) = self.packed_codes(gpu, job);
+        let (scales, zeros) = (read(gpu, &self.scales, 0, self.n_grids), read(gpu, &self.zeros, 0, self.n_grids));
+        let corrections = kept.map_or_else(Vec::new, |k| read(gpu, &k.corrections, 0, k.n));
         let [weight_energy, error_energy, loss] = sums;
-        Some(Rounded { codes, scales, zeros, corrections, weight_energy, error_energy, loss })
+        Some(Rounded { codes, codes_high, scales, zeros, corrections, weight_energy, error_energy, loss })
     }
+}
+
+impl Outputs {
+    /// The codes in the planes of their layout.
+    fn packed_codes(&self, gpu: &Arc<Gpu>, job: &RoundingJob<'_>) -> (SharedBytes, Option<SharedBytes>) {
+        let (bits, cols, n) =
+            (job.layout.bits, job.weights.cols(), job.weights.rows() * job.weights.cols().div_ceil(TILE));
+        let n_words = n * bits.words_per_tile();
+        let high_at = n_words * size_of::<u32>();
+        let planes = gpu.allocate(high_at + n * bits.high_bytes());
+        let (at, high) = (planes.ptr(), planes.ptr() + high_at as u64);
+        let grid = Grid::elements(n);
+        launch!(
+            gpu,
+            &SOURCE,
+            "pack_codes",
+            grid,
+            self.codes.ptr(),
+            at,
+            high,
+            n as u64,
+            cols as i32,
+            bits.count() as i32
+        );
+        let high = match bits {
+            Bits::Three => Some(SharedBytes::from_vec(read::<u16>(gpu, &planes, high_at, n))),
+            Bits::Six => Some(SharedBytes::from_vec(read::<u32>(gpu, &planes, high_at, n))),
+            Bits::Two | Bits::Four | Bits::Eight => None,
+        };
+        (SharedBytes::from_vec(read::<u32>(gpu, &planes, 0, n_words)), high)
+    }
+}
+
+/// `n` elements from byte `at` on.
+fn read<T: Copy + Default>(gpu: &Gpu, buffer: &Buffer, at: usize, n: usize) -> Vec<T> {
+    let mut out = vec![T::default(); n];
+    gpu.read(buffer, at, &mut out);
+    out
 }
 
 /// Kept elements on the device.

@@ -9,7 +9,7 @@ use tailorq_quant::quantize::{Gptq, GridRule, Rtn, proxy_loss};
 use tailorq_quant::{
     Clip, ElementMask, LayerPlan, LayerSettings, LayerStats, QuantError, Quantized, Quantizer, TransformSettings,
 };
-use tailorq_tensor::{Bits, Group, Matrix, Rng};
+use tailorq_tensor::{Bits, Group, Matrix, PackedMatrix, Rng};
 
 /// Rows and columns: one of each, fewer than a word of the mask, no multiple of a block, and blocks that are whole.
 const SHAPES: [(usize, usize); 8] = [(1, 1), (3, 17), (2, 33), (7, 100), (5, 576), (130, 896), (33, 129), (64, 4864)];
@@ -78,9 +78,14 @@ fn different(a: &[u8], b: &[u8]) -> f64 {
     a.iter().zip(b).filter(|(a, b)| a != b).count() as f64 / a.len() as f64
 }
 
-fn codes(q: &Quantized) -> Vec<u8> {
-    let m = q.weight.packed().unwrap();
+fn codes(m: &PackedMatrix) -> Vec<u8> {
     (0..m.rows()).flat_map(|r| (0..m.cols()).map(move |c| m.code(r, c))).collect()
+}
+
+fn unpacked(w: &Matrix, plan: &LayerPlan, r: &Rounded) -> Vec<u8> {
+    let planes = (r.codes.clone(), r.codes_high.clone());
+    let layout = plan.settings.layout;
+    codes(&PackedMatrix::from_planes(w.rows(), w.cols(), layout, planes, r.scales.clone(), &r.zeros).unwrap())
 }
 
 /// Every part of a packed matrix.
@@ -148,20 +153,24 @@ fn prepared(h: &Matrix) -> Prepared {
     Prepared { upper, inverse_diagonal, importance, dead: diagonal.iter().map(|d| *d == 0.0).collect(), added }
 }
 
+/// What the plain loop gives, one code a byte.
+#[derive(Default)]
+struct Plain {
+    codes: Vec<u8>,
+    scales: Vec<f16>,
+    zeros: Vec<u8>,
+    corrections: Vec<f16>,
+    weight_energy: f64,
+    error_energy: f64,
+    loss: f64,
+}
+
 /// The column loop in f32, with the CPU's own grids; a block's errors go to the columns behind it in one sum.
-fn plainly(w: &Matrix, p: &Prepared, plan: &LayerPlan) -> Rounded {
+fn plainly(w: &Matrix, p: &Prepared, plan: &LayerPlan) -> Plain {
     let (layout, cols) = (plan.settings.layout, w.cols());
     let (rule, len) = (GridRule::new(layout, plan.settings.clip), layout.group.len(cols));
     let importance = (plan.settings.clip == Clip::Hessian).then_some(&p.importance);
-    let mut out = Rounded {
-        codes: vec![0; w.len()],
-        scales: Vec::new(),
-        zeros: Vec::new(),
-        corrections: Vec::new(),
-        weight_energy: 0.0,
-        error_energy: 0.0,
-        loss: 0.0,
-    };
+    let mut out = Plain { codes: vec![0; w.len()], ..Plain::default() };
     for r in 0..w.rows() {
         let mut row = w.row(r).to_vec();
         let kept = |c: usize| plan.kept.as_ref().is_some_and(|m| m.row(r).contains(&(c as u32)));
@@ -249,19 +258,22 @@ fn error_feedback_is_the_plain_loop() {
                     plan.kept = keeps.then(|| kept.clone());
                     let what = format!("[{rows}, {cols}], {:?}, {clip:?}, kept: {keeps}", plan.settings.layout);
                     let (a, b) = (plainly(&w, &p, &plan), on_device(gpu.as_ref(), &w, &p, &plan).unwrap());
+                    let codes = unpacked(&w, &plan, &b);
                     assert_eq!(a.corrections.len(), b.corrections.len(), "{what}");
                     close(a.weight_energy, b.weight_energy, 1e-12, &what);
                     if cols <= 128 {
-                        assert_eq!((&a.codes, &a.zeros, &a.scales), (&b.codes, &b.zeros, &b.scales), "{what}");
+                        assert_eq!((&a.codes, &a.zeros, &a.scales), (&codes, &b.zeros, &b.scales), "{what}");
                         assert_eq!(a.corrections, b.corrections, "{what}");
                         close(a.error_energy, b.error_energy, 1e-9, &what);
                         close(a.loss, b.loss, 1e-6, &what);
                     } else {
-                        let share = different(&a.codes, &b.codes);
+                        let share = different(&a.codes, &codes);
                         worst = worst.max(share);
                         assert!(share <= 0.03, "{what}: {share} of the codes differ");
-                        close(a.error_energy, b.error_energy, 0.01, &what);
-                        close(a.loss, b.loss, 0.005, &what);
+                        // One tie that falls the other way changes what the rest of its row loses.
+                        let tolerance = 0.15 / rows as f64;
+                        close(a.error_energy, b.error_energy, tolerance, &what);
+                        close(a.loss, b.loss, tolerance, &what);
                     }
                 }
             }
@@ -275,7 +287,7 @@ fn error_feedback_is_the_plain_loop() {
 fn gptq_loses_what_it_loses_on_the_cpu() {
     let (Some(gpu), cpu) = (device(), tailorq_kernels::cpu()) else { return };
     let (mut worst_share, mut worst_loss) = (0.0f64, 0.0f64);
-    for (i, (rows, cols)) in [(40, 33), (130, 896), (64, 2432)].into_iter().enumerate() {
+    for (i, (rows, cols)) in [(200, 33), (200, 896), (130, 2432)].into_iter().enumerate() {
         let (w, h) = (normal(rows, cols, 60 + i as u64), hessian(cols, 61));
         let kept = Arc::new(mask(rows, cols, 79));
         for (bits, group) in [Bits::Two, Bits::Three, Bits::Four, Bits::Eight].into_iter().zip(GROUPS) {
@@ -291,7 +303,10 @@ fn gptq_loses_what_it_loses_on_the_cpu() {
                 let [a, b] = [&cpu, &gpu].map(|d| run(&Gptq, d.as_ref(), &w, Some(&h), &plan));
                 let what = format!("[{rows}, {cols}], {:?}, {clip:?}, {keeps}, {rotates}", plan.settings.layout);
                 assert_eq!(a.notes, b.notes, "{what}");
-                let (share, losses) = (different(&codes(&a), &codes(&b)), [&a, &b].map(|q| q.proxy_loss.unwrap()));
+                let (share, losses) = (
+                    different(&codes(a.weight.packed().unwrap()), &codes(b.weight.packed().unwrap())),
+                    [&a, &b].map(|q| q.proxy_loss.unwrap()),
+                );
                 worst_share = worst_share.max(share);
                 worst_loss = worst_loss.max((losses[1] / losses[0] - 1.0).abs());
                 close(losses[0], losses[1], 0.005, &what);

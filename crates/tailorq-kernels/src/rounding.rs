@@ -3,7 +3,7 @@
 //! The meaning is that of the quantizers `rtn` and `gptq`, which ask a device first and compute themselves what it declines.
 
 use half::f16;
-use tailorq_tensor::{Layout, Matrix};
+use tailorq_tensor::{Layout, Matrix, SharedBytes};
 
 /// A layer whose weights become codes on affine grids, one grid for each row and group. A grid is fitted when its first column
 /// comes, to what the group's weights have become by then; without feedback that is to the weights themselves.
@@ -58,8 +58,10 @@ pub struct KeptElements<'a> {
 /// What a [`RoundingJob`] gives.
 #[derive(Clone, Debug)]
 pub struct Rounded {
-    /// `[out, in]`, one code a byte.
-    pub codes: Vec<u8>,
+    /// The plane `codes` of [`tailorq_tensor::PackedParts`].
+    pub codes: SharedBytes,
+    /// Its plane of high bits, where the layout has one.
+    pub codes_high: Option<SharedBytes>,
     /// `[out, groups]`; rounded before codes were chosen.
     pub scales: Vec<f16>,
     /// `[out, groups]`: the codes of 0.

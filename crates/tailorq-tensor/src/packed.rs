@@ -168,13 +168,20 @@ impl PackedMatrix {
     ) -> Result<Self, PackError> {
         assert_eq!(codes.len(), rows * cols, "one code a weight");
         let (words, high) = pack_codes(rows, cols, layout.bits, codes);
+        PackedMatrix::from_planes(rows, cols, layout, (SharedBytes::from_vec(words), high), scales.to_vec(), zeros)
+    }
+
+    /// As [`PackedMatrix::pack`] with codes that are packed already: the planes `codes` and `codes_high` of [`PackedParts`].
+    pub fn from_planes(
+        rows: usize,
+        cols: usize,
+        layout: Layout,
+        (codes, codes_high): (SharedBytes, Option<SharedBytes>),
+        scales: Vec<f16>,
+        zeros: &[u8],
+    ) -> Result<Self, PackError> {
         let zeros = (!layout.symmetric).then(|| SharedBytes::from_vec(pack_zeros(rows, cols, layout, zeros)));
-        let parts = PackedParts {
-            codes: SharedBytes::from_vec(words),
-            codes_high: high,
-            scales: SharedBytes::from_vec(scales.to_vec()),
-            zeros,
-        };
+        let parts = PackedParts { codes, codes_high, scales: SharedBytes::from_vec(scales), zeros };
         PackedMatrix::new(rows, cols, layout, parts)
     }
 

@@ -566,6 +566,38 @@ KERNEL mark_kept(const u64* starts, const u32* columns, u32* bits, int rows, int
     }
 }
 
+// Codes of a byte each into the planes of a packed matrix, one thread a tile of 16; places behind a row are 0.
+KERNEL pack_codes(const u8* codes, u32* words, void* high, u64 n_tiles, int cols, int bits) {
+    u64 i = global_idx();
+    if (i >= n_tiles) return;
+    int per_row = (cols + 15) / 16, first = (int)(i % per_row) * 16, n = min(16, cols - first);
+    const u8* from = codes + i / per_row * cols + first;
+    u32 word[4] = {0, 0, 0, 0}, above = 0;
+#pragma unroll
+    for (int c = 0; c < 16; c++) {
+        u32 code = c < n ? from[c] : 0;
+        if (bits == 2) {
+            word[0] |= code << (2 * c);
+        } else if (bits == 3) {
+            word[0] |= (code & 3) << (2 * c);
+            above |= code >> 2 << c;
+        } else if (bits == 4) {
+            word[c / 8] |= code << (4 * (c % 8));
+        } else if (bits == 6) {
+            word[c / 8] |= (code & 15) << (4 * (c % 8));
+            above |= code >> 4 << (2 * c);
+        } else {
+            word[c / 4] |= code << (8 * (c % 4));
+        }
+    }
+    int n_words = bits <= 3 ? 1 : bits <= 6 ? 2 : 4;
+    for (int k = 0; k < 4; k++) {
+        if (k < n_words) words[i * n_words + k] = word[k];
+    }
+    if (bits == 3) ((u16*)high)[i] = (u16)above;
+    if (bits == 6) ((u32*)high)[i] = above;
+}
+
 // The sums of three columns of [n, 3], by one block of 1024, in an order that depends on n alone.
 KERNEL total(const double* sums, u64 n, double* totals) {
     __shared__ double parts[3][32];

@@ -6,7 +6,6 @@ use super::{Note, Quantized};
 use crate::{ElementMask, LayerPlan, LayerSettings, QuantError};
 use half::f16;
 use rayon::prelude::*;
-use tailorq_kernels::{KeptElements, Rounded};
 use tailorq_tensor::{ElementCorrections, Matrix, PackError, PackedMatrix};
 
 /// Rows of one task: fixed, so that the work is cut alike for any number of threads.
@@ -43,27 +42,6 @@ impl Rows {
             weight_energy: 0.0,
             error_energy: 0.0,
             loss: 0.0,
-        }
-    }
-
-    /// All rows as a device rounded them, with the kept elements of its job.
-    pub(super) fn rounded(cols: usize, rounded: Rounded, kept: Option<KeptElements<'_>>) -> Self {
-        let n_rows = rounded.codes.len() / cols;
-        let of_row = |kept: &KeptElements<'_>, r: usize| {
-            let range = kept.starts[r]..kept.starts[r + 1];
-            let columns = kept.columns[range.clone()].iter().map(|&c| c as usize);
-            columns.zip(rounded.corrections[range].iter().copied()).collect()
-        };
-        Rows {
-            cols,
-            n_groups: rounded.scales.len() / n_rows.max(1),
-            corrections: (0..n_rows).map(|r| kept.map_or_else(Vec::new, |k| of_row(&k, r))).collect(),
-            codes: rounded.codes,
-            scales: rounded.scales,
-            zeros: rounded.zeros,
-            weight_energy: rounded.weight_energy,
-            error_energy: rounded.error_energy,
-            loss: rounded.loss,
         }
     }
 
@@ -185,8 +163,7 @@ pub(super) fn assemble(
     finish: impl FnOnce(PackedMatrix) -> Result<PackedMatrix, PackError>,
 ) -> Result<(Quantized, f64), QuantError> {
     let (n_rows, cols, settings) = (weights.rows(), weights.cols(), &plan.settings);
-    let mut results = results.into_iter();
-    let mut all = results.next().unwrap_or_else(|| Rows::new(0, cols, settings));
+    let mut all = Rows::new(0, cols, settings);
     for rows in results {
         all.codes.extend_from_slice(&rows.codes);
         all.scales.extend_from_slice(&rows.scales);
