@@ -25,7 +25,14 @@ pub(crate) struct Source {
 pub(crate) const PRELUDE: &str = include_str!("kernels/prelude.cuh");
 
 /// Every source, for the test that compiles them all.
-pub(crate) const SOURCES: &[&Source] = &[&crate::device::SOURCE, &crate::attention::SOURCE, &crate::cached::SOURCE, &crate::factor::SOURCE, &crate::rounding::SOURCE];
+#[cfg(test)]
+pub(crate) const SOURCES: &[&Source] = &[
+    &crate::device::SOURCE,
+    &crate::attention::SOURCE,
+    &crate::cached::SOURCE,
+    &crate::factor::SOURCE,
+    &crate::rounding::SOURCE,
+];
 
 /// See the module.
 pub(crate) struct Gpu {

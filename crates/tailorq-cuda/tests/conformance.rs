@@ -1,5 +1,9 @@
 //! The sweep of operations over a CUDA device, in f32.
-#![allow(clippy::unwrap_used, reason = "a test may stop where it stands")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a test may stop where it stands, and says when it is skipped"
+)]
 
 #[path = "../../tailorq-kernels/tests/inputs/mod.rs"]
 mod inputs;
