@@ -32,10 +32,10 @@ const HOUSE: &[Room] = &[
     Room { name: KERNELS, floor: 2, imports: &[TENSOR], dev_imports: &[] },
     Room { name: FORMAT, floor: 2, imports: &[TENSOR], dev_imports: &[] },
     Room { name: MODEL, floor: 3, imports: &[TENSOR, KERNELS, FORMAT], dev_imports: &[] },
-    // Rounding on a device is tested against the quantizers.
-    Room { name: CUDA, floor: 4, imports: &[TENSOR, KERNELS, MODEL], dev_imports: &[QUANT] },
     Room { name: QUANT, floor: 4, imports: &[TENSOR, KERNELS, MODEL], dev_imports: &[] },
     Room { name: RUNTIME, floor: 4, imports: &[TENSOR, KERNELS, MODEL], dev_imports: &[] },
+    // Rounding on a device is tested against the quantizers.
+    Room { name: CUDA, floor: 5, imports: &[TENSOR, KERNELS, MODEL], dev_imports: &[QUANT] },
     Room { name: EVAL, floor: 5, imports: &[TENSOR, MODEL, RUNTIME], dev_imports: &[KERNELS] },
     Room {
         name: FACE,
