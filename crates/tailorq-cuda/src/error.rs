@@ -58,6 +58,12 @@ pub enum CudaError {
         /// The compiler's words.
         log: String,
     },
+    /// A model or a request that the kernels do not serve.
+    #[error("the CUDA device does not compute {what}; use --device cpu")]
+    Unsupported {
+        /// What was asked for.
+        what: String,
+    },
 }
 
 impl CudaError {

@@ -7,7 +7,7 @@
 use crate::cubin;
 use crate::error::CudaError;
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute};
-use cudarc::driver::{CudaContext, CudaStream, result};
+use cudarc::driver::{CudaContext, CudaGraph, CudaStream, result};
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
 use std::sync::{Arc, Mutex};
@@ -32,6 +32,17 @@ pub(crate) const SOURCES: &[&Source] = &[
     &crate::cached::SOURCE,
     &crate::factor::SOURCE,
     &crate::rounding::SOURCE,
+    &crate::decode::SOURCES[0],
+    &crate::decode::SOURCES[1],
+    &crate::decode::SOURCES[2],
+    &crate::decode::SOURCES[3],
+    &crate::decode::SOURCES[4],
+    &crate::decode::SOURCES[5],
+    &crate::decode::SOURCES[6],
+    &crate::decode::SOURCES[7],
+    &crate::decode::SOURCES[8],
+    &crate::decode::SOURCES[9],
+    &crate::decode::STEP,
 ];
 
 /// See the module.
@@ -237,6 +248,67 @@ impl Gpu {
         must("raise the limit of shared memory", unsafe {
             result::function::set_function_attribute(function.0, attribute, bytes as i32)
         });
+    }
+}
+
+impl Gpu {
+    /// Starts `function`, whose one argument lies at `params`, so that it may begin before the launch before it has ended,
+    /// where the device can do that: such kernels wait by themselves.
+    ///
+    /// # Safety
+    /// As for [`Gpu::launch`]; the argument has the layout of the kernel's.
+    pub(crate) unsafe fn launch_overlapping(&self, function: Function, grid: Grid, params: *mut c_void) {
+        self.enter();
+        let (x, y, z) = grid.blocks;
+        let mut overlap = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let can_overlap = self.arch.as_str() >= "sm_90" || self.arch.len() > 5;
+        let config = sys::CUlaunchConfig {
+            gridDimX: x,
+            gridDimY: y,
+            gridDimZ: z,
+            blockDimX: grid.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: grid.shared,
+            hStream: self.stream.cu_stream(),
+            attrs: &raw mut overlap,
+            numAttrs: u32::from(can_overlap),
+        };
+        let mut args = [params];
+        // SAFETY: as the caller promises; configuration and attribute outlive the call, which copies the argument.
+        let started = unsafe {
+            sys::cuLaunchKernelEx(&raw const config, function.0, args.as_mut_ptr(), std::ptr::null_mut()).result()
+        };
+        must("start a kernel", started);
+    }
+
+    /// What `work` starts, as a graph; nothing of it runs.
+    pub(crate) fn capture(&self, work: impl FnOnce()) -> Result<CudaGraph, CudaError> {
+        let failed = |e| CudaError::Driver { what: "record a graph", error: describe(e) };
+        self.enter();
+        self.stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).map_err(failed)?;
+        work();
+        let graph = self.stream.end_capture(sys::CUgraphInstantiate_flags(0)).map_err(failed)?;
+        Ok(graph.expect("something was started"))
+    }
+
+    /// Runs a graph after all work so far.
+    pub(crate) fn replay(&self, graph: &CudaGraph) {
+        must("run a graph", graph.launch());
+    }
+
+    /// Milliseconds that the device takes for what `work` starts.
+    pub(crate) fn milliseconds(&self, work: impl FnOnce()) -> f32 {
+        self.enter();
+        let event = || must("record an event", self.stream.record_event(Some(sys::CUevent_flags::CU_EVENT_DEFAULT)));
+        let start = event();
+        work();
+        let end = event();
+        must("measure time", start.elapsed_ms(&end))
     }
 }
 

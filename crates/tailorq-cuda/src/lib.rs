@@ -8,6 +8,7 @@ mod blas;
 mod cached;
 mod constants;
 mod cubin;
+pub mod decode;
 mod device;
 mod error;
 mod factor;

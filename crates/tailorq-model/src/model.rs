@@ -3,6 +3,8 @@
 use crate::arch::Architecture;
 use crate::config::ModelConfig;
 use crate::rope::Rope;
+use std::sync::Arc;
+use tailorq_kernels::RopeTable;
 use tailorq_tensor::{Slot, Weight};
 
 /// A linear `y = x W^T + b`.
@@ -72,5 +74,10 @@ impl Model {
     ) -> Self {
         let rope = Rope::new(&config);
         Model { config, architecture, embedding, blocks, norm, head, rope }
+    }
+
+    /// Cosines and sines of rotary embedding for at least so many positions.
+    pub fn rope_table(&self, positions: usize) -> Arc<RopeTable> {
+        self.rope.table(positions)
     }
 }
