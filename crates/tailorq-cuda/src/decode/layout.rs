@@ -6,7 +6,7 @@
 
 use half::{bf16, f16};
 use rayon::prelude::*;
-use tailorq_tensor::{Bits, Group, InputTransform, PackedMatrix, ReadRows, Weight};
+use tailorq_tensor::{Bits, Group, InputTransform, PackedMatrix, Weight};
 
 /// Rows of a tile.
 pub(super) const TILE_ROWS: usize = 16;
@@ -44,7 +44,6 @@ struct Piece {
     width: u32,
 }
 
-/// `count` columns past the `first` of a tile in a matrix are missing in the last unit.
 impl Format {
     /// The format of `weight` when dense weights are kept as `dense`.
     pub(super) fn of(weight: &Weight, dense: DenseWeights) -> Format {
@@ -91,12 +90,7 @@ impl Format {
                 // What is left of each word is four bits.
                 _ => {
                     let low = Piece { word: 3 * high + step - 6, to: 12 + upper, from: 0, width: 4 };
-                    let top = Piece {
-                        word: 3 * high + 2,
-                        to: 12 + 2 * (step as u32 - 6) + upper,
-                        from: 4,
-                        width: 2,
-                    };
+                    let top = Piece { word: 3 * high + 2, to: 12 + 2 * (step as u32 - 6) + upper, from: 4, width: 2 };
                     vec![low, top]
                 }
             },

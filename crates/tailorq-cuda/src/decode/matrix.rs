@@ -173,12 +173,12 @@ impl DeviceMatrix {
         };
         let group = packed.map_or(Group::Row, |m| m.layout().group);
         let steps = layout::group_steps(group);
-        let n_groups = if steps == 0 { 1 } else { tiles.chunks() * 8 / steps };
+        let n_groups = (tiles.chunks() * 8).checked_div(steps).unwrap_or(1);
         let (mut zeros, mut zero_step) = (None, 0);
         if let (Some(m), Format::Affine(bits)) = (packed, format) {
             let symmetric = m.layout().symmetric;
             zeros = Some(gpu.upload(&tiles.zeros(n_groups, bits, symmetric)));
-            let groups_a_unit = if steps == 0 { 1 } else { 8 / steps };
+            let groups_a_unit = 8usize.checked_div(steps).unwrap_or(1);
             zero_step = if symmetric { 0 } else { layout::zero_words(bits) * groups_a_unit };
         }
         let elements = tiles.elements();
@@ -272,7 +272,8 @@ impl DeviceMatrix {
         };
         assert_eq!(out.is_some(), self.is_paired, "pairs become hidden numbers, and nothing else does");
         let n_sparse = if self.elements.is_some() || self.tiles.is_some() { SPARSE_WARPS } else { 0 };
-        let (tiles_a_block, n_warps) = share(self.n_tiles, self.n_units(), self.gpu.n_processors, self.is_paired, n_sparse);
+        let (tiles_a_block, n_warps) =
+            share(self.n_tiles, self.n_units(), self.gpu.n_processors, self.is_paired, n_sparse);
         let width = if n == 1 { 1 } else { MOST_ROWS };
         let sums = if matches!(self.format, Format::Affine(_)) { self.n_groups.max(1) * width } else { 0 };
         let sums = if self.group == Group::Row { MOST_ROWS } else { sums };
@@ -319,7 +320,8 @@ impl DeviceMatrix {
     pub(super) fn rotation(&self, n: usize, x: u64, out: Fragments) -> Option<Launch> {
         let t = self.transform.as_ref()?;
         // A block of threads has whole blocks of inputs and whole steps; with a second pass it has all inputs.
-        let part = if t.width.is_multiple_of(t.block) { t.block.max(512).min(t.width.next_multiple_of(16)) } else { t.width };
+        let part =
+            if t.width.is_multiple_of(t.block) { t.block.max(512).min(t.width.next_multiple_of(16)) } else { t.width };
         let args = Rotate {
             x,
             signs: t.signs.ptr(),
@@ -330,8 +332,7 @@ impl DeviceMatrix {
             part: part as u32,
             n: n as u32,
         };
-        let grid =
-            Grid { blocks: (t.width.div_ceil(part) as u32, n as u32, 1), threads: 512, shared: 4 * part as u32 };
+        let grid = Grid { blocks: (t.width.div_ceil(part) as u32, n as u32, 1), threads: 512, shared: 4 * part as u32 };
         Some(Launch::new(&self.gpu, &super::step::SOURCE, "rotate", grid, args))
     }
 

@@ -13,8 +13,8 @@ mod step;
 mod weights;
 
 pub use layout::DenseWeights;
-pub use matvec::MatVec;
 pub(crate) use matrix::SOURCES;
+pub use matvec::MatVec;
 pub(crate) use step::SOURCE as STEP;
 
 use crate::error::CudaError;
@@ -110,8 +110,7 @@ impl Decoder {
         let config = model.config.clone();
         let table = model.rope_table(options.capacity);
         let angles = options.capacity * table.half;
-        let attention =
-            Attention::new(&gpu, &config, options.capacity, &table.cos[..angles], &table.sin[..angles])?;
+        let attention = Attention::new(&gpu, &config, options.capacity, &table.cos[..angles], &table.sin[..angles])?;
         Ok(Decoder {
             weights: Weights::new(&gpu, model, options)?,
             choice: Choice::new(&gpu, options.batch, STRETCH),
@@ -278,8 +277,7 @@ impl Decoder {
         let mut recorder = Recorder::new(self, n, kind);
         if kind == Kind::Next {
             let logits = (self.logits.ptr(), config.vocab);
-            let pick =
-                self.choice.launch(gpu, n, logits, self.options.capacity, tokens.ptr(), positions.ptr());
+            let pick = self.choice.launch(gpu, n, logits, self.options.capacity, tokens.ptr(), positions.ptr());
             recorder.launches.push(pick);
         }
         recorder.embedding = Some(Embedding { table: self.weights.embedding.ptr(), tokens: tokens.ptr() });
@@ -396,7 +394,7 @@ impl<'a> Recorder<'a> {
             }
             Attending::Apart(parts) => {
                 let mut y = self.heads;
-                for matrix in parts {
+                for matrix in parts.iter() {
                     self.product(matrix, self.normed, Output::Store { y, stride });
                     y += 4 * matrix.rows() as u64;
                 }

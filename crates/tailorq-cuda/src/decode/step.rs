@@ -88,15 +88,7 @@ struct Arrange {
 
 /// Numbers `[n, width]` become fragments; with `up`, `silu(x) up` does. `plain`: as numbers too.
 pub(super) fn arrange(gpu: &Gpu, n: usize, width: usize, x: u64, up: u64, out: (Fragments, u64)) -> Launch {
-    let args = Arrange {
-        x,
-        up,
-        out: out.0.data,
-        out_sums: out.0.sums,
-        plain: out.1,
-        width: width as u32,
-        n: n as u32,
-    };
+    let args = Arrange { x, up, out: out.0.data, out_sums: out.0.sums, plain: out.1, width: width as u32, n: n as u32 };
     let grid = Grid { blocks: (width.div_ceil(256) as u32, n as u32, 1), threads: 256, shared: 0 };
     Launch::new(gpu, &SOURCE, "arrange", grid, args)
 }
@@ -159,7 +151,13 @@ pub(super) struct AttentionIo<'a> {
 
 impl Attention {
     /// For caches of `capacity` tokens; `cos` and `sin` have that many positions.
-    pub(super) fn new(gpu: &Arc<Gpu>, config: &ModelConfig, capacity: usize, cos: &[f32], sin: &[f32]) -> Result<Self, CudaError> {
+    pub(super) fn new(
+        gpu: &Arc<Gpu>,
+        config: &ModelConfig,
+        capacity: usize,
+        cos: &[f32],
+        sin: &[f32],
+    ) -> Result<Self, CudaError> {
         let refused = |what: String| Err(CudaError::Unsupported { what });
         if !config.head_dim.is_multiple_of(16) || config.head_dim > 256 {
             return refused(format!("heads of {} numbers; it takes multiples of 16 up to 256", config.head_dim));

@@ -13,14 +13,14 @@ use tailorq_tensor::{Slot, Weight};
 
 /// Queries, keys and values: one product where the matrices agree in layout and transform.
 pub(super) enum Attending {
-    Together(DeviceMatrix),
-    Apart([DeviceMatrix; 3]),
+    Together(Box<DeviceMatrix>),
+    Apart(Box<[DeviceMatrix; 3]>),
 }
 
 /// Gate and up: one product where they agree.
 pub(super) enum FeedForward {
-    Together(DeviceMatrix),
-    Apart { gate: DeviceMatrix, up: DeviceMatrix },
+    Together(Box<DeviceMatrix>),
+    Apart { gate: Box<DeviceMatrix>, up: Box<DeviceMatrix> },
 }
 
 /// A block of the model.
@@ -92,15 +92,15 @@ impl DecoderBlock {
         let agree = |parts: &[Part<'_>]| Tiles::agree(&parts.iter().map(|p| p.0).collect::<Vec<_>>(), dense);
         let heads = parts(&[Slot::Q, Slot::K, Slot::V]);
         let attending = if agree(&heads) {
-            Attending::Together(DeviceMatrix::stacked(gpu, &heads, dense)?)
+            Attending::Together(Box::new(DeviceMatrix::stacked(gpu, &heads, dense)?))
         } else {
-            Attending::Apart([one(Slot::Q)?, one(Slot::K)?, one(Slot::V)?])
+            Attending::Apart(Box::new([one(Slot::Q)?, one(Slot::K)?, one(Slot::V)?]))
         };
         let pair = [part(block.linear(Slot::Gate)), part(block.linear(Slot::Up))];
         let feed_forward = if agree(&pair) {
-            FeedForward::Together(DeviceMatrix::paired(gpu, &pair, dense)?)
+            FeedForward::Together(Box::new(DeviceMatrix::paired(gpu, &pair, dense)?))
         } else {
-            FeedForward::Apart { gate: one(Slot::Gate)?, up: one(Slot::Up)? }
+            FeedForward::Apart { gate: Box::new(one(Slot::Gate)?), up: Box::new(one(Slot::Up)?) }
         };
         let cache = 2 * options.batch * config.kv_width() * options.capacity;
         Ok(DecoderBlock {
