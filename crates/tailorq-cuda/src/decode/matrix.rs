@@ -40,10 +40,10 @@ pub(crate) static SOURCES: [Source; 10] = [
 ];
 
 /// Warps that a processor holds at the registers which the kernels take.
-const WARPS_A_PROCESSOR: u32 = 24;
+const WARPS_A_PROCESSOR: u32 = 28;
 
 /// Warps of a block at most.
-const WARPS_A_BLOCK: u32 = 12;
+const WARPS_A_BLOCK: u32 = 14;
 
 /// Warps that add corrections while the others multiply.
 const SPARSE_WARPS: u32 = 4;
@@ -86,6 +86,7 @@ struct Gemv {
     y_stride: u32,
     mode: u32,
     wide: u32,
+    stages: u32,
 }
 
 /// Activations on the device: fragments and the sums of 16 each, for `n` tokens.
@@ -272,12 +273,18 @@ impl DeviceMatrix {
         };
         assert_eq!(out.is_some(), self.is_paired, "pairs become hidden numbers, and nothing else does");
         let n_sparse = if self.elements.is_some() || self.tiles.is_some() { SPARSE_WARPS } else { 0 };
-        let (tiles_a_block, n_warps) =
-            share(self.n_tiles, self.n_units(), self.gpu.n_processors, self.is_paired, n_sparse);
         let width = if n == 1 { 1 } else { MOST_ROWS };
-        let sums = if matches!(self.format, Format::Affine(_)) { self.n_groups.max(1) * width } else { 0 };
-        let sums = if self.group == Group::Row { MOST_ROWS } else { sums };
-        let shared = (n_warps as usize + 1) * tiles_a_block as usize * TILE_ROWS * width + sums;
+        let shape = Shape {
+            n_tiles: self.n_tiles as u32,
+            n_units: self.n_units() as u32,
+            is_paired: self.is_paired,
+            n_sparse,
+            stages: self.stage_bytes(),
+            sums: 4 * self.n_sums() as u32,
+        };
+        let (tiles_a_block, n_warps) = share(&shape, self.gpu.n_processors);
+        let stages = shape.before_stages(tiles_a_block, n_warps, width as u32);
+        let shared = stages + n_warps * shape.stages;
         let args = Gemv {
             codes: self.codes.ptr(),
             scales: ptr(self.scales.as_ref()),
@@ -307,11 +314,12 @@ impl DeviceMatrix {
             y_stride: stride as u32,
             mode,
             wide: u32::from(self.is_wide),
+            stages,
         };
         let grid = Grid {
             blocks: ((self.n_tiles as u32).div_ceil(tiles_a_block), 1, 1),
             threads: 32 * (n_warps + n_sparse),
-            shared: 4 * shared as u32,
+            shared,
         };
         Launch::new(&self.gpu, self.source(), self.kernel(n), grid, args)
     }
@@ -334,6 +342,27 @@ impl DeviceMatrix {
         };
         let grid = Grid { blocks: (t.width.div_ceil(part) as u32, n as u32, 1), threads: 512, shared: 4 * part as u32 };
         Some(Launch::new(&self.gpu, &super::step::SOURCE, "rotate", grid, args))
+    }
+
+    /// Sums of a token's inputs that a block holds.
+    fn n_sums(&self) -> usize {
+        match (self.format, self.group) {
+            (Format::Affine(_), Group::Row) => 1,
+            (Format::Affine(_), Group::Inputs(_)) => self.n_groups,
+            (Format::Codebook(_) | Format::Dense(_), _) => 0,
+        }
+    }
+
+    /// Bytes of shared memory in which a warp has the units that are under way, see `Stage` in `decode_gemv.cu`.
+    fn stage_bytes(&self) -> u32 {
+        let groups = 8u32.checked_div(layout::group_steps(self.group) as u32).unwrap_or(0);
+        let planes = match self.format {
+            Format::Affine(_) => 2 * groups,
+            Format::Codebook(_) => groups,
+            Format::Dense(_) => 0,
+        };
+        let one = 128 * (self.format.lane_words() as u32 + planes);
+        one * (4096 / one).clamp(2, 4)
     }
 
     fn source(&self) -> &'static Source {
@@ -375,19 +404,42 @@ struct Rotate {
     n: u32,
 }
 
+/// What decides how a product is shared out.
+#[derive(Clone, Copy)]
+struct Shape {
+    n_tiles: u32,
+    n_units: u32,
+    is_paired: bool,
+    n_sparse: u32,
+    /// Bytes of the stages of a warp.
+    stages: u32,
+    /// Bytes of the sums of a token.
+    sums: u32,
+}
+
+impl Shape {
+    /// Bytes of shared memory for outputs and sums, with `width` tokens.
+    fn before_stages(&self, tiles: u32, warps: u32, width: u32) -> u32 {
+        ((warps + 1) * tiles * TILE_ROWS as u32 * width * 4 + self.sums * width).next_multiple_of(16)
+    }
+}
+
 /// Tiles of a block and its warps, such that all processors are busy to the end. The shape alone decides, so that a token's
 /// numbers do not depend on those beside it.
-fn share(n_tiles: usize, n_units: usize, n_processors: u32, is_paired: bool, n_sparse: u32) -> (u32, u32) {
-    let (n_tiles, n_units) = (n_tiles as u32, n_units as u32);
-    let mut best = (f64::INFINITY, (if is_paired { 2 } else { 1 }, 1));
+fn share(shape: &Shape, n_processors: u32) -> (u32, u32) {
+    let mut best = (f64::INFINITY, (if shape.is_paired { 2 } else { 1 }, 1));
     for tiles in [1, 2, 4] {
-        if is_paired && tiles == 1 {
+        if shape.is_paired && tiles == 1 {
             continue;
         }
-        for warps in 1..=WARPS_A_BLOCK - n_sparse {
-            let on_one = WARPS_A_PROCESSOR / (warps + n_sparse);
-            let (blocks, at_once) = (n_tiles.div_ceil(tiles), on_one * n_processors);
-            let units = (tiles * n_units).div_ceil(warps) + BLOCK_COST;
+        for warps in 1..=WARPS_A_BLOCK - shape.n_sparse {
+            let shared = shape.before_stages(tiles, warps, MOST_ROWS as u32) + warps * shape.stages;
+            if shared > MOST_SHARED {
+                continue;
+            }
+            let on_one = WARPS_A_PROCESSOR / (warps + shape.n_sparse);
+            let (blocks, at_once) = (shape.n_tiles.div_ceil(tiles), on_one * n_processors);
+            let units = (tiles * shape.n_units).div_ceil(warps) + BLOCK_COST;
             // Fewer blocks than fit share the same bandwidth, but less than half as many cannot use all of it.
             let last = f64::from(blocks % at_once) / f64::from(at_once);
             let rounds = f64::from(blocks / at_once) + if last > 0.0 { last.max(0.5) } else { 0.0 };
@@ -402,16 +454,18 @@ fn share(n_tiles: usize, n_units: usize, n_processors: u32, is_paired: bool, n_s
 
 #[cfg(test)]
 mod tests {
-    use super::share;
+    use super::*;
 
     #[test]
     fn blocks_have_tiles_and_warps() {
         for (n_tiles, n_units) in [(1, 1), (2, 5), (56, 38), (304, 7), (512, 224), (256, 112), (1184, 28)] {
             for is_paired in [false, true] {
                 for n_sparse in [0, 4] {
-                    let (tiles, warps) = share(n_tiles, n_units, 132, is_paired, n_sparse);
-                    assert!(warps >= 1 && warps + n_sparse <= 12 && tiles >= 1);
+                    let shape = Shape { n_tiles, n_units, is_paired, n_sparse, stages: 4608, sums: 4 * 4 * n_units };
+                    let (tiles, warps) = share(&shape, 132);
+                    assert!(warps >= 1 && warps + n_sparse <= WARPS_A_BLOCK && tiles >= 1);
                     assert!(!is_paired || tiles % 2 == 0);
+                    assert!(shape.before_stages(tiles, warps, 8) + warps * shape.stages <= MOST_SHARED);
                 }
             }
         }

@@ -9,6 +9,29 @@ use crate::gpu::{Buffer, Gpu};
 use std::sync::Arc;
 use tailorq_tensor::Weight;
 
+/// A device on which products are to be tested or measured.
+pub struct Products {
+    gpu: Arc<Gpu>,
+}
+
+impl Products {
+    /// On device number `gpu_ordinal`.
+    ///
+    /// # Errors
+    /// When there is no such device.
+    pub fn open(gpu_ordinal: usize) -> Result<Products, CudaError> {
+        Ok(Products { gpu: Gpu::open(gpu_ordinal)? })
+    }
+
+    /// `weight` in `copies` places, for products with `n` vectors (1 to 8).
+    ///
+    /// # Errors
+    /// When the kernels do not compute such products.
+    pub fn of(&self, weight: &Weight, dense: DenseWeights, n: usize, copies: usize) -> Result<MatVec, CudaError> {
+        MatVec::new(&self.gpu, weight, dense, n, copies)
+    }
+}
+
 /// A weight on a device, several times over where its reading is to be measured, and the vectors that it meets.
 pub struct MatVec {
     gpu: Arc<Gpu>,
@@ -23,22 +46,11 @@ pub struct MatVec {
 }
 
 impl MatVec {
-    /// `weight` in `copies` places, for products with `n` vectors (1 to 8).
-    ///
-    /// # Errors
-    /// When there is no such device, or nothing that it computes.
-    pub fn new(
-        gpu_ordinal: usize,
-        weight: &Weight,
-        dense: DenseWeights,
-        n: usize,
-        copies: usize,
-    ) -> Result<MatVec, CudaError> {
+    fn new(gpu: &Arc<Gpu>, weight: &Weight, dense: DenseWeights, n: usize, copies: usize) -> Result<MatVec, CudaError> {
         if !(1..=MOST_ROWS).contains(&n) {
             return Err(CudaError::Unsupported { what: format!("products with {n} vectors") });
         }
-        let gpu = Gpu::open(gpu_ordinal)?;
-        let first = DeviceMatrix::stacked(&gpu, &[(weight, None)], dense)?;
+        let first = DeviceMatrix::stacked(gpu, &[(weight, None)], dense)?;
         let mut matrices: Vec<_> = (1..copies).map(|_| first.duplicate()).collect();
         matrices.push(first);
         let cols = weight.cols();
@@ -50,12 +62,12 @@ impl MatVec {
         let output = Output::Store { y: y.ptr(), stride: weight.rows() };
         let base = if matrices[0].is_rotated() { of(&rotated) } else { of(&plain) };
         let product = |m: &DeviceMatrix| m.product(n, base, of(&plain), output);
-        let mut launches = vec![step::arrange(&gpu, n, cols, x.ptr(), 0, (of(&plain), 0))];
+        let mut launches = vec![step::arrange(gpu, n, cols, x.ptr(), 0, (of(&plain), 0))];
         launches.extend(matrices[0].rotation(n, x.ptr(), of(&rotated)));
         launches.push(product(&matrices[0]));
-        let whole = Graph::new(&gpu, launches)?;
-        let products = Graph::new(&gpu, matrices.iter().map(product).collect())?;
-        Ok(MatVec { gpu, matrices, n, x, y, plain, rotated, whole, products })
+        let whole = Graph::new(gpu, launches)?;
+        let products = Graph::new(gpu, matrices.iter().map(product).collect())?;
+        Ok(MatVec { gpu: gpu.clone(), matrices, n, x, y, plain, rotated, whole, products })
     }
 
     /// The products with `x`, `[n, cols]`: `[n, rows]`.

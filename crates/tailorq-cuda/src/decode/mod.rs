@@ -14,7 +14,7 @@ mod weights;
 
 pub use layout::DenseWeights;
 pub(crate) use matrix::SOURCES;
-pub use matvec::MatVec;
+pub use matvec::{MatVec, Products};
 pub(crate) use step::SOURCE as STEP;
 
 use crate::error::CudaError;
@@ -309,8 +309,8 @@ struct Recorder<'a> {
     normed: (Fragments, u64),
     mixed: (Fragments, u64),
     hidden: (Fragments, u64),
-    /// Rotated inputs of one matrix.
-    rotated: Fragments,
+    /// Rotated inputs of a matrix, by their number: what lies past the last input stays zero.
+    rotated: HashMap<usize, Fragments>,
     heads: u64,
     gate: u64,
     up: u64,
@@ -335,7 +335,7 @@ impl<'a> Recorder<'a> {
             (fragments, numbers(n * width))
         };
         let (normed, mixed, hidden) = (both(config.hidden), both(query), both(intermediate));
-        let rotated = both(config.hidden.max(query).max(intermediate)).0;
+        let rotated = [config.hidden, query, intermediate].map(|width| (width, both(width).0)).into_iter().collect();
         let residual = numbers(n * config.hidden);
         let heads = numbers(n * (query + 2 * config.kv_width()));
         let (gate, up) = (numbers(n * intermediate), numbers(n * intermediate));
@@ -374,11 +374,12 @@ impl<'a> Recorder<'a> {
     /// A product with inputs that are there as fragments and as numbers.
     fn product(&mut self, matrix: &DeviceMatrix, input: (Fragments, u64), output: Output) {
         let (plain, numbers) = input;
-        let base = match matrix.rotation(self.n, numbers, self.rotated) {
+        let rotated = self.rotated[&matrix.cols()];
+        let base = match matrix.rotation(self.n, numbers, rotated) {
             None => plain,
             Some(rotation) => {
                 self.launches.push(rotation);
-                self.rotated
+                rotated
             }
         };
         self.launches.push(matrix.product(self.n, base, plain, output));

@@ -14,7 +14,7 @@ pub(crate) static SOURCE: Source = Source {
 };
 
 /// Positions of a split of attention, unless there would be more than [`MOST_SPLITS`].
-const SPLIT: usize = 128;
+const SPLIT: usize = 64;
 const MOST_SPLITS: usize = 64;
 
 /// Blocks that look for the largest logit of a token.

@@ -6,6 +6,9 @@
 // `code * 2^(bit - 24)`. Codes at different bits go to accumulators of their own, whose powers of two are put right once a
 // group. With `acc` the sum of `code * x`, a group adds `scale * (acc - zero * sum of x)`.
 //
+// Each lane copies what it will read of the coming units into shared memory of its own, without waiting (`cp.async`), so that
+// the registers of a unit are free for the next and nothing waits but for the oldest copy.
+//
 // A block computes some tiles; its warps share their chunks. Partial sums of the warps meet in shared memory in a fixed
 // order, which depends on the shape alone: a token's numbers do not depend on those beside it.
 //
@@ -19,27 +22,9 @@
 #if FORMAT >= 16
 #define WORDS 16  // of a lane in a unit
 #define STEPS 4   // of 16 columns in a unit
-#define DEPTH 3   // units that a warp has under way
-#elif FORMAT == 2
-#define WORDS 4
-#define STEPS 8
-#define DEPTH 4
-#elif FORMAT == 3
-#define WORDS 6
-#define STEPS 8
-#define DEPTH 3
-#elif FORMAT == 4
-#define WORDS 8
-#define STEPS 8
-#define DEPTH 3
-#elif FORMAT == 6
-#define WORDS 12
-#define STEPS 8
-#define DEPTH 2
 #else
-#define WORDS 16
+#define WORDS (2 * FORMAT)
 #define STEPS 8
-#define DEPTH 2
 #endif
 
 #if CODEBOOK || FORMAT == 6 || FORMAT >= 8
@@ -77,6 +62,7 @@ struct Gemv {
     u32 rows, n_tiles, n_units, n_groups;  // units of a tile; groups of a tile, those past the end included
     u32 tiles_a_block, n_warps, n_sparse;
     u32 n, y_stride, mode, wide;
+    u32 stages;              // where in shared memory the stages begin
 };
 
 #define MODE_STORE 0
@@ -103,54 +89,80 @@ struct Gemv {
 #define POWER 16777216.0f
 #endif
 
-struct Unit {
-    u32 words[WORDS];
-    u32 scales[4], zeros[4];
+// A unit in shared memory: WORDS / 4 times 16 bytes a lane (3 bits: 16 and 8), then, for each group, scales and zeros, 4 bytes
+// a lane each. Must agree with `stage_bytes` in `matrix.rs`.
+template <u32 GROUP>
+struct Stage {
+    static constexpr u32 GROUPS = FORMAT < 16 && GROUP ? 8 / (GROUP ? GROUP : 8) : 0;
+    static constexpr u32 ZEROS = CODEBOOK ? 0 : GROUPS;
+    static constexpr u32 BYTES = WORDS * 128 + (GROUPS + ZEROS) * 128;
+    static constexpr u32 FIT = 4096 / BYTES;
+    static constexpr u32 DEPTH = FIT < 2 ? 2 : FIT > 4 ? 4 : FIT;  // units that a warp has under way
 };
 
-__device__ __forceinline__ uint4 stream16(const u8* p) {
-    uint4 v;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
-    return v;
-}
-
-__device__ __forceinline__ uint2 stream8(const u8* p) {
-    uint2 v;
-    asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
-    return v;
-}
-
-// Where a lane finds its part of a block's first unit.
+// Where a lane finds its part of the unit that is copied next.
 struct Streams {
     const u8* codes;
     const u32* scales;
     const u32* zeros;
 };
 
+__device__ __forceinline__ void copy16(u32 to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+
+__device__ __forceinline__ void copy8(u32 to, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to), "l"(from) : "memory");
+}
+
+__device__ __forceinline__ void copy4(u32 to, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
+}
+
+__device__ __forceinline__ void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <u32 N>
+__device__ __forceinline__ void wait_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+__device__ __forceinline__ uint4 shared16(u32 at) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at) : "memory");
+    return v;
+}
+
+__device__ __forceinline__ u32 shared4(u32 at) {
+    u32 v;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(at) : "memory");
+    return v;
+}
+
+// Starts to copy the unit at `from` to the stage at `to`.
 template <u32 GROUP>
-__device__ __forceinline__ void load(const Streams& from, u32 unit, u32 lane, u32 zero_step, Unit& into) {
-    constexpr u32 GROUPS = 8 / (GROUP ? GROUP : 8);
-    const u8* codes = from.codes + (u64)unit * (WORDS * 128);
+__device__ __forceinline__ void fetch(const Streams& from, u32 to, u32 lane) {
 #pragma unroll
-    for (int i = 0; i < WORDS / 4; i++) {
-        uint4 v = stream16(codes + i * 512);
-        into.words[4 * i] = v.x, into.words[4 * i + 1] = v.y, into.words[4 * i + 2] = v.z, into.words[4 * i + 3] = v.w;
-    }
+    for (int i = 0; i < WORDS / 4; i++) copy16(to + i * 512 + lane * 16, from.codes + i * 512);
 #if WORDS % 4 == 2
-    uint2 v = stream8(codes + 512 - lane * 8);
-    into.words[4] = v.x, into.words[5] = v.y;
+    copy8(to + 512 + lane * 8, from.codes + 512 - lane * 8);
 #endif
+#pragma unroll
+    for (u32 i = 0; i < Stage<GROUP>::GROUPS; i++) copy4(to + WORDS * 128 + i * 128 + lane * 4, from.scales + i * 8);
 #if FORMAT < 16
-    if (GROUP == 0) return;
-    const u32* scales = from.scales + (u64)unit * (GROUPS * 8);
 #pragma unroll
-    for (u32 i = 0; i < GROUPS; i++) into.scales[i] = __ldg(scales + i * 8);
-#if !CODEBOOK
-    const u32* zeros = from.zeros + (u64)unit * zero_step;
-#pragma unroll
-    for (u32 i = 0; i < GROUPS; i++) into.zeros[i] = __ldg(zeros + i * ZERO_WORDS);
+    for (u32 i = 0; i < Stage<GROUP>::ZEROS; i++) {
+        copy4(to + WORDS * 128 + (Stage<GROUP>::GROUPS + i) * 128 + lane * 4, from.zeros + i * ZERO_WORDS);
+    }
 #endif
-#endif
+}
+
+// Four fragments of the lane's token; lanes without one keep what they have, which nobody reads.
+__device__ __forceinline__ void load_fragments(const u16* x, u32 has_token, u32* b) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.u32 p, %5, 0;\n@p ld.global.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
+        : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
+        : "l"(x), "r"(has_token)
+        : "memory");
 }
 
 __device__ __forceinline__ u32 permute(u32 a, u32 b, u32 selector) {
@@ -240,23 +252,30 @@ __device__ __forceinline__ void split(u32 x, u32& upper, u32& lower) {
 }
 #endif
 
-// Adds a unit to the totals. `x` are the unit's fragments, `sums` the sums of its groups: of one token, or of the lane's two.
+// Adds the unit in a stage to the totals. `x` are the unit's fragments, `sums` the sums of its groups: of one token, or of the
+// lane's two.
 template <u32 GROUP, bool MANY>
-__device__ __forceinline__ void consume(const Gemv& a, const Unit& unit, const u16* x, const float* sums, u32 zero_shift, float* total) {
+__device__ __forceinline__ void consume(const Gemv& a, u32 stage, u32 lane, const u16* x, u32 has_token, u32 sums, u32 zero_shift,
+                                        float* total) {
     const u32 n = MANY ? a.n : 1;
-    u32 b[STEPS][2];
+    u32 b[STEPS][2], words[WORDS];
 #pragma unroll
-    for (int i = 0; i < STEPS / 2; i++) {
-        uint4 v = *(const uint4*)(x + i * n * 32);
-        b[2 * i][0] = v.x, b[2 * i][1] = v.y, b[2 * i + 1][0] = v.z, b[2 * i + 1][1] = v.w;
+    for (int i = 0; i < STEPS / 2; i++) load_fragments(x + i * n * 32, has_token, b[2 * i]);
+#pragma unroll
+    for (int i = 0; i < WORDS / 4; i++) {
+        uint4 v = shared16(stage + i * 512 + lane * 16);
+        words[4 * i] = v.x, words[4 * i + 1] = v.y, words[4 * i + 2] = v.z, words[4 * i + 3] = v.w;
     }
+#if WORDS % 4 == 2
+    words[4] = shared4(stage + 512 + lane * 8), words[5] = shared4(stage + 512 + lane * 8 + 4);
+#endif
     float acc[CLASSES][4];
 #if FORMAT >= 16
 #pragma unroll
     for (int i = 0; i < 4; i++) acc[0][i] = acc[1][i] = 0.0f;
 #pragma unroll
     for (int step = 0; step < STEPS; step++) {
-        const u32* w = unit.words + 4 * step;
+        const u32* w = words + 4 * step;
 #if FORMAT == 16
         multiply(acc[step & 1], w[0], w[1], w[2], w[3], b[step][0], b[step][1]);
 #else
@@ -270,7 +289,8 @@ __device__ __forceinline__ void consume(const Gemv& a, const Unit& unit, const u
 #pragma unroll
     for (int i = 0; i < 4; i++) total[i] += acc[0][i] + acc[1][i];
 #else
-    const u32 *r0 = unit.words, *r8 = unit.words + WORDS / 2;
+    const u32 *r0 = words, *r8 = words + WORDS / 2;
+    const u32 beside = stage + WORDS * 128 + lane * 4;
     constexpr int LENGTH = GROUP ? GROUP : 8;
 #pragma unroll
     for (int group = 0; group < 8 / LENGTH; group++) {
@@ -287,12 +307,14 @@ __device__ __forceinline__ void consume(const Gemv& a, const Unit& unit, const u
 #pragma unroll
         for (int i = 0; i < 4; i++) sum[i] = acc[0][i];
         if (GROUP) {
-            scale[0] = half_to_float((u16)unit.scales[group]), scale[1] = half_to_float((u16)(unit.scales[group] >> 16));
+            u32 scales = shared4(beside + group * 128);
+            scale[0] = half_to_float((u16)scales), scale[1] = half_to_float((u16)(scales >> 16));
 #if !CODEBOOK
             // The zeros of both rows as subnormal numbers, as the codes are.
-            u32 both = (unit.zeros[group] >> zero_shift) & (ZERO_MASK * 0x10001u);
+            u32 both = (shared4(beside + (Stage<GROUP>::GROUPS + group) * 128) >> zero_shift) & (ZERO_MASK * 0x10001u);
             float zero[2] = {half_to_float((u16)both), half_to_float((u16)(both >> 16))};
-            float s0 = sums[MANY ? 8 * group : group], s1 = MANY ? sums[8 * group + 1] : 0.0f;
+            float s0 = __uint_as_float(shared4(sums + (MANY ? 32 : 4) * group));
+            float s1 = MANY ? __uint_as_float(shared4(sums + 32 * group + 4)) : 0.0f;
             sum[0] = fmaf(zero[0], s0, sum[0]), sum[2] = fmaf(zero[1], s0, sum[2]);
             if (MANY) sum[1] = fmaf(zero[0], s1, sum[1]), sum[3] = fmaf(zero[1], s1, sum[3]);
 #endif
@@ -309,71 +331,103 @@ __device__ __forceinline__ void consume(const Gemv& a, const Unit& unit, const u
 #endif
 }
 
-// Corrections of the rows of a block: a warp a row. `into` is [rows of the block, tokens].
+// Where number `k` of a token lies among fragments of `n`, from where it lies among those of one.
+__device__ __forceinline__ const u16* among(const u16* x, u32 place, u32 n) {
+    return x + (u64)(place >> 5) * (n * 32) + (place & 31);
+}
+
+// Corrections of the rows of a block: a warp takes some rows at once, so that it waits for all of them together. `into` is
+// [rows of the block, tokens].
 template <bool MANY>
 __device__ void corrections(const Gemv& a, u32 first_row, u32 n_rows, u32 warp, u32 lane, float* into) {
-    for (u32 r = warp; r < n_rows; r += a.n_sparse) {
-        u32 row = first_row + r;
-        float y[MANY ? 8 : 1] = {};
-        if (row < a.rows && a.element_starts) {
-            u32 end = a.element_starts[row + 1];
-            for (u32 at = a.element_starts[row] + lane; at < end; at += 128) {
-                u32 column[4];
-                float value[4];
+    constexpr u32 WIDTH = MANY ? 8 : 1, ROWS = MANY ? 2 : 4;
+    const u32 n = MANY ? a.n : 1;
+    for (u32 r0 = warp * ROWS; r0 < n_rows; r0 += a.n_sparse * ROWS) {
+        float y[ROWS][WIDTH] = {};
+        u32 at[ROWS], end[ROWS];
+        if (a.element_starts) {
+            u32 longest = 0;
 #pragma unroll
-                for (u32 i = 0; i < 4; i++) {
-                    u32 j = at + 32 * i;
-                    column[i] = 0, value[i] = 0.0f;
-                    if (j >= end) continue;
-                    u32 word = __ldg(a.elements + (a.wide ? 2 * (u64)j + 1 : j));
-                    value[i] = half_to_float((u16)(word >> 16));
-                    column[i] = a.wide ? __ldg(a.elements + 2 * (u64)j) : word & 0xffff;
-                }
+            for (u32 j = 0; j < ROWS; j++) {
+                u32 row = min(first_row + r0 + j, a.rows - 1);
+                bool is_there = r0 + j < n_rows && first_row + r0 + j < a.rows;
+                at[j] = __ldg(a.element_starts + row), end[j] = is_there ? __ldg(a.element_starts + row + 1) : 0;
+                if (end[j] > at[j]) longest = max(longest, end[j] - at[j]);
+            }
+            for (u32 done = lane; done - lane < longest; done += 64) {
+                u32 column[ROWS][2];
+                float value[ROWS][2];
 #pragma unroll
-                for (u32 i = 0; i < 4; i++) {
-                    if (MANY) {
+                for (u32 j = 0; j < ROWS; j++)
 #pragma unroll
-                        for (u32 k = 0; k < (MANY ? 8 : 1); k++) {
-                            if (k >= a.n) continue;
-                            u64 place = ((u64)(column[i] >> 5) * a.n + k) * 32 + (column[i] & 31);
-                            y[k] = fmaf(value[i], half_to_float(a.plain[place]), y[k]);
+                    for (u32 i = 0; i < 2; i++) {
+                        u32 e = at[j] + done + 32 * i, word = 0;
+                        column[j][i] = 0;
+                        if (e < end[j]) {
+                            word = __ldg(a.elements + (a.wide ? 2 * (u64)e + 1 : e));
+                            column[j][i] = a.wide ? __ldg(a.elements + 2 * (u64)e) : word & 0xffff;
                         }
-                    } else {
-                        y[0] = fmaf(value[i], half_to_float(a.plain[column[i]]), y[0]);
+                        value[j][i] = half_to_float((u16)(word >> 16));
+                    }
+#pragma unroll
+                for (u32 j = 0; j < ROWS; j++)
+#pragma unroll
+                    for (u32 i = 0; i < 2; i++) {
+                        const u16* x = among(a.plain, column[j][i], n);
+#pragma unroll
+                        for (u32 k = 0; k < WIDTH; k++) {
+                            if (k < n) y[j][k] = fmaf(value[j][i], half_to_float(x[32 * k]), y[j][k]);
+                        }
+                    }
+            }
+        }
+        if (a.tile_starts) {
+            u32 longest = 0;
+#pragma unroll
+            for (u32 j = 0; j < ROWS; j++) {
+                u32 row = min(first_row + r0 + j, a.rows - 1);
+                bool is_there = r0 + j < n_rows && first_row + r0 + j < a.rows;
+                at[j] = __ldg(a.tile_starts + row), end[j] = is_there ? __ldg(a.tile_starts + row + 1) : 0;
+                if (end[j] > at[j]) longest = max(longest, end[j] - at[j]);
+            }
+            for (u32 done = lane; done - lane < longest; done += 32) {
+                u32 head[ROWS];
+                uint4 codes[ROWS];
+#pragma unroll
+                for (u32 j = 0; j < ROWS; j++) {
+                    u32 t = at[j] + done;
+                    head[j] = 0, codes[j] = make_uint4(0, 0, 0, 0);
+                    if (t < end[j]) head[j] = __ldg(a.tile_heads + t), codes[j] = __ldg(a.tile_codes + t);
+                }
+#pragma unroll
+                for (u32 j = 0; j < ROWS; j++) {
+                    u32 step = head[j] & 0xffff, words[4] = {codes[j].x, codes[j].y, codes[j].z, codes[j].w};
+                    float scale = half_to_float((u16)(head[j] >> 16));
+                    const u16* x = among(a.plain, (step >> 1) * 32 + (step & 1) * 4, n);
+#pragma unroll
+                    for (u32 k = 0; k < WIDTH; k++) {
+                        if (k >= n) continue;
+                        float sum = 0.0f;
+#pragma unroll
+                        for (u32 q = 0; q < 4; q++) {
+                            uint2 v = *(const uint2*)(x + 32 * k + 8 * q);
+                            sum = fmaf((float)(i8)(words[q]), half_to_float((u16)v.x), sum);
+                            sum = fmaf((float)(i8)(words[q] >> 8), half_to_float((u16)(v.x >> 16)), sum);
+                            sum = fmaf((float)(i8)(words[q] >> 16), half_to_float((u16)v.y), sum);
+                            sum = fmaf((float)(i8)(words[q] >> 24), half_to_float((u16)(v.y >> 16)), sum);
+                        }
+                        y[j][k] = fmaf(scale, sum, y[j][k]);
                     }
                 }
             }
         }
-        if (row < a.rows && a.tile_starts) {
-            u32 end = a.tile_starts[row + 1];
-            for (u32 at = a.tile_starts[row] + lane; at < end; at += 32) {
-                u32 head = __ldg(a.tile_heads + at), step = head & 0xffff;
-                float scale = half_to_float((u16)(head >> 16));
-                uint4 codes = __ldg(a.tile_codes + at);
-                u32 words[4] = {codes.x, codes.y, codes.z, codes.w};
 #pragma unroll
-                for (u32 k = 0; k < (MANY ? 8 : 1); k++) {
-                    if (k >= a.n) continue;
-                    const u16* x = a.plain + ((u64)(step >> 1) * a.n + k) * 32 + (step & 1) * 4;
-                    float sum = 0.0f;
+        for (u32 j = 0; j < ROWS; j++)
 #pragma unroll
-                    for (u32 q = 0; q < 4; q++) {
-                        uint2 v = *(const uint2*)(x + 8 * q);
-                        sum = fmaf((float)(i8)(words[q]), half_to_float((u16)v.x), sum);
-                        sum = fmaf((float)(i8)(words[q] >> 8), half_to_float((u16)(v.x >> 16)), sum);
-                        sum = fmaf((float)(i8)(words[q] >> 16), half_to_float((u16)v.y), sum);
-                        sum = fmaf((float)(i8)(words[q] >> 24), half_to_float((u16)(v.y >> 16)), sum);
-                    }
-                    y[k] = fmaf(scale, sum, y[k]);
-                }
+            for (u32 k = 0; k < WIDTH; k++) {
+                float sum = warp_sum(y[j][k]);
+                if (lane == 0 && r0 + j < n_rows) into[(r0 + j) * WIDTH + k] = sum;
             }
-        }
-#pragma unroll
-        for (u32 k = 0; k < (MANY ? 8 : 1); k++) {
-            if (k >= a.n) continue;
-            float sum = warp_sum(y[k]);
-            if (lane == 0) into[r * (MANY ? 8 : 1) + k] = sum;
-        }
     }
 }
 
@@ -410,26 +464,37 @@ __device__ __forceinline__ void gemv(const Gemv& a) {
     float* sparse = shared;                              // [tiles of the block, 16, tokens]
     float* parts = sparse + n_outputs;                   // [warps, tiles of the block, 16, tokens]
     float* sums = parts + a.n_warps * n_outputs;
+    constexpr u32 DEPTH = Stage<GROUP>::DEPTH, BYTES = Stage<GROUP>::BYTES;
+    u32 stages = (u32)__cvta_generic_to_shared(shared) + a.stages + warp * (DEPTH * BYTES);
     let_next_start();
-    Unit ring[DEPTH];
     Streams from;
-    from.codes = a.codes + (u64)first_tile * a.n_units * (WORDS * 128) + lane * 16;
+    from.codes = a.codes + ((u64)first_tile * a.n_units + warp) * (WORDS * 128) + lane * 16;
     u32 zero_shift = 0, zero_step = 0;
 #if FORMAT < 16
     constexpr u32 GROUPS = 8 / (GROUP ? GROUP : 8);
-    from.scales = a.scales + (u64)first_tile * a.n_units * (GROUPS * 8) + row;
+    from.scales = a.scales + ((u64)first_tile * a.n_units + warp) * (GROUPS * 8) + row;
 #if !CODEBOOK
     zero_step = a.zero_step;
-    from.zeros = a.zeros + (u64)first_tile * a.n_units * zero_step + row / ZERO_ROWS;
+    from.zeros = a.zeros + ((u64)first_tile * a.n_units + warp) * zero_step + row / ZERO_ROWS;
     zero_shift = row % ZERO_ROWS * ZERO_BITS;
 #endif
 #endif
+    const u32 my_units = all > warp ? (all - warp + a.n_warps - 1) / a.n_warps : 0;
+    u32 unfetched = my_units;
+    auto fetch_next = [&](u32 to) {
+        if (unfetched) fetch<GROUP>(from, to, lane), unfetched--;
+        close_copies();
+        from.codes += a.n_warps * (WORDS * 128);
+#if FORMAT < 16
+        from.scales += a.n_warps * (GROUPS * 8);
+#if !CODEBOOK
+        from.zeros += a.n_warps * zero_step;
+#endif
+#endif
+    };
     if (warp < a.n_warps) {
 #pragma unroll
-        for (u32 d = 0; d < DEPTH; d++) {
-            u32 u = warp + d * a.n_warps;
-            if (u < all) load<GROUP>(from, u, lane, zero_step, ring[d]);
-        }
+        for (u32 d = 0; d < DEPTH; d++) fetch_next(stages + d * BYTES);
     }
     for (u32 i = threadIdx.x; i < (a.n_warps + 1) * n_outputs; i += blockDim.x) shared[i] = 0.0f;
     wait_for_previous();
@@ -438,10 +503,11 @@ __device__ __forceinline__ void gemv(const Gemv& a) {
 #endif
     __syncthreads();
     if (warp < a.n_warps) {
-        // Lanes of tokens that are not there repeat the last one; nobody reads their results.
-        const u32 n = MANY ? a.n : 1;
-        const u16* x = a.x + (MANY ? min(row, n - 1) * 32 : 0) + quarter * 8;
-        const float* my_sums = sums + (MANY ? 2 * quarter : 0);
+        const u32 n = MANY ? a.n : 1, has_token = row < n;
+        const u16* x = a.x + row * 32 + quarter * 8;
+        u32 my_sums = (u32)__cvta_generic_to_shared(sums) + (MANY ? 8 * quarter : 0), left = my_units;
+        // The compiler shall keep these, not compute them again for every unit.
+        asm("" : "+l"(x), "+r"(my_sums), "+r"(zero_shift), "+r"(lane));
         float total[4] = {0.0f, 0.0f, 0.0f, 0.0f};
         u32 unit = warp;
         float* part = parts + warp * n_outputs;
@@ -454,21 +520,20 @@ __device__ __forceinline__ void gemv(const Gemv& a) {
                 part[row] = total[0], part[row + 8] = total[2];
             }
         };
-        for (u32 u = warp; u < all;) {
-#pragma unroll
-            for (u32 d = 0; d < DEPTH; d++) {
-                consume<GROUP, MANY>(a, ring[d], x + (u64)unit * (STEPS / 2 * 32 * n),
-                                     my_sums + (GROUP ? unit * (8 / (GROUP ? GROUP : 8) * WIDTH) : 0), zero_shift, total);
-                u32 next = u + DEPTH * a.n_warps;
-                if (next < all) load<GROUP>(from, next, lane, zero_step, ring[d]);
-                u += a.n_warps, unit += a.n_warps;
-                if (unit >= a.n_units) {
-                    deposit();
-                    total[0] = total[1] = total[2] = total[3] = 0.0f;
-                    do unit -= a.n_units, part += 16 * WIDTH;
-                    while (unit >= a.n_units);
-                }
-                if (u >= all) break;
+        u32 stage = stages;
+#pragma unroll 1
+        for (; left > 0; left--) {
+            wait_copies<DEPTH - 1>();
+            consume<GROUP, MANY>(a, stage, lane, x + (u64)unit * (STEPS / 2 * 32 * n), has_token,
+                                 my_sums + (GROUP ? unit * (8 / (GROUP ? GROUP : 8) * WIDTH * 4) : 0), zero_shift, total);
+            fetch_next(stage);
+            stage = stage == stages + (DEPTH - 1) * BYTES ? stages : stage + BYTES;
+            unit += a.n_warps;
+            if (unit >= a.n_units) {
+                deposit();
+                total[0] = total[1] = total[2] = total[3] = 0.0f;
+                do unit -= a.n_units, part += 16 * WIDTH;
+                while (unit >= a.n_units);
             }
         }
         // The last tile of this warp, if it is one of this block.
@@ -529,9 +594,9 @@ __device__ __forceinline__ void gemv(const Gemv& a) {
     }
 }
 
-// Twelve warps a block at most, two such blocks a processor: 80 registers.
+// Fourteen warps a block at most, two such blocks a processor: 72 registers.
 #define VARIANT(NAME, GROUP, MANY) \
-    extern "C" __global__ void __launch_bounds__(384, 2) NAME(const __grid_constant__ Gemv a) { gemv<GROUP, MANY>(a); }
+    extern "C" __global__ void __launch_bounds__(448, 2) NAME(const __grid_constant__ Gemv a) { gemv<GROUP, MANY>(a); }
 
 #if FORMAT >= 16
 VARIANT(gemv_row_one, 0, false)

@@ -178,6 +178,7 @@ __device__ __forceinline__ void eight_floats(uint4 v, float* x) {
 
 #define ATTENTION_THREADS 128
 #define HEADS_AT_ONCE 4
+#define AT_ONCE 4
 
 // Blocks: splits of the positions, heads of keys, tokens. Each split leaves its part of the sum; the last one to be done
 // adds them up in the order of positions.
@@ -208,22 +209,31 @@ extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS) attend(const __g
     u32 lanes = 2;  // of a position, eight numbers each
     while (lanes * 8 < width) lanes *= 2;
     u32 sub = lane % lanes, a_warp = 32 / lanes;
-    for (u32 base = from + warp * a_warp; base < to; base += n_warps * a_warp) {
-        u32 p = base + lane / lanes;
-        bool is_there = p < to && sub * 8 < width;
-        uint4 packed = make_uint4(0, 0, 0, 0);
-        if (is_there) packed = *(const uint4*)(a.keys + origin + (u64)p * width + sub * 8);
-        float key[8];
-        eight_floats(packed, key);
+    // Several positions at once, so that their loads do not wait for each other.
+    for (u32 base = from + warp * a_warp; base < to; base += n_warps * a_warp * AT_ONCE) {
+        uint4 packed[AT_ONCE];
+#pragma unroll
+        for (u32 j = 0; j < AT_ONCE; j++) {
+            u32 p = base + j * n_warps * a_warp + lane / lanes;
+            packed[j] = make_uint4(0, 0, 0, 0);
+            if (p < to && sub * 8 < width) packed[j] = *(const uint4*)(a.keys + origin + (u64)p * width + sub * 8);
+        }
         for (u32 h = 0; h < group; h++) {
-            float dot = 0.0f;
-            if (is_there) {
-                const float* q = queries + h * width + sub * 8;
+            float q[8] = {};
+            if (sub * 8 < width) {
+#pragma unroll
+                for (u32 d = 0; d < 8; d++) q[d] = queries[h * width + sub * 8 + d];
+            }
+#pragma unroll
+            for (u32 j = 0; j < AT_ONCE; j++) {
+                float key[8], dot = 0.0f;
+                eight_floats(packed[j], key);
 #pragma unroll
                 for (u32 d = 0; d < 8; d++) dot = fmaf(q[d], key[d], dot);
+                for (u32 offset = lanes / 2; offset > 0; offset >>= 1) dot += __shfl_xor_sync(0xffffffffu, dot, offset);
+                u32 p = base + j * n_warps * a_warp + lane / lanes;
+                if (sub == 0 && p < to) weights[h * a.split + p - first] = dot;
             }
-            for (u32 offset = lanes / 2; offset > 0; offset >>= 1) dot += __shfl_xor_sync(0xffffffffu, dot, offset);
-            if (sub == 0 && p < to) weights[h * a.split + p - first] = dot;
         }
     }
     __syncthreads();
@@ -250,14 +260,25 @@ extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS) attend(const __g
     for (u32 h0 = 0; h0 < group; h0 += HEADS_AT_ONCE) {
         float acc[HEADS_AT_ONCE][8] = {};
         if (member * 8 < width) {
-            for (u32 p = from + team; p < to; p += n_teams) {
-                float value[8];
-                eight_floats(*(const uint4*)(a.values + origin + (u64)p * width + member * 8), value);
+            for (u32 base = from + team; base < to; base += n_teams * AT_ONCE) {
+                uint4 packed[AT_ONCE];
 #pragma unroll
-                for (u32 h = 0; h < HEADS_AT_ONCE; h++) {
-                    float w = h0 + h < group ? weights[(h0 + h) * a.split + p - first] : 0.0f;
+                for (u32 j = 0; j < AT_ONCE; j++) {
+                    u32 p = base + j * n_teams;
+                    packed[j] = make_uint4(0, 0, 0, 0);
+                    if (p < to) packed[j] = *(const uint4*)(a.values + origin + (u64)p * width + member * 8);
+                }
 #pragma unroll
-                    for (u32 d = 0; d < 8; d++) acc[h][d] = fmaf(w, value[d], acc[h][d]);
+                for (u32 j = 0; j < AT_ONCE; j++) {
+                    u32 p = base + j * n_teams;
+                    float value[8];
+                    eight_floats(packed[j], value);
+#pragma unroll
+                    for (u32 h = 0; h < HEADS_AT_ONCE; h++) {
+                        float w = h0 + h < group && p < to ? weights[(h0 + h) * a.split + p - first] : 0.0f;
+#pragma unroll
+                        for (u32 d = 0; d < 8; d++) acc[h][d] = fmaf(w, value[d], acc[h][d]);
+                    }
                 }
             }
 #pragma unroll
@@ -289,22 +310,34 @@ extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS) attend(const __g
         __syncthreads();
         if (!is_last) return;
     }
+    // What each split counts for, where the weights were: there are at most as many splits as positions of one.
+    __syncthreads();
+    u32 n_parts = end_split - first_split;
+    for (u32 h = warp; h < group; h += n_warps) {
+        const float* of = part + (u64)(first_split * group + h) * (width + 2) + width;
+        u32 stride = group * (width + 2);
+        float* factors = weights + h * a.split;
+        float most = __int_as_float(0xff800000);
+        for (u32 s = lane; s < n_parts; s += 32) most = fmaxf(most, __ldcg(of + (u64)s * stride));
+        most = warp_max(most);
+        float sum = 0.0f;
+        for (u32 s = lane; s < n_parts; s += 32) {
+            float factor = __expf(__ldcg(of + (u64)s * stride) - most);
+            factors[s] = factor;
+            sum = fmaf(factor, __ldcg(of + (u64)s * stride + 1), sum);
+        }
+        sum = 1.0f / warp_sum(sum);
+        for (u32 s = lane; s < n_parts; s += 32) factors[s] *= sum;
+    }
+    __syncthreads();
     for (u32 at = threadIdx.x; at < ((group * width + 31) & ~31u); at += ATTENTION_THREADS) {
         bool is_there = at < group * width;
         float y = 0.0f;
         if (is_there) {
-            u32 h = at / width, d = at % width;
-            float most = __int_as_float(0xff800000), sum = 0.0f;
-            for (u32 s = first_split; s < end_split; s++) {
-                most = fmaxf(most, __ldcg(part + ((u64)s * group + h) * (width + 2) + width));
-            }
-            for (u32 s = first_split; s < end_split; s++) {
-                const float* of = part + ((u64)s * group + h) * (width + 2);
-                float factor = __expf(__ldcg(of + width) - most);
-                sum = fmaf(factor, __ldcg(of + width + 1), sum);
-                y = fmaf(factor, __ldcg(of + d), y);
-            }
-            y /= sum;
+            u32 h = at / width;
+            const float* of = part + (u64)first_split * group * (width + 2) + h * (width + 2) + at % width;
+#pragma unroll 8
+            for (u32 s = 0; s < n_parts; s++) y = fmaf(weights[h * a.split + s], __ldcg(of + (u64)s * group * (width + 2)), y);
         }
         u32 c = kv_head * group * width + at;
         write_fragment(a.out, a.out_sums, c, a.n, i, is_there, y);
