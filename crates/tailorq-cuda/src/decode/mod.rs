@@ -13,8 +13,10 @@ mod step;
 mod weights;
 
 pub use layout::DenseWeights;
+#[cfg(test)]
 pub(crate) use matrix::SOURCES;
 pub use matvec::{MatVec, Products};
+#[cfg(test)]
 pub(crate) use step::SOURCE as STEP;
 
 use crate::error::CudaError;
