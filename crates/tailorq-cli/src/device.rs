@@ -1,8 +1,9 @@
 //! The device of this process, chosen on the command line.
 
+use crate::console::Console;
 use clap::Args;
 use std::sync::{Arc, OnceLock};
-use tailorq::{Activations, CudaOptions, Device, DeviceChoice, Precision};
+use tailorq::{Activations, CudaOptions, Device, DeviceChoice, OpenedDevice, Precision};
 
 /// Where every command computes.
 #[derive(Args, Clone, Copy, Debug)]
@@ -27,13 +28,20 @@ pub fn choose(args: DeviceArgs) {
 }
 
 /// The device on which quantities are measured: packed weights meet f32 activations.
-pub fn open() -> anyhow::Result<Arc<dyn Device>> {
-    open_with(Activations::F32)
+pub fn open(console: &Console) -> anyhow::Result<Arc<dyn Device>> {
+    open_with(Activations::F32, console)
 }
 
 /// The device, whose CPU form rounds activations of packed weights to this type.
-pub fn open_with(activations: Activations) -> anyhow::Result<Arc<dyn Device>> {
+pub fn open_with(activations: Activations, console: &Console) -> anyhow::Result<Arc<dyn Device>> {
     let DeviceArgs { device, precision, device_memory } = *CHOSEN.get().expect("main chooses before any command runs");
     let options = CudaOptions { precision, weight_bytes: device_memory.map(|gib| (gib as usize) << 30) };
-    Ok(tailorq::open_device(device, activations, options)?)
+    let OpenedDevice { device, passed_over } = tailorq::open_device(device, activations, options)?;
+    if let Some(error) = passed_over {
+        console.note(&format!("computing on the CPU: {error}"));
+    }
+    if device.resident().is_some() {
+        console.note(&format!("computing on {} (--device cpu for the CPU)", device.name()));
+    }
+    Ok(device)
 }

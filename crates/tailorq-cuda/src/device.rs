@@ -67,7 +67,6 @@ pub struct CudaOptions {
 
 /// An NVIDIA GPU.
 pub(crate) struct Cuda {
-    pub(crate) gpu: Arc<Gpu>,
     pub(crate) blas: Blas,
     pub(crate) math: Math,
     precision: Precision,
@@ -76,9 +75,15 @@ pub(crate) struct Cuda {
     constants: Constants,
     /// For what has no business on a GPU: small products on the calling thread.
     host: Arc<dyn Device>,
+    /// Last, so that the libraries' handles go before the stream that they work on.
+    pub(crate) gpu: Arc<Gpu>,
 }
 
 const FLOAT: usize = size_of::<f32>();
+
+/// The kernels of all operations: what is wrong with them shows when the device is opened.
+const OPERATIONS: &[&Source] =
+    &[&SOURCE, &crate::attention::SOURCE, &crate::cached::SOURCE, &crate::factor::SOURCE, &crate::rounding::SOURCE];
 
 /// As kernels take it.
 fn int(n: usize) -> i32 {
@@ -88,6 +93,7 @@ fn int(n: usize) -> i32 {
 impl Cuda {
     pub(crate) fn open(ordinal: usize, options: CudaOptions) -> Result<Cuda, CudaError> {
         let gpu = Gpu::open(ordinal)?;
+        gpu.load(OPERATIONS)?;
         let blas = Blas::new(&gpu).map_err(|error| CudaError::Driver { what: "start cuBLAS", error })?;
         let (element, math) = match options.precision {
             Precision::F32 => (Element::F32, Math::F32),
@@ -121,6 +127,7 @@ impl Cuda {
 
     /// Rows of a weight.
     fn weight_rows(&self, w: &Weight, rows: &Range<usize>) -> (Arc<Buffer>, u64) {
+        assert!(rows.start <= rows.end && rows.end <= w.rows(), "linear: rows {rows:?} of {w:?}");
         let buffer = self.weights.get(&self.gpu, w);
         let at = buffer.ptr() + (rows.start * w.cols() * self.weights.element().size()) as u64;
         (buffer, at)
@@ -259,6 +266,8 @@ impl Resident for Cuda {
     fn weight_gradients(&self, dy: &Matrix, x: &Matrix, spans: &[Range<usize>], sums: GradientSums<'_>) {
         let GradientSums { sum, absolute, square } = sums;
         let (rows, cols) = (dy.cols(), x.cols());
+        assert_eq!(dy.rows(), x.rows(), "weight_gradients: as many gradients as inputs");
+        assert!(spans.iter().all(|s| s.end <= x.rows()), "weight_gradients: a span ends after the last row");
         let is_alone = absolute.is_none() && square.is_none();
         let [sum, absolute, square] = [sum, absolute, square].map(|m| m.map_or(0, |m| self.gpu.address_mut(m)));
         if rows * cols == 0 || [sum, absolute, square] == [0; 3] {
@@ -406,6 +415,7 @@ impl Resident for Cuda {
 
     fn rows(&self, x: &Matrix, rows: &[usize]) -> Matrix {
         let (y, at) = self.gpu.matrix(rows.len(), x.cols());
+        assert!(rows.iter().all(|&r| r < x.rows()), "rows: one is not below {}", x.rows());
         let (places, n, from) = (self.places(rows.iter().copied()), y.len(), self.gpu.address(x));
         launch!(self.gpu, &SOURCE, "gather_rows", Grid::elements(n), from, places.ptr(), at, n as u64, int(x.cols()));
         y
@@ -413,6 +423,7 @@ impl Resident for Cuda {
 
     fn add_rows(&self, x: &Matrix, rows: &[usize], y: &mut Matrix) {
         assert_eq!((x.rows(), x.cols()), (rows.len(), y.cols()), "add_rows: one place a row");
+        assert!(rows.iter().all(|&r| r < y.rows()), "add_rows: a row is not below {}", y.rows());
         let (places, from, at) = (self.places(rows.iter().copied()), self.gpu.address(x), self.gpu.address_mut(y));
         let grid = Grid::elements(x.cols());
         launch!(self.gpu, &SOURCE, "add_rows", grid, from, places.ptr(), at, int(rows.len()), int(x.cols()));

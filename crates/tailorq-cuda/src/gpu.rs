@@ -76,7 +76,12 @@ impl Gpu {
     pub(crate) fn open(ordinal: usize) -> Result<Arc<Gpu>, CudaError> {
         libraries()?;
         let driver = |what: &'static str| move |e: result::DriverError| CudaError::Driver { what, error: describe(e) };
-        result::init().map_err(driver("start"))?;
+        result::init().map_err(|e| {
+            use sys::CUresult::{CUDA_ERROR_NO_DEVICE, CUDA_ERROR_STUB_LIBRARY};
+            // A driver without a device, as where none is given to this process.
+            let nothing_there = [CUDA_ERROR_NO_DEVICE, CUDA_ERROR_STUB_LIBRARY].contains(&e.0);
+            if nothing_there { CudaError::NoDevice { ordinal, count: 0 } } else { driver("start")(e) }
+        })?;
         let count = result::device::get_count().map_err(driver("count devices"))?.max(0) as usize;
         if ordinal >= count {
             return Err(CudaError::NoDevice { ordinal, count });
@@ -209,18 +214,33 @@ impl Gpu {
         if let Some(found) = self.functions.lock().expect("no thread panics while it looks up a kernel").get(&key) {
             return *found;
         }
+        let module = self.module(source).unwrap_or_else(|e| panic!("{e}"));
         self.enter();
-        let mut modules = self.modules.lock().expect("no thread panics while it compiles");
-        let module = *modules.entry(source.name).or_insert_with(|| {
-            let image = cubin::compiled(source, &self.arch).unwrap_or_else(|e| panic!("{e}"));
-            // SAFETY: the image is what the compiler returned for this device.
-            Module(must("load kernels", unsafe { result::module::load_data(image.as_ptr().cast()) }))
-        });
         let c_name = CString::new(name).expect("kernel names hold no zero byte");
         // SAFETY: modules are never unloaded.
         let function = Function(must("find a kernel", unsafe { result::module::get_function(module.0, c_name) }));
         self.functions.lock().expect("no thread panics while it stores a kernel").insert(key, function);
         function
+    }
+
+    /// Compiles and loads what later operations use, so that what is wrong with it shows now.
+    pub(crate) fn load(&self, sources: &[&'static Source]) -> Result<(), CudaError> {
+        sources.iter().try_for_each(|source| self.module(source).map(|_| ()))
+    }
+
+    /// The kernels of `source`, compiled and loaded when they are first asked for.
+    fn module(&self, source: &'static Source) -> Result<Module, CudaError> {
+        let mut modules = self.modules.lock().expect("no thread panics while it compiles");
+        if let Some(module) = modules.get(source.name) {
+            return Ok(*module);
+        }
+        let image = cubin::compiled(source, &self.arch)?;
+        self.enter();
+        // SAFETY: the image is what the compiler returned for this device, whole.
+        let loaded = unsafe { result::module::load_data(image.as_ptr().cast()) };
+        let module = Module(loaded.map_err(|e| CudaError::Driver { what: "load kernels", error: describe(e) })?);
+        modules.insert(source.name, module);
+        Ok(module)
     }
 
     /// Starts `function`. `args` are copied before this returns.

@@ -1,15 +1,16 @@
 //! Weights on the device, each uploaded when it is first used and kept while there is room.
 //!
-//! The key is the address of the weight's shared data; a kept entry holds a share of it, so that the address cannot become
-//! that of another weight. The least recently used entry gives way first.
+//! The key is the address of the weight's shared data. An entry holds on to that address, not to the data: the copy of a weight
+//! that is gone goes with the next upload, and until then no other weight can have its address. Of the living ones the least
+//! recently used gives way first.
 
 use crate::blas::Element;
 use crate::gpu::{Buffer, Gpu};
 use half::bf16;
 use rayon::prelude::*;
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex};
-use tailorq_tensor::{DType, ReadRows, Weight};
+use std::sync::{Arc, Mutex, Weak};
+use tailorq_tensor::{DType, Matrix, PackedMatrix, ReadRows, Weight};
 
 /// Elements that one task decodes.
 const PIECE: usize = 1 << 20;
@@ -32,8 +33,33 @@ struct Kept {
 struct Entry {
     buffer: Arc<Buffer>,
     used: u64,
-    /// Keeps the address taken.
-    _weight: Weight,
+    owner: Owner,
+}
+
+/// Keeps an address taken.
+enum Owner {
+    Stored(Weak<dyn ReadRows>),
+    Dense(Weak<Matrix>),
+    Packed(Weak<PackedMatrix>),
+}
+
+impl Owner {
+    fn of(weight: &Weight) -> Self {
+        match weight {
+            Weight::Stored(w) => Owner::Stored(Arc::downgrade(w)),
+            Weight::Dense(w) => Owner::Dense(Arc::downgrade(w)),
+            Weight::Packed(w) => Owner::Packed(Arc::downgrade(w)),
+        }
+    }
+
+    fn is_gone(&self) -> bool {
+        let n_owners = match self {
+            Owner::Stored(w) => w.strong_count(),
+            Owner::Dense(w) => w.strong_count(),
+            Owner::Packed(w) => w.strong_count(),
+        };
+        n_owners == 0
+    }
 }
 
 /// The address of the data that clones of a weight share.
@@ -65,6 +91,8 @@ impl Weights {
             return entry.buffer.clone();
         }
         let bytes = weight.rows() * weight.cols() * self.element.size();
+        kept.entries.retain(|_, entry| !entry.owner.is_gone());
+        kept.bytes = kept.entries.values().map(|entry| entry.buffer.bytes()).sum();
         while kept.bytes + bytes > self.limit
             && let Some(oldest) = kept.entries.iter().min_by_key(|(_, e)| e.used).map(|(k, _)| *k)
         {
@@ -73,7 +101,7 @@ impl Weights {
         }
         let buffer = Arc::new(upload(gpu, weight.reader(), self.element));
         kept.bytes += bytes;
-        let entry = Entry { buffer: buffer.clone(), used: now, _weight: weight.clone() };
+        let entry = Entry { buffer: buffer.clone(), used: now, owner: Owner::of(weight) };
         kept.entries.insert(key(weight), entry);
         buffer
     }

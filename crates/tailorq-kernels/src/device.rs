@@ -124,6 +124,12 @@ pub trait Device: Send + Sync {
     /// For reports: `reference`, `cpu avx512`, ...
     fn name(&self) -> String;
 
+    /// What results depend on beside the inputs, for names of what is kept between runs; `None` for the CPU, where that is
+    /// said elsewhere.
+    fn signature(&self) -> Option<String> {
+        self.resident().map(|_| self.name())
+    }
+
     /// The operations on matrices in the device's own memory, if it has one.
     fn resident(&self) -> Option<&dyn Resident> {
         None

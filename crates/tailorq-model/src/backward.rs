@@ -206,9 +206,19 @@ impl Model {
     /// Logits in chunks of [`WORDS`] that the visitor may overwrite.
     fn for_each_words(&self, device: &dyn Device, hidden: &Matrix, visit: &mut dyn FnMut(Range<usize>, &mut Matrix)) {
         let n_words = self.head.rows();
+        let mut room = Vec::new();
         for start in (0..n_words).step_by(WORDS) {
             let words = start..(start + WORDS).min(n_words);
-            visit(words.clone(), &mut device.linear_matrix(hidden, &self.head, None, words));
+            if device.resident().is_some() {
+                visit(words.clone(), &mut device.linear_matrix(hidden, &self.head, None, words));
+                continue;
+            }
+            // One buffer for all chunks, as where logits are only read.
+            room.resize(hidden.rows() * words.len(), 0.0);
+            device.linear_rows(hidden.data(), &self.head, None, words.clone(), &mut room);
+            let mut logits = Matrix::from_vec(hidden.rows(), words.len(), room);
+            visit(words, &mut logits);
+            room = logits.into_vec();
         }
     }
 

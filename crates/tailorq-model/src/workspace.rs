@@ -88,6 +88,7 @@ impl Model {
             let hidden = self.read_resident(device, resident, (ids, spans), caches);
             return workspace.resident.insert(hidden).data();
         }
+        workspace.resident = None;
         let n = ids.len();
         workspace.past.clear();
         workspace.past.extend(caches.iter().map(KvCache::len));
@@ -150,8 +151,8 @@ impl Model {
         self.head(device, ids.len() - 1..ids.len(), workspace)
     }
 
-    /// [`Model::read`] for those who go on with [`Model::head`]: the hidden states stay where they are.
-    fn read_only(
+    /// [`Model::read`] for those who do not look at the hidden states, which stay where they are.
+    pub fn read_only(
         &self,
         device: &dyn Device,
         ids: &[u32],

@@ -8,7 +8,7 @@
 //! What a sequence computes does not depend on its neighbours: reading is done alone and always in the same chunks, and a
 //! step of few rows (up to 12 on the CPU) computes every row by itself. With more sequences than that a step is a matrix
 //! product whose rounding may differ in the last bits from that of a single row, which can only matter where two
-//! words are equally likely up to rounding.
+//! words are equally likely up to rounding. A device with a memory of its own takes up to 128 sequences, so there this can always happen.
 
 use crate::error::RuntimeError;
 use crate::generate::{FinishReason, Output};
@@ -58,10 +58,11 @@ impl BatchOptions {
     /// much for one as for a hundred.
     pub fn for_device(device: &dyn Device) -> Self {
         let default = BatchOptions::default();
-        if device.resident().is_none() {
-            return default;
+        match device.resident() {
+            None => default,
+            // Arrays of keys and values double as they grow, so they take up to twice what they hold.
+            Some(resident) => BatchOptions { sequences: 128, kv_bytes: resident.room() / 4, ..default },
         }
-        BatchOptions { sequences: 128, kv_bytes: 16 << 30, ..default }
     }
 }
 
@@ -284,7 +285,7 @@ impl Stage<'_> {
             let logits = if i + 1 < n_chunks {
                 let all = 0..chunk.len();
                 let cache = slice::from_mut(&mut cache);
-                self.model.read(self.device, chunk, slice::from_ref(&all), cache, &mut self.workspace);
+                self.model.read_only(self.device, chunk, slice::from_ref(&all), cache, &mut self.workspace);
                 None
             } else {
                 Some(self.model.read_prompt(self.device, chunk, &mut cache, &mut self.workspace).to_vec())

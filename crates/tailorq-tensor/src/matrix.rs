@@ -17,7 +17,6 @@ pub trait Remote: Send + Sync {
 /// A matrix is in memory, on a device, or the same on both. Whoever asks for its elements gets them, and they are brought
 /// into memory when they are not there; whoever changes them in memory ([`Matrix::data_mut`]) makes the device's copy void.
 /// So code that works on elements need not know of devices, and operations of one leave their results where they are.
-#[derive(Clone)]
 pub struct Matrix {
     rows: usize,
     cols: usize,
@@ -117,6 +116,14 @@ impl Matrix {
     }
 }
 
+impl Clone for Matrix {
+    /// A copy of a matrix on a device shares what is there and has nothing in memory before somebody asks for it.
+    fn clone(&self) -> Self {
+        let host = if self.remote.get().is_some() { OnceLock::new() } else { self.host.clone() };
+        Matrix { rows: self.rows, cols: self.cols, host, remote: self.remote.clone() }
+    }
+}
+
 impl PartialEq for Matrix {
     fn eq(&self, other: &Self) -> bool {
         (self.rows, self.cols) == (other.rows, other.cols) && self.data() == other.data()
@@ -167,6 +174,7 @@ mod tests {
         let fresh = m.remote_or(upload).clone();
         assert_eq!(fresh.as_any().downcast_ref::<Far>().unwrap().0.lock().unwrap().0, [9.0, 2.0, 3.0, 4.0]);
         let kept = m.clone();
+        assert_eq!(fresh.as_any().downcast_ref::<Far>().unwrap().0.lock().unwrap().1, 0, "a clone reads nothing");
         *m.remote_mut(upload) = far(vec![7.0; 4]);
         assert_eq!((m.data(), kept.data()[0]), (&[7.0; 4][..], 9.0));
     }

@@ -45,21 +45,30 @@ impl FromStr for DeviceChoice {
     }
 }
 
+/// An opened device.
+pub struct OpenedDevice {
+    /// To compute with.
+    pub device: Arc<dyn Device>,
+    /// Why an automatic choice passed over a CUDA device that is there.
+    pub passed_over: Option<CudaError>,
+}
+
 /// Opens the device. `activations` are those of packed weights on the CPU; a CUDA device computes with the precision of
 /// `options`.
 pub fn open_device(
     choice: DeviceChoice,
     activations: Activations,
     options: CudaOptions,
-) -> Result<Arc<dyn Device>, CudaError> {
+) -> Result<OpenedDevice, CudaError> {
+    let cpu = |passed_over| OpenedDevice { device: tailorq_kernels::cpu_with(activations), passed_over };
+    let cuda = |device| OpenedDevice { device, passed_over: None };
     match choice {
-        DeviceChoice::Cpu => Ok(tailorq_kernels::cpu_with(activations)),
-        DeviceChoice::Cuda(ordinal) => tailorq_cuda::open(ordinal, options),
-        DeviceChoice::Auto => match tailorq_cuda::open(0, options) {
-            // A machine without a device, or with one that cannot serve, has a CPU.
-            Err(error) if error.is_absence() => Ok(tailorq_kernels::cpu_with(activations)),
-            other => other,
-        },
+        DeviceChoice::Cpu => Ok(cpu(None)),
+        DeviceChoice::Cuda(ordinal) => tailorq_cuda::open(ordinal, options).map(cuda),
+        // A machine without a device, or with one that cannot serve, has a CPU.
+        DeviceChoice::Auto => {
+            Ok(tailorq_cuda::open(0, options).map_or_else(|error| cpu((!error.is_absence()).then_some(error)), cuda))
+        }
     }
 }
 

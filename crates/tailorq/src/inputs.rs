@@ -232,6 +232,7 @@ pub(crate) fn recipe_of(
         circuit,
         allocation: request.allocation.clone(),
         plan: request.plan.as_deref().map(plan_input).transpose()?,
+        device: None,
     };
     if let Some(expected) = &request.expected {
         recipe.check_inputs(expected)?;

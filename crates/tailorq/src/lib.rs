@@ -27,7 +27,7 @@ mod tables;
 mod task;
 mod threads;
 
-pub use devices::{DeviceChoice, open_device};
+pub use devices::{DeviceChoice, OpenedDevice, open_device};
 pub use error::PipelineError;
 pub use estimate::Estimate;
 pub use inputs::{CalibrationRequest, QuantizeRequest, model_sha256};

@@ -53,7 +53,8 @@ pub fn quantize(
 ) -> Result<Outcome, PipelineError> {
     request.check()?;
     let opened = tailorq_model::open(&request.model)?;
-    let (recipe, samples) = resolve(&opened, request, observer)?;
+    let (mut recipe, samples) = resolve(&opened, request, observer)?;
+    recipe.device = device.signature();
     if let Some(samples) = &samples {
         announce(samples, observer);
         refuse_oversized(&opened, &recipe, samples)?;

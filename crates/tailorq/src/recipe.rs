@@ -39,6 +39,10 @@ pub struct Recipe {
     /// A plan that was made before.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub plan: Option<PlanInput>,
+    /// What computed it, and in which precision; absent for the CPU. Another device rounds differently: a run is not resumed
+    /// on one, and a repeated recipe gives other bytes there.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub device: Option<String>,
 }
 
 /// The plan of a recipe.
@@ -456,6 +460,7 @@ mod tests {
                 score: ScoreSettings::default(),
             }),
             plan: Some(PlanInput { file: "plan.safetensors".into(), sha256: "22".into() }),
+            device: Some("cuda NVIDIA H200, f32".into()),
         }
     }
 

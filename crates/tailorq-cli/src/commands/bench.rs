@@ -61,7 +61,7 @@ impl BenchArgs {
 pub fn execute(args: &BenchArgs, threads: usize, console: &Console) -> anyhow::Result<()> {
     let options = args.options();
     let opened = super::open(&args.model, console)?;
-    let device = args.engine.device()?;
+    let device = args.engine.device(console)?;
     let n_steps = 1 + 3 * options.repeat;
     let progress = Progress::new(console, "bench", n_steps);
     let report = bench(&opened.model, device.as_ref(), &options, &mut |stage, repeat| {

@@ -47,7 +47,7 @@ pub fn execute(args: &ChatArgs, console: &Console) -> anyhow::Result<()> {
     let template = opened.template.as_ref().with_context(|| {
         format!("{} has no chat template, so it cannot chat; use `tailorq run --raw` to continue a text", args.model)
     })?;
-    let device = args.engine.device()?;
+    let device = args.engine.device(console)?;
     let session = Session::with(&opened.model, device.as_ref(), args.engine.kv);
     let mut chat = Chat { args, console, opened: &opened, template, session, messages: Vec::new(), turns: 0 };
     chat.reset();

@@ -61,7 +61,7 @@ pub fn execute(args: &CompareArgs, console: &Console) -> anyhow::Result<()> {
         return console.text(&planned_text(&planned));
     }
     let observer = ConsoleObserver::new(console);
-    let Finished { results, files, table } = compare(crate::device::open()?.as_ref(), &experiment, &observer)?;
+    let Finished { results, files, table } = compare(crate::device::open(console)?.as_ref(), &experiment, &observer)?;
     drop(observer);
     console.object(&json!({ "files": files, "results": results }))?;
     let written: Vec<String> = files.iter().map(|f| f.display().to_string()).collect();

@@ -1,5 +1,6 @@
 //! The flags of `run`, `chat` and `bench` that say how a model computes.
 
+use crate::console::Console;
 use clap::Args;
 use std::sync::Arc;
 use tailorq::{Activations, Device};
@@ -20,7 +21,7 @@ pub struct EngineArgs {
 
 impl EngineArgs {
     /// The device that computes so.
-    pub fn device(&self) -> anyhow::Result<Arc<dyn Device>> {
-        crate::device::open_with(self.activations)
+    pub fn device(&self, console: &Console) -> anyhow::Result<Arc<dyn Device>> {
+        crate::device::open_with(self.activations, console)
     }
 }

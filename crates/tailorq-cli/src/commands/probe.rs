@@ -72,7 +72,7 @@ fn logits(
     output: &Path,
     console: &Console,
 ) -> anyhow::Result<()> {
-    let device = crate::device::open()?;
+    let device = crate::device::open(console)?;
     let progress = Progress::new(console, "probe", tokens.len());
     let step = &mut |done, total| progress.step(done, total);
     tailorq::probe(&opened.model, device.as_ref(), tokens, output, step)
@@ -84,7 +84,7 @@ fn logits(
 }
 
 fn gradients(args: &ProbeArgs, opened: &OpenedModel, tokens: &[u32], console: &Console) -> anyhow::Result<()> {
-    let device = crate::device::open()?;
+    let device = crate::device::open(console)?;
     let progress = Progress::new(console, "gradients", opened.model.blocks.len());
     let step = &mut |done, total| progress.step(done, total);
     let rows = args.gradient_rows.map(NonZeroUsize::get);

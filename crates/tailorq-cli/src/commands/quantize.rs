@@ -466,7 +466,7 @@ impl QuantizeArgs {
 /// Runs the command.
 pub fn execute(args: &QuantizeArgs, console: &Console) -> anyhow::Result<()> {
     let request = args.request()?;
-    let device = crate::device::open()?;
+    let device = crate::device::open(console)?;
     let observer = ConsoleObserver::new(console);
     if args.dry_run {
         let (recipe, estimate) = tailorq::dry_run(device.as_ref(), &request, &observer)?;

@@ -45,7 +45,7 @@ pub fn execute(args: &RunArgs, console: &Console) -> anyhow::Result<()> {
     ensure!(!prompt.is_empty(), "the prompt is empty: give a text to answer or to continue");
     let opened = super::open(&args.model, console)?;
     let ids = prompt_tokens(&opened, args, &prompt)?;
-    let device = args.engine.device()?;
+    let device = args.engine.device(console)?;
     let mut session = Session::with(&opened.model, device.as_ref(), args.engine.kv);
     let mut written = Ok(());
     let generation = generate(

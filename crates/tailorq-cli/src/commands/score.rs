@@ -106,7 +106,7 @@ pub fn execute(args: &ScoreCommand, console: &Console) -> anyhow::Result<()> {
     args.grid.apply(&mut settings);
     args.score.apply(&mut score);
     let request = ScoreRequest { model: args.model.clone(), calibration: args.data.request(), settings, score };
-    let device = crate::device::open()?;
+    let device = crate::device::open(console)?;
     let observer = ConsoleObserver::new(console);
     let start = Instant::now();
     let scores = tailorq::score(device.as_ref(), &request, &args.output, &observer)?;

@@ -85,7 +85,7 @@ pub fn execute(args: &SurveyArgs, console: &Console) -> anyhow::Result<()> {
     };
     let calibration = args.data.request().context("a survey needs the task's data: give --task-data FILE")?;
     let request = SurveyRequest { model: args.model.clone(), calibration, settings: args.settings()?, needs };
-    let device = crate::device::open()?;
+    let device = crate::device::open(console)?;
     let observer = ConsoleObserver::new(console);
     let start = Instant::now();
     let loss = tailorq::survey(device.as_ref(), &request, &args.output, &observer)?;

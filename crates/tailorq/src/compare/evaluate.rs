@@ -86,7 +86,10 @@ impl<'a> Evaluation<'a> {
         calibration: &[CalibrationItems],
         progress: &dyn Observer,
     ) -> Result<Vec<Metric>, CompareError> {
-        let sha256 = crate::model_sha256(opened)?;
+        let mut sha256 = crate::model_sha256(opened)?;
+        if let Some(signature) = device.signature() {
+            sha256 = format!("{sha256} {signature}");
+        }
         let table = self.table;
         let options = TaskOptions {
             text: self.text.as_deref(),

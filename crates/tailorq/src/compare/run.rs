@@ -72,7 +72,7 @@ pub fn compare(
     let evaluation = Evaluation::new(experiment, output.join("cache"))?;
     let ran = measure_original(device, (&opened, &sha256), (&evaluation, &calibrations), observer);
     let original = ran.map_err(stopped)?;
-    let evaluated = evaluation_key(experiment, &original.metrics);
+    let evaluated = evaluation_key(device, experiment, &original.metrics);
     let mut run = Run { device, experiment, output: &output, arms: &arms, evaluation, evaluated, original };
     let outcome = run.all(observer);
     let written = run.write()?;
@@ -273,9 +273,13 @@ fn measure_original(
     })
 }
 
-/// What a result was measured with: the settings, and the original's numbers, which change when the data does.
-fn evaluation_key(experiment: &Experiment, original: &[Metric]) -> String {
-    let table = serde_json::json!({ "evaluation": experiment.evaluation, "original": original });
+/// What a result was measured with: the settings, the original's numbers, which change when the data does, and a device that
+/// rounds in its own way.
+fn evaluation_key(device: &dyn Device, experiment: &Experiment, original: &[Metric]) -> String {
+    let mut table = serde_json::json!({ "evaluation": experiment.evaluation, "original": original });
+    if let Some(signature) = device.signature() {
+        table["device"] = signature.into();
+    }
     short_hash(table.to_string().as_bytes())
 }
 

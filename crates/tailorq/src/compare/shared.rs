@@ -33,11 +33,14 @@ fn data_of(arm: &Arm) -> (Option<CalibrationInput>, LossKind, Option<LayerSettin
     (calibration.map(CalibrationInput::without_paths), quantize.loss, rounded)
 }
 
-fn name_of(parts: &impl Serialize) -> String {
-    short_hash(&serde_json::to_vec(parts).expect("plain data"))
-}
-
 impl Shared<'_> {
+    /// The name of what these parts decide, on this device.
+    fn name_of(&self, parts: &impl Serialize) -> String {
+        let mut bytes = serde_json::to_vec(parts).expect("plain data");
+        bytes.extend(self.device.signature().into_iter().flat_map(String::into_bytes));
+        short_hash(&bytes)
+    }
+
     /// The arm's request with the files that it shares, which are made unless they are there.
     pub(super) fn request(
         &self,
@@ -61,7 +64,7 @@ impl Shared<'_> {
         let same = self.arms.iter().filter(|a| data_of(a) == data);
         let needs = same.filter_map(|a| survey_needs(&a.recipe)).fold(Needs::default(), |all, n| all.union(&n));
         let gathered = [needs.absolute, needs.square, needs.token_energies, needs.input_energies];
-        let name = name_of(&(&arm.recipe.tailorq, &arm.recipe.model.sha256, &data, gathered));
+        let name = self.name_of(&(&arm.recipe.tailorq, &arm.recipe.model.sha256, &data, gathered));
         let path = self.folder("surveys")?.join(format!("{name}.safetensors"));
         if !path.exists() {
             let made =
@@ -80,7 +83,7 @@ impl Shared<'_> {
         let recipe = &arm.recipe;
         let calibration = data_of(arm).0.filter(|_| allocation.score.reads_data());
         let base = at_width(layer_settings(&recipe.quantize), 2);
-        let name = name_of(&(&recipe.tailorq, &recipe.model.sha256, calibration, &allocation.score, base));
+        let name = self.name_of(&(&recipe.tailorq, &recipe.model.sha256, calibration, &allocation.score, base));
         let path = self.folder("scores")?.join(format!("{name}.json"));
         if !path.exists() {
             let made = ScoreRequest {

@@ -55,7 +55,7 @@ struct Row {
 
 /// Runs the command.
 pub fn execute(args: &DemoArgs, console: &Console) -> anyhow::Result<()> {
-    let device = crate::device::open()?;
+    let device = crate::device::open(console)?;
     let cache = source::cache_dir();
     let model = source::find(args.model.as_deref(), &cache, &|message| console.note(message))?;
     console.note(&format!("the original is {model}"));

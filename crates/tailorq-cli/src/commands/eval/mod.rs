@@ -110,12 +110,12 @@ pub fn execute(args: &EvalArgs, console: &Console) -> anyhow::Result<()> {
     let opened = super::open(&args.model, console)?;
     let reference = args.reference.as_deref().map(|source| super::open(source, console)).transpose()?;
     let calibration = calibration_items([Some(&opened), reference.as_ref()])?;
-    let hashes =
-        args.cache.as_ref().map(|_| model_hashes(&opened, reference.as_ref(), args.activations)).transpose()?;
-    let cache = args.cache.as_deref().zip(hashes.as_ref());
-    let device = crate::device::open_with(args.activations)?;
-    // The original is measured in f32 whatever its copy is measured in.
+    let device = crate::device::open_with(args.activations, console)?;
+    // On the CPU the original is measured with f32 activations whatever its copy is measured with.
     let exact = if device.resident().is_some() { device.clone() } else { tailorq::cpu() };
+    let computed = (device.as_ref(), args.activations);
+    let hashes = args.cache.as_ref().map(|_| model_hashes(&opened, reference.as_ref(), computed)).transpose()?;
+    let cache = args.cache.as_deref().zip(hashes.as_ref());
     let log = args.log_samples.as_deref().map(SampleLog::create).transpose()?;
     let write = |record: &ItemRecord| {
         if let Some(log) = &log {
@@ -181,11 +181,13 @@ fn calibration_items(models: [Option<&OpenedModel>; 2]) -> anyhow::Result<Vec<Ca
 fn model_hashes(
     opened: &OpenedModel,
     reference: Option<&OpenedModel>,
-    activations: Activations,
+    (device, activations): (&dyn Device, Activations),
 ) -> anyhow::Result<(String, Option<String>)> {
     let mut hash = tailorq::model_sha256(opened)?;
-    if activations != Activations::F32 {
-        // Another precision is another model.
+    // Another precision is another model.
+    if let Some(signature) = device.signature() {
+        hash = format!("{hash} {signature}");
+    } else if activations != Activations::F32 {
         hash = format!("{hash} {activations}");
     }
     Ok((hash, reference.map(tailorq::model_sha256).transpose()?))
