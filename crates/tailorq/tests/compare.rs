@@ -200,6 +200,57 @@ fn results_have_every_arm_with_its_numbers() {
 }
 
 #[test]
+fn several_measurements_and_data_of_a_methods_own_cross() {
+    let bench = Bench::new();
+    bench.write("other.jsonl", &items(20..28));
+    bench.write("other-held-out.jsonl", &items(200..203));
+    let own = "name = \"gptq on the other\"\nquantize = { group = 64 }\ncalibration = { file = \"other.jsonl\", samples = 6 }";
+    let text = EXPERIMENT
+        .replace("bits = [2, 3]", "bits = [2]")
+        .replace(
+            "preset = \"tacq\"\nquantize = { group = 64 }\ncircuit = { keep = 0.01 }",
+            &format!("preset = \"gptq\"\n{own}"),
+        )
+        .replace("[evaluation]", "[[evaluation]]")
+        + "[[evaluation]]\nname = \"other\"\ntasks = [\"completion_nll\"]\ndata = \"other-held-out.jsonl\"\n";
+    let experiment = bench.experiment(&text).unwrap();
+    let arms = plan(&experiment).unwrap().arms;
+    let file_of = |name: &str| {
+        let row = arms.rows.iter().find(|r| r.method == name).unwrap();
+        arms.arms[row.arms[0]].recipe.calibration.clone().unwrap().file
+    };
+    assert_eq!(file_of("gptq on the other"), PathBuf::from("other.jsonl"));
+    assert_eq!(file_of("gptq group 64 damping 0.1 (beside gptq on the other)"), PathBuf::from("other.jsonl"));
+    // On general text both methods are one.
+    assert_eq!(file_of("gptq on general text"), PathBuf::from("general.txt"));
+
+    let done = compare(tailorq::cpu().as_ref(), &experiment, &Silent).unwrap();
+    let titles: Vec<String> = done.results.original.metrics.iter().map(|m| m.title()).collect();
+    assert_eq!(titles, ["perplexity", "completion_nll", "completion_nll other"]);
+    for row in &done.results.rows {
+        assert!(row.metrics[0].difference_stderr.is_none(), "windows are no items");
+        for metric in &row.metrics[1..] {
+            assert!(metric.difference_stderr.unwrap() > 0.0, "{row:?}");
+            assert_eq!(metric.beside_method.is_some(), row.control_of.is_some(), "{row:?}");
+        }
+    }
+    let row = |name: &str| done.results.rows.iter().find(|r| r.method == name).unwrap();
+    let (control, method) = (row("rtn group 64"), row("gptq"));
+    assert_eq!(control.control_of.as_deref(), Some("gptq"));
+    let apart = control.metrics[1].mean - method.metrics[1].mean;
+    assert!(
+        (control.metrics[1].beside_method.unwrap().difference - apart).abs() < 1e-4,
+        "the means are of these items"
+    );
+
+    let twice = text.replace("name = \"other\"\n", "");
+    let error = bench.experiment(&twice).unwrap_err().to_string();
+    assert!(error.contains("completion_nll is there twice"), "{error}");
+    let unknown = bench.experiment(&text.replace("windows = 2", "window_count = 2")).unwrap_err().to_string();
+    assert!(unknown.contains("window_count"), "{unknown}");
+}
+
+#[test]
 fn an_arm_that_fails_does_not_keep_others_from_being_run() {
     let bench = Bench::new();
     // Four tokens end before the completions that gradients are read from.

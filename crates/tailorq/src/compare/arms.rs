@@ -2,7 +2,7 @@
 
 use super::controls::{Variant, controls};
 use super::error::CompareError;
-use super::experiment::Experiment;
+use super::experiment::{CalibrationTable, Experiment, MethodTable};
 use crate::estimate::{PredictedSize, predicted_size};
 use crate::inputs::{QuantizeRequest, recipe_of};
 use crate::observer::Silent;
@@ -75,8 +75,9 @@ impl Budget {
 }
 
 /// Settings and data of an arm, before its inputs are hashed.
-struct Wanted {
+struct Wanted<'a> {
     method: Method,
+    calibration: Option<&'a CalibrationTable>,
     bits_per_weight: Option<f64>,
     general: bool,
     seed: u64,
@@ -105,7 +106,7 @@ impl<'a> Planner<'a> {
                     self.arms.notes.push(format!("{name} has no form of {budget}: it is left out there"));
                     continue;
                 };
-                self.method(table.label(), budget, &method, bits_per_weight)?;
+                self.method(table, budget, &method, bits_per_weight)?;
             }
         }
         Ok(self.arms)
@@ -121,15 +122,16 @@ impl<'a> Planner<'a> {
     /// A method at a budget over all seeds, and its controls.
     fn method(
         &mut self,
-        label: &str,
+        table: &MethodTable,
         budget: Budget,
         method: &Method,
         bits_per_weight: Option<f64>,
     ) -> Result<(), CompareError> {
+        let (label, calibration) = (table.label(), table.calibration.as_ref());
         let mut arms = Vec::new();
         let mut variants: Vec<(String, Vec<usize>)> = Vec::new();
         for &seed in &self.experiment.seeds {
-            let wanted = Wanted { method: method.clone(), bits_per_weight, general: false, seed };
+            let wanted = Wanted { method: method.clone(), calibration, bits_per_weight, general: false, seed };
             let arm = self.arm(&wanted, label, budget)?;
             arms.push(arm);
             if !self.experiment.controls {
@@ -139,8 +141,8 @@ impl<'a> Planner<'a> {
             let of_arm = controls(&self.opened.model, &recipe, self.experiment.general.is_some());
             for (at, Variant { name, settings }) in of_arm.into_iter().enumerate() {
                 let wanted = match settings {
-                    Some(method) => Wanted { method, bits_per_weight: None, general: false, seed },
-                    None => Wanted { method: method.clone(), bits_per_weight, general: true, seed },
+                    Some(method) => Wanted { method, calibration, bits_per_weight: None, general: false, seed },
+                    None => Wanted { method: method.clone(), calibration, bits_per_weight, general: true, seed },
                 };
                 let name = if wanted.general { format!("{label} {name}") } else { name };
                 let arm = self.arm(&wanted, &name, budget)?;
@@ -177,14 +179,14 @@ impl<'a> Planner<'a> {
     }
 
     /// The place of the arm, which is made if no other has its recipe.
-    fn arm(&mut self, wanted: &Wanted, name: &str, budget: Budget) -> Result<usize, CompareError> {
+    fn arm(&mut self, wanted: &Wanted<'_>, name: &str, budget: Budget) -> Result<usize, CompareError> {
         let comma = if matches!(budget, Budget::Own) { "" } else { ", " };
         let title = format!("{name}{comma}{}", budget.label());
         let about = |e: crate::PipelineError| self.bad(format!("methods: {title}: {e}"));
-        let Wanted { method, bits_per_weight, general, seed } = wanted;
+        let Wanted { method, calibration, bits_per_weight, general, seed } = wanted;
         let mut request = QuantizeRequest {
             settings: method.quantize.clone(),
-            calibration: Some(self.experiment.calibration(*general, *seed)),
+            calibration: Some(self.experiment.calibration(*calibration, *general, *seed)),
             circuit: method.circuit,
             allocation: method.allocation.clone(),
             bits_per_weight: *bits_per_weight,

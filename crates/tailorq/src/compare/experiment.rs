@@ -6,9 +6,11 @@ use crate::presets::{Method, PRESETS, Preset};
 use crate::recipe::QuantizeSettings;
 use crate::task::allocation::AllocationSettings;
 use crate::task::circuit::CircuitSettings;
-use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
+use serde::de::value::{MapAccessDeserializer, SeqAccessDeserializer};
+use serde::de::{DeserializeOwned, MapAccess, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
 use std::collections::BTreeSet;
+use std::fmt::Formatter;
 use std::path::{Path, PathBuf};
 use tailorq_eval::task;
 use tailorq_tensor::Bits;
@@ -40,8 +42,9 @@ pub struct Experiment {
     /// Keep each arm's artifact after it was measured.
     #[serde(default)]
     pub keep_artifacts: bool,
-    /// How models are measured.
-    pub evaluation: EvaluationTable,
+    /// How models are measured: `[evaluation]`, or several `[[evaluation]]` with a name each.
+    #[serde(deserialize_with = "one_or_many")]
+    pub evaluation: Vec<EvaluationTable>,
     /// The file.
     #[serde(skip)]
     path: PathBuf,
@@ -57,6 +60,27 @@ fn yes() -> bool {
 
 fn many_samples() -> usize {
     128
+}
+
+/// One table, or an array of them.
+fn one_or_many<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<EvaluationTable>, D::Error> {
+    struct OneOrMany;
+    impl<'de> Visitor<'de> for OneOrMany {
+        type Value = Vec<EvaluationTable>;
+
+        fn expecting(&self, f: &mut Formatter<'_>) -> std::fmt::Result {
+            f.write_str("a table [evaluation], or several [[evaluation]]")
+        }
+
+        fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Self::Value, A::Error> {
+            EvaluationTable::deserialize(MapAccessDeserializer::new(map)).map(|one| vec![one])
+        }
+
+        fn visit_seq<A: SeqAccess<'de>>(self, seq: A) -> Result<Self::Value, A::Error> {
+            Vec::deserialize(SeqAccessDeserializer::new(seq))
+        }
+    }
+    from.deserialize_any(OneOrMany)
 }
 
 /// `[calibration]`.
@@ -123,12 +147,19 @@ pub struct MethodTable {
     /// Keys of a recipe's `[allocation]`.
     #[serde(default)]
     pub allocation: toml::Table,
+    /// Data of its own in the place of the experiment's `[calibration]`, all keys anew: what is a model worth on one task that was
+    /// made for another?
+    #[serde(default)]
+    pub calibration: Option<CalibrationTable>,
 }
 
 /// `[evaluation]`.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct EvaluationTable {
+    /// Stands behind the names of its tasks in tables: `perplexity c4`. Not needed where no other table has the same tasks.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
     /// Names of tasks.
     pub tasks: Vec<String>,
     /// The folder of data sets, or one file.
@@ -189,11 +220,12 @@ impl Experiment {
         if self.seeds.is_empty() || self.seeds.iter().any(|&s| i64::try_from(s).is_err()) {
             return Err(format!("seeds: needs at least one number, none above {}", i64::MAX));
         }
-        let mix = self.calibration.mix;
-        if !(0.0..=1.0).contains(&mix) || (mix > 0.0 && self.general.is_none()) {
-            return Err(format!(
-                "calibration.mix: is {mix}: use a share from 0 to 1, and say in [general] of what text"
-            ));
+        for CalibrationTable { mix, .. } in self.calibrations() {
+            if !(0.0..=1.0).contains(mix) || (*mix > 0.0 && self.general.is_none()) {
+                return Err(format!(
+                    "calibration.mix: is {mix}: use a share from 0 to 1, and say in [general] of what text"
+                ));
+            }
         }
         let Budgets { bits, bits_per_weight } = &self.budgets;
         if let Some(bad) = bits_per_weight.iter().find(|b| !(b.is_finite() && **b > 0.0 && **b <= 64.0)) {
@@ -214,13 +246,31 @@ impl Experiment {
                 return Err(format!("methods: two are called {name}: give one of them another `name`"));
             }
         }
-        if self.evaluation.tasks.is_empty() {
+        self.check_evaluation()
+    }
+
+    fn check_evaluation(&self) -> Result<(), String> {
+        let mut titles = BTreeSet::new();
+        for table in &self.evaluation {
+            for name in &table.tasks {
+                task::find(name).map_err(|e| format!("evaluation.tasks: {e}"))?;
+                if !titles.insert(table.title(name)) {
+                    return Err(format!(
+                        "evaluation: {} is there twice: give one of the [[evaluation]] tables another `name`",
+                        table.title(name)
+                    ));
+                }
+            }
+        }
+        if self.evaluation.is_empty() || self.evaluation.iter().any(|table| table.tasks.is_empty()) {
             return Err("evaluation.tasks: is empty: name at least one, such as \"perplexity\"".into());
         }
-        for name in &self.evaluation.tasks {
-            task::find(name).map_err(|e| format!("evaluation.tasks: {e}"))?;
-        }
         Ok(())
+    }
+
+    /// The experiment's calibration and those of methods that have their own.
+    fn calibrations(&self) -> impl Iterator<Item = &CalibrationTable> {
+        std::iter::once(&self.calibration).chain(self.methods.iter().filter_map(|m| m.calibration.as_ref()))
     }
 
     /// The file.
@@ -245,9 +295,10 @@ impl Experiment {
         if is_path || local.exists() { local.to_string_lossy().into_owned() } else { self.model.clone() }
     }
 
-    /// The data that an arm is calibrated on.
-    pub(super) fn calibration(&self, general: bool, seed: u64) -> CalibrationRequest {
-        let CalibrationTable { file, samples, sequence_length, drop_calculator_marks, mix } = &self.calibration;
+    /// The data that an arm is calibrated on: the method's own, if it has any, or else everybody's.
+    pub(super) fn calibration(&self, own: Option<&CalibrationTable>, general: bool, seed: u64) -> CalibrationRequest {
+        let table = own.unwrap_or(&self.calibration);
+        let CalibrationTable { file, samples, sequence_length, drop_calculator_marks, mix } = table;
         let blended = self.general.as_ref().filter(|_| *mix > 0.0);
         let task = CalibrationRequest {
             file: self.locate(file),
@@ -272,9 +323,8 @@ impl Experiment {
 
     /// A path as the experiment file has it, given as seen from here.
     pub(super) fn as_written(&self, path: &Path) -> PathBuf {
-        let general = self.general.as_ref().map(|g| &g.file);
-        let known = [Some(&self.calibration.file), general].into_iter().flatten();
-        known.into_iter().find(|file| self.locate(file) == path).cloned().unwrap_or_else(|| path.to_path_buf())
+        let mut known = self.calibrations().map(|c| &c.file).chain(self.general.as_ref().map(|g| &g.file));
+        known.find(|file| self.locate(file) == path).cloned().unwrap_or_else(|| path.to_path_buf())
     }
 }
 
@@ -283,6 +333,13 @@ impl Method {
     pub(super) fn has_budget(&self) -> bool {
         let fixed = ["half", "billm", "pb-llm"].contains(&self.quantize.method.as_str());
         !fixed && self.allocation.as_ref().is_none_or(|a| a.rule.name.is_budgeted())
+    }
+}
+
+impl EvaluationTable {
+    /// How tables and results call a task of it.
+    pub(super) fn title(&self, task: &str) -> String {
+        self.name.as_ref().map_or_else(|| task.to_owned(), |name| format!("{task} {name}"))
     }
 }
 

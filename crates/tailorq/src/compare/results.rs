@@ -1,7 +1,7 @@
 //! `results.json`: every arm with its recipe, bytes and numbers, and the rows of the table.
 
 use super::arms::Arms;
-use super::evaluate::{Metric, eight_digits};
+use super::evaluate::{ItemValues, Metric, eight_digits, paired_difference};
 use crate::recipe::Recipe;
 use crate::report::SizeReport;
 use serde::{Deserialize, Serialize};
@@ -88,6 +88,28 @@ pub struct RowMetric {
     pub interval95: Option<[f64; 2]>,
     /// The mean less the original's value.
     pub difference: Option<f64>,
+    /// The standard error of that difference over items, of which both models answered the same; over several seeds, of
+    /// their mean.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub difference_stderr: Option<f64>,
+    /// Of a control: it less the method that it stands beside.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub beside_method: Option<PairedDifference>,
+}
+
+/// How far two models are apart on the same items.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct PairedDifference {
+    /// The one less the other.
+    pub difference: f64,
+    /// Its standard error over items.
+    pub stderr: f64,
+}
+
+impl PairedDifference {
+    fn of(a: &ItemValues, b: &ItemValues) -> Option<Self> {
+        paired_difference(a, b).map(|(difference, stderr)| PairedDifference { difference, stderr })
+    }
 }
 
 /// A line of the table.
@@ -128,8 +150,13 @@ pub struct Results {
 }
 
 impl Results {
-    /// Of what was measured so far: an entry for each of the arms.
-    pub(super) fn new(original: Original, arms: &Arms, measured: &[Option<ArmResult>]) -> Self {
+    /// Of what was measured so far: an entry for each of the arms, and what its items got.
+    pub(super) fn new(
+        (original, original_items): (Original, &[ItemValues]),
+        arms: &Arms,
+        measured: &[Option<ArmResult>],
+        items: &[Vec<ItemValues>],
+    ) -> Self {
         let arm = |(at, result): (usize, &Option<ArmResult>)| {
             let result = result.clone()?;
             let planned = &arms.arms[at];
@@ -150,6 +177,8 @@ impl Results {
             (!results.is_empty()).then(|| row_of(row, &results, &original))
         };
         let mut rows: Vec<RowResult> = arms.rows.iter().filter_map(row).collect();
+        let of_rows = Paired { original: original_items, arms, measured, items };
+        rows.iter_mut().for_each(|row| of_rows.add_to(row));
         rows.sort_by(|a, b| a.bytes.total_cmp(&b.bytes));
         let arms = measured.iter().enumerate().filter_map(arm).collect();
         Results { tailorq: env!("CARGO_PKG_VERSION"), original, rows, arms, missing }
@@ -158,6 +187,42 @@ impl Results {
     /// Every metric, in the order of the original's.
     pub(super) fn metrics(&self) -> &[Metric] {
         &self.original.metrics
+    }
+}
+
+/// What items say about the distances between rows.
+struct Paired<'a> {
+    original: &'a [ItemValues],
+    arms: &'a Arms,
+    measured: &'a [Option<ArmResult>],
+    items: &'a [Vec<ItemValues>],
+}
+
+impl Paired<'_> {
+    fn add_to(&self, row: &mut RowResult) {
+        let method = row.control_of.clone();
+        for metric in &mut row.metrics {
+            let Some(own) = self.mean_items(&row.method, &row.budget, metric) else { continue };
+            let original = self.original.iter().find(|i| i.task == metric.task && i.metric == metric.metric);
+            metric.difference_stderr = original.and_then(|o| PairedDifference::of(&own, o)).map(|p| p.stderr);
+            let beside = method.as_ref().and_then(|method| self.mean_items(method, &row.budget, metric));
+            metric.beside_method = beside.and_then(|b| PairedDifference::of(&own, &b));
+        }
+    }
+
+    /// What each item got in the mean over the measured seeds of a row.
+    fn mean_items(&self, method: &str, budget: &str, metric: &RowMetric) -> Option<ItemValues> {
+        let row = self.arms.rows.iter().find(|r| r.method == method && r.budget == budget)?;
+        let measured = row.arms.iter().filter(|&&at| self.measured[at].is_some());
+        let of = |&at: &usize| self.items[at].iter().find(|i| i.task == metric.task && i.metric == metric.metric);
+        let seeds: Vec<&ItemValues> = measured.map(of).collect::<Option<_>>()?;
+        let first = *seeds.first()?;
+        let is_same = |s: &&ItemValues| s.values.len() == first.values.len() && s.weights == first.weights;
+        let n = seeds.len() as f64;
+        seeds.iter().all(is_same).then(|| ItemValues {
+            values: (0..first.values.len()).map(|at| seeds.iter().map(|s| s.values[at]).sum::<f64>() / n).collect(),
+            ..first.clone()
+        })
     }
 }
 
@@ -227,7 +292,8 @@ fn row_metric(first: &Metric, same: &[Metric], original: &Original) -> RowMetric
     };
     let difference = of_original(original, first).map(|value| eight_digits(mean - value));
     let (task, metric) = (first.task.clone(), first.metric.clone());
-    RowMetric { task, metric, mean, spread, stderr, interval95, difference }
+    let (difference_stderr, beside_method) = (None, None);
+    RowMetric { task, metric, mean, spread, stderr, interval95, difference, difference_stderr, beside_method }
 }
 
 /// The 97.5 % quantile of Student's distribution for the mean of `n` values.

@@ -2,7 +2,7 @@
 
 use super::arms::{Arm, Arms, Planner, short_hash};
 use super::error::CompareError;
-use super::evaluate::{Evaluation, Metric, calibration_of, eight_digits, open};
+use super::evaluate::{Evaluation, ItemValues, Measured, Metric, calibration_of, eight_digits, open};
 use super::experiment::Experiment;
 use super::progress::{ArmProgress, Board};
 use super::results::{ArmResult, Original, Results};
@@ -71,15 +71,19 @@ pub fn compare(
     let _lock = lock(&output)?;
     let evaluation = Evaluation::new(experiment, output.join("cache"))?;
     let ran = measure_original(device, (&opened, &sha256), (&evaluation, &calibrations), observer);
-    let original = ran.map_err(stopped)?;
+    let (original, original_items) = ran.map_err(stopped)?;
     let evaluated = evaluation_key(device, experiment, &original.metrics);
-    let mut run = Run { device, experiment, output: &output, arms: &arms, evaluation, evaluated, original };
+    let mut run =
+        Run { device, experiment, output: &output, arms: &arms, evaluation, evaluated, original, original_items };
     let outcome = run.all(observer);
     let written = run.write()?;
     outcome.map(|()| written)
 }
 
 const RESULT: &str = "result.json";
+
+/// What an arm's result is made of, item by item; written before the result.
+const ITEMS: &str = "items.json";
 
 fn folder_of(output: &Path, arm: &Arm) -> PathBuf {
     output.join("arms").join(&arm.key)
@@ -105,6 +109,7 @@ struct Run<'a> {
     /// What an arm's result must have been measured with.
     evaluated: String,
     original: Original,
+    original_items: Vec<ItemValues>,
 }
 
 impl Run<'_> {
@@ -156,7 +161,8 @@ impl Run<'_> {
         let started = Instant::now();
         let report = read_report(&model)?;
         let opened = open(&model)?;
-        let metrics = self.evaluation.run(self.device, &opened, &calibration_of(&opened)?, progress)?;
+        let Measured { metrics, items } =
+            self.evaluation.run(self.device, &opened, &calibration_of(&opened)?, progress)?;
         let timing = Timing { quantize_seconds, measure_seconds: started.elapsed().as_secs_f64() };
         let result = ArmResult {
             key: arm.key.clone(),
@@ -167,6 +173,7 @@ impl Run<'_> {
             metrics,
         };
         write_json(&folder.join("timing.json"), &timing)?;
+        write_json(&folder.join(ITEMS), &items)?;
         write_json(&folder.join(RESULT), &result)?;
         if self.experiment.keep_artifacts {
             return Ok(());
@@ -182,6 +189,12 @@ impl Run<'_> {
         (result.evaluation == self.evaluated && result.key == arm.key).then_some(result)
     }
 
+    /// The items of an arm, as far as they are there.
+    fn items(&self, arm: &Arm) -> Vec<ItemValues> {
+        let bytes = std::fs::read(folder_of(self.output, arm).join(ITEMS)).unwrap_or_default();
+        serde_json::from_slice(&bytes).unwrap_or_default()
+    }
+
     /// Writes the results of all arms that have one.
     fn write(&self) -> Result<Finished, CompareError> {
         let measured: Vec<Option<ArmResult>> = self.arms.arms.iter().map(|arm| self.result(arm)).collect();
@@ -190,7 +203,8 @@ impl Run<'_> {
             Some((arm.key.clone(), serde_json::from_slice(&bytes).ok()?))
         };
         let timings: BTreeMap<String, Timing> = self.arms.arms.iter().filter_map(timing).collect();
-        let results = Results::new(self.original.clone(), self.arms, &measured);
+        let items: Vec<Vec<ItemValues>> = self.arms.arms.iter().map(|arm| self.items(arm)).collect();
+        let results = Results::new((self.original.clone(), &self.original_items), self.arms, &measured, &items);
         let table = super::table::markdown(&results);
         let path = |name: &str| self.output.join(name);
         let files = ["results.json", "results.md", "results.svg", "timings.json"].map(path).to_vec();
@@ -260,17 +274,18 @@ fn measure_original(
     (opened, sha256): (&OpenedModel, &str),
     (evaluation, calibrations): (&Evaluation<'_>, &[CalibrationItems]),
     observer: &dyn Observer,
-) -> Result<Original, CompareError> {
+) -> Result<(Original, Vec<ItemValues>), CompareError> {
     let progress = Board::new(observer, 0).outside("the original");
-    let metrics = evaluation.run(device, opened, calibrations, &progress)?;
+    let Measured { metrics, items } = evaluation.run(device, opened, calibrations, &progress)?;
     let found = inspect(opened);
-    Ok(Original {
+    let original = Original {
         sha256: sha256.into(),
         bytes: found.file_bytes,
         linear_weights: found.linears.parameters as u64,
         linear_bits_per_weight: eight_digits(found.linears.bits_per_weight),
         metrics,
-    })
+    };
+    Ok((original, items))
 }
 
 /// What a result was measured with: the settings, the original's numbers, which change when the data does, and a device that

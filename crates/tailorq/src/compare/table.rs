@@ -22,7 +22,8 @@ pub(super) fn markdown(results: &Results) -> String {
     text.push_str(
         "\nBits per weight are those of the linears, MiB those of the weight files, both from bytes. ↓: lower is better, ↑: \
          higher. After ±: the standard deviation over seeds, or with one seed the standard error over items, if the task knows \
-         it. Rows in italics are controls.\n",
+         it. Rows in italics are controls. In brackets: the distance from the original, of a control that from its method, and \
+         its standard error over the items that both answered.\n",
     );
     if results.rows.iter().any(|r| r.simulated) {
         text.push_str(
@@ -68,9 +69,22 @@ fn line(row: &RowResult, metrics: &[Metric]) -> Vec<String> {
         format!("{:.3}{star}", row.bits_per_weight),
         format!("{:.2}{star}", row.bytes / MIB),
     ];
-    let number = |m: &RowMetric| with_spread(m.mean, m.spread.or(m.stderr));
     line.extend(metrics.iter().map(|metric| row.metric(metric).map_or(String::new(), number)));
     line
+}
+
+/// The number, and how far it is from the original's, or a control's from its method's, with the error over common items.
+fn number(m: &RowMetric) -> String {
+    let own = with_spread(m.mean, m.spread.or(m.stderr));
+    let from_original = m.difference.zip(m.difference_stderr);
+    match m.beside_method.map(|p| (p.difference, p.stderr)).or(from_original) {
+        Some((difference, stderr)) => format!("{own} ({}{} ± {})", sign(difference), short(difference), short(stderr)),
+        None => own,
+    }
+}
+
+fn sign(value: f64) -> &'static str {
+    if value >= 0.0 { "+" } else { "" }
 }
 
 fn with_spread(value: f64, spread: Option<f64>) -> String {
