@@ -134,7 +134,7 @@ impl<'a> Planner<'a> {
             let wanted = Wanted { method: method.clone(), calibration, bits_per_weight, general: false, seed };
             let arm = self.arm(&wanted, label, budget)?;
             arms.push(arm);
-            if !self.experiment.controls {
+            if !table.controls.unwrap_or(self.experiment.controls) {
                 continue;
             }
             let recipe = self.arms.arms[arm].recipe.clone();

@@ -151,6 +151,9 @@ pub struct MethodTable {
     /// made for another?
     #[serde(default)]
     pub calibration: Option<CalibrationTable>,
+    /// Whether this method has its controls beside it; as the experiment says without.
+    #[serde(default)]
+    pub controls: Option<bool>,
 }
 
 /// `[evaluation]`.
