@@ -142,7 +142,10 @@ fn eval_measures_and_compares() {
     let itself = place.json(&[&args[..], &["--reference", "model-1"]].concat());
     assert_eq!(itself["results"]["perplexity"]["divergence"]["top1_agreement"], 1.0);
     let table = text(&place.run(&args).stdout);
-    assert!(table.contains("perplexity") && table.contains("windows of 32"), "{table}");
+    assert!(table.contains("definition paper") && table.contains("windows of 32"), "{table}");
+    let [low, high] = [0, 1].map(|i| result["perplexity_interval95,none"][i].as_f64().unwrap());
+    assert!(low < result["value"].as_f64().unwrap() && result["value"].as_f64().unwrap() < high, "{result}");
+    assert!(table.contains(&format!("{low:.4} to {high:.4}")), "{table}");
     let short = place.run(&["eval", "model-1", "--text", "text.txt", "--window", "4096"]);
     assert!(text(&short.stderr).contains("shorter than a window"), "{}", text(&short.stderr));
 }
@@ -238,8 +241,21 @@ fn eval_goes_on_from_finished_items() {
     place.write("items.jsonl", (0..6).map(row).collect::<String>());
     let args = ["eval", "model-1", "--tasks", "jsonl,completion_nll", "--data", "items.jsonl", "--max-tokens", "4"];
     let cached = [&args[..], &["--cache", "finished"]].concat();
-    let whole = place.json(&args);
-    assert_eq!(place.json(&cached), whole);
+    // Times differ from run to run, and so does what came from the cache; nothing else does.
+    let without_times = |args: &[&str]| {
+        let mut object = place.json(args);
+        let mut take = |key: &str| object.as_object_mut().unwrap().remove(key).unwrap();
+        let (seconds, from_cache) = (take("seconds"), take("from_cache"));
+        assert!(seconds["jsonl"].as_f64() > Some(0.0) && seconds["completion_nll"].as_f64() > Some(0.0));
+        assert!(take("total_evaluation_time_seconds").as_f64() >= seconds["jsonl"].as_f64());
+        (object, [from_cache["jsonl"].as_u64(), from_cache["completion_nll"].as_u64()].map(Option::unwrap))
+    };
+    let (whole, from_cache) = without_times(&args);
+    assert_eq!(from_cache, [0, 0]);
+    assert_eq!(without_times(&cached), (whole.clone(), [0, 0]));
+    assert_eq!(without_times(&cached), (whole.clone(), [6, 6]));
+    let table = text(&place.run(&cached).stdout);
+    assert!(table.contains("jsonl: 6 finished results came from --cache"), "{table}");
     let files = || {
         let mut files: Vec<_> = std::fs::read_dir(place.path("finished")).unwrap().map(|e| e.unwrap().path()).collect();
         files.sort();
@@ -252,15 +268,48 @@ fn eval_goes_on_from_finished_items() {
         let third = text.match_indices('\n').nth(2).unwrap().0;
         std::fs::write(&file, &text[..third + 9]).unwrap();
     }
-    let log = |name: &str, args: &[&str]| {
-        assert_eq!(place.json(&[args, &["--log-samples", name]].concat()), whole);
+    let log = |name: &str, args: &[&str], from_cache: u64| {
+        let found = without_times(&[args, &["--log-samples", name]].concat());
+        assert_eq!(found, (whole.clone(), [from_cache; 2]));
         std::fs::read_to_string(place.path(name)).unwrap()
     };
-    assert_eq!(log("resumed.jsonl", &cached), log("whole.jsonl", &args));
+    assert_eq!(log("resumed.jsonl", &cached, 2), log("whole.jsonl", &args, 0));
     place.json(&[&cached[..], &["--limit", "2"]].concat());
     assert_eq!(files().len(), 4, "other items have other files");
     place.write("finished/no folder", "");
     place.fails(1, &[&args[..], &["--cache", "finished/no folder"]].concat(), &["finished/no folder", "--cache"]);
+}
+
+#[test]
+fn finished_tasks_are_told_when_a_later_one_fails() {
+    let place = Place::new();
+    place.write("items.jsonl", "{\"prompt\": \"a?\", \"answer\": \"a\"}\n{\"prompt\": \"b?\", \"answer\": \"b\"}\n");
+    let args = ["eval", "model-1", "--data", "items.jsonl", "--max-tokens", "2", "--log-samples", "log.jsonl"];
+    let tasks = |tasks| [&args[..], &["--tasks", tasks]].concat();
+    place.write("log.jsonl", "of an earlier run\n");
+    // A mistake that reading shows costs no computation, whichever task it is in, and no log.
+    place.fails(1, &tasks("jsonl,rolling"), &["rolling", "items.jsonl", "no text 'text'"]);
+    place.fails(2, &tasks("jsonl,perplexity"), &["perplexity", "--text"]);
+    assert_eq!(std::fs::read_to_string(place.path("log.jsonl")).unwrap(), "of an earlier run\n");
+    // One that only shows in the work: a damaged file of finished items of the second task.
+    let cached = [&tasks("jsonl,completion_nll")[..], &["--cache", "finished"]].concat();
+    let whole = place.json(&cached);
+    let files = std::fs::read_dir(place.path("finished")).unwrap().map(|entry| entry.unwrap().path());
+    let damaged = files.into_iter().find(|path| path.to_str().unwrap().contains("completion_nll")).unwrap();
+    std::fs::write(damaged, "{}\n").unwrap();
+    let output = place.run(&[&cached[..], &["--json"]].concat());
+    let message = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{message}");
+    assert!(message.contains("not finished: completion_nll") && message.contains("delete it"), "{message}");
+    let object: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(object["results"]["jsonl"], whole["results"]["jsonl"]);
+    assert!(object["results"].get("completion_nll").is_none());
+    assert_eq!(
+        (&object["error"]["task"], &object["unfinished"][0]),
+        (&"completion_nll".into(), &"completion_nll".into())
+    );
+    assert_eq!(std::fs::read_to_string(place.path("log.jsonl")).unwrap().lines().count(), 2);
+    assert!(text(&place.run(&cached).stdout).contains("exact_match,none"));
 }
 
 #[test]

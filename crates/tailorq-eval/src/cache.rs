@@ -8,6 +8,7 @@ use crate::error::EvalError;
 use crate::task::TaskOptions;
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{Read, Seek, SeekFrom, Write};
@@ -57,6 +58,8 @@ impl Contents {
 pub(crate) struct Finished {
     /// What is known of each item.
     values: HashMap<usize, Value>,
+    /// How many of them were asked for.
+    served: Cell<usize>,
     /// Absent where nothing is kept.
     kept: Option<(PathBuf, File)>,
 }
@@ -64,13 +67,13 @@ pub(crate) struct Finished {
 impl Finished {
     /// Nothing is known, and nothing will be kept.
     pub(crate) fn nothing() -> Self {
-        Finished { values: HashMap::new(), kept: None }
+        Finished { values: HashMap::new(), served: Cell::new(0), kept: None }
     }
 
     /// These are known, and nothing will be kept.
     #[cfg(test)]
     pub(crate) fn of(values: HashMap<usize, Value>) -> Self {
-        Finished { values, kept: None }
+        Finished { values, served: Cell::new(0), kept: None }
     }
 
     /// Opens the file of these items, if a cache is asked for.
@@ -117,7 +120,7 @@ impl Finished {
         let values = if whole == 0 { HashMap::new() } else { read_lines(path, text, header)? };
         file.set_len(whole as u64).map_err(io)?;
         file.seek(SeekFrom::End(0)).map_err(io)?;
-        let mut finished = Finished { values, kept: Some((path.to_owned(), file)) };
+        let mut finished = Finished { values, served: Cell::new(0), kept: Some((path.to_owned(), file)) };
         if whole == 0 {
             finished.write(header)?;
         }
@@ -132,7 +135,10 @@ impl Finished {
     ) -> Result<Option<T>, EvalError> {
         let Some(value) = self.values.get(&index) else { return Ok(None) };
         match (value.as_object().and_then(read), &self.kept) {
-            (Some(known), _) => Ok(Some(known)),
+            (Some(known), _) => {
+                self.served.set(self.served.get() + 1);
+                Ok(Some(known))
+            }
             (None, None) => Ok(None),
             (None, Some((path, _))) => {
                 let problem =
@@ -140,6 +146,11 @@ impl Finished {
                 Err(EvalError::Cache { path: path.clone(), problem })
             }
         }
+    }
+
+    /// How many results were taken from what was kept.
+    pub(crate) fn served(&self) -> usize {
+        self.served.get()
     }
 
     /// Whether an item is finished.

@@ -5,12 +5,13 @@
 //! makes it the measure by which quantized models are compared first.
 
 use crate::cache::{Contents, Finished, Whose, exact, read_exact};
-use crate::calibration::{Identity, check_items};
+use crate::calibration::{CalibrationCount, Identity, check_items};
 use crate::completion::scored_completion;
 use crate::data::{DataSet, Item, Items, data_file};
 use crate::error::EvalError;
 use crate::generation::{Question, asked};
 use crate::items::ItemRecord;
+use crate::metric::{Metric, ratio_and_stderr};
 use crate::scored::{check_tokens, target_nlls};
 use crate::task::{Progress, Subject, Task, TaskOptions, TaskResult};
 use regex::Regex;
@@ -56,8 +57,8 @@ impl CompletionNll {
 pub(crate) struct MeanNll {
     /// Nats a token: all items' sums over all items' tokens.
     pub(crate) value: f64,
-    /// Standard error over items (they are what was sampled): that of a ratio of two sums, linearized.
-    pub(crate) stderr: f64,
+    /// Standard error over items (they are what was sampled); a single item has none.
+    pub(crate) stderr: Option<f64>,
     /// Tokens scored.
     pub(crate) tokens: usize,
     /// Items scored.
@@ -95,11 +96,8 @@ pub(crate) fn mean_nll(items: &[CompletionNll]) -> Option<MeanNll> {
     if tokens == 0 {
         return None;
     }
-    let value = items.iter().map(|i| i.nll).sum::<f64>() / tokens as f64;
-    // Cochran 1977, Sampling Techniques, chapter 6, without the correction for a finite population.
-    let squares: f64 = items.iter().map(|i| (i.nll - value * i.tokens as f64).powi(2)).sum();
-    let n = items.len() as f64;
-    let stderr = if items.len() > 1 { (squares * n / (n - 1.0)).sqrt() / tokens as f64 } else { 0.0 };
+    let pairs: Vec<(f64, f64)> = items.iter().map(|i| (i.nll, i.tokens as f64)).collect();
+    let (value, stderr) = ratio_and_stderr(&pairs);
     Some(MeanNll { value, stderr, tokens, items: items.len() })
 }
 
@@ -112,6 +110,28 @@ struct NllTask {
     name: &'static str,
     /// The test items of GSM8K without calculator marks, rather than a file as it is.
     gsm8k: bool,
+}
+
+/// The turns before a completion, and the completion.
+type Pair = (Vec<ChatMessage>, String);
+
+impl NllTask {
+    fn pairs(&self, options: &TaskOptions<'_>) -> Result<(Vec<Pair>, CalibrationCount), EvalError> {
+        let data = data_file(self.name, options)?;
+        let items = match self.gsm8k && !data.is_file() {
+            true => DataSet::open(self.name, "gsm8k", options)?.items(options)?,
+            false => Items::read(data)?.limited(options),
+        };
+        let read = |item: Item<'_>| Question::read_pair(item.row).map_err(|problem| item.fail(problem));
+        let identity = |item| read(item).map(|(before, completion)| Identity::new(&asked(&before), &completion));
+        let known = check_items(self.name, options, &items, identity)?;
+        let read = |item: Item<'_>| {
+            let (before, completion) = read(item)?;
+            Ok((before, if self.gsm8k { without_calculator_marks(&completion) } else { completion }))
+        };
+        let pairs = items.iter().map(read).collect::<Result<Vec<_>, EvalError>>()?;
+        Ok((pairs, known))
+    }
 }
 
 impl Task for NllTask {
@@ -127,31 +147,24 @@ impl Task for NllTask {
         }
     }
 
+    fn check(&self, subject: &Subject<'_>, options: &TaskOptions<'_>) -> Result<(), EvalError> {
+        let (pairs, _) = self.pairs(options)?;
+        pairs.first().map_or(Ok(()), |(before, completion)| scored_completion(subject, before, completion).map(drop))
+    }
+
     fn run(
         &self,
         subject: &Subject<'_>,
         options: &TaskOptions<'_>,
         progress: &mut Progress<'_>,
     ) -> Result<TaskResult, EvalError> {
-        let data = data_file(self.name, options)?;
-        let items = match self.gsm8k && !data.is_file() {
-            true => DataSet::open(self.name, "gsm8k", options)?.items(options)?,
-            false => Items::read(data)?.limited(options),
-        };
-        let read = |item: Item<'_>| Question::read_pair(item.row).map_err(|problem| item.fail(problem));
-        let identity = |item| read(item).map(|(before, completion)| Identity::new(&asked(&before), &completion));
-        let known = check_items(self.name, options, &items, identity)?;
-        let read = |item: Item<'_>| {
-            let (before, completion) = read(item)?;
-            Ok((before, if self.gsm8k { without_calculator_marks(&completion) } else { completion }))
-        };
-        let pairs = items.iter().map(read).collect::<Result<Vec<_>, EvalError>>()?;
+        let (pairs, known) = self.pairs(options)?;
         let mut contents = Contents::new(&Value::Null);
         pairs.iter().for_each(|pair| contents.add(&json!(pair)));
         let mut finished = Finished::open(self.name, options, Whose::Subject, contents)?;
-        let mut shares = Vec::with_capacity(items.len());
+        let (n, mut shares) = (pairs.len(), Vec::with_capacity(pairs.len()));
         for (index, (before, completion)) in pairs.into_iter().enumerate() {
-            crate::perplexity::report(progress, index, items.len())?;
+            crate::perplexity::report(progress, index, n)?;
             let share = match finished.get(index, CompletionNll::read)? {
                 Some(share) => share,
                 None => completion_nll(subject, &before, &completion, index)?,
@@ -167,16 +180,15 @@ impl Task for NllTask {
             }
             shares.push(share);
         }
-        crate::perplexity::report(progress, items.len(), items.len())?;
+        crate::perplexity::report(progress, n, n)?;
         let mean = mean_nll(&shares).ok_or(EvalError::TextTooShort { tokens: 0 })?;
         let mut details = Map::new();
         details.insert("items".to_owned(), mean.items.into());
-        details.insert("nll,none".to_owned(), mean.value.into());
-        details.insert("nll_stderr,none".to_owned(), mean.stderr.into());
+        Metric::normal(mean.value, mean.stderr).tell("nll,none", &mut details);
         let cut = shares.iter().filter(|s| s.cut_tokens > 0).count();
         details.insert("shortened_prompts".to_owned(), cut.into());
         known.tell(&mut details);
-        Ok(TaskResult::new(mean.value, mean.tokens, details))
+        Ok(TaskResult::new(mean.value, mean.tokens, details).with_cached(finished.served()))
     }
 }
 
@@ -237,11 +249,11 @@ mod tests {
         let item = |nll| CompletionNll { nll, tokens: 4, cut_tokens: 0 };
         let mean = mean_nll(&[item(4.0), item(8.0), item(12.0)]).unwrap();
         // Means of items 1, 2, 3: standard deviation 1.
-        assert!((mean.value - 2.0).abs() < 1e-12 && (mean.stderr - 1.0 / 3f64.sqrt()).abs() < 1e-12);
+        assert!((mean.value - 2.0).abs() < 1e-12 && (mean.stderr.unwrap() - 1.0 / 3f64.sqrt()).abs() < 1e-12);
         assert_eq!((mean.tokens, mean.items), (12, 3));
         let long = CompletionNll { nll: 9.0, tokens: 8, cut_tokens: 0 };
         assert!((mean_nll(&[item(3.0), long]).unwrap().value - 1.0).abs() < 1e-12, "every token weighs the same");
-        assert_eq!(mean_nll(&[item(3.0)]).unwrap().stderr, 0.0);
+        assert_eq!(mean_nll(&[item(3.0)]).unwrap().stderr, None);
         assert!(mean_nll(&[]).is_none());
     }
 }

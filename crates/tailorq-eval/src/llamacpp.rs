@@ -8,10 +8,11 @@
 
 use crate::cache::{Contents, Finished, Whose};
 use crate::error::EvalError;
+use crate::metric::{Metric, ratio_and_stderr};
 use crate::scored::{check_tokens, target_nlls};
 use crate::task::{Progress, Subject, Task, TaskOptions, TaskResult};
 use serde::Serialize;
-use serde_json::json;
+use serde_json::{Map, json};
 use tailorq_model::Tokenizer;
 
 /// llama.cpp's default window.
@@ -26,6 +27,9 @@ pub struct LlamaCppPerplexity {
     pub mean_nll: f64,
     /// The number after `+/-` in llama.cpp's output: the standard error of the mean times the value.
     pub stderr: f64,
+    /// Standard error of the mean over windows, whose targets are not independent of each other; a single window has none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mean_nll_stderr: Option<f64>,
     /// Targets scored: `windows * (window - window / 2 - 1)`.
     pub tokens: usize,
     /// Windows scored.
@@ -56,18 +60,11 @@ fn measured(
     finished: &mut Finished,
     progress: &mut Progress<'_>,
 ) -> Result<LlamaCppPerplexity, EvalError> {
-    check_window(subject, window)?;
-    let tokens = subject.tokenizer.encode(text.strip_suffix('\n').unwrap_or(text), true)?;
-    check_tokens(subject, &tokens)?;
-    if tokens.len() < 2 * window {
-        let remedy =
-            format!("the text has {} tokens and must have two windows: use at most half of that", tokens.len());
-        return Err(EvalError::BadOption { option: "window", value: window, remedy });
-    }
+    let tokens = tokens_to_score(subject, text, window)?;
     let bos = leading_bos(subject.tokenizer)?;
     let n_windows = (tokens.len() / window).min(limit.unwrap_or(usize::MAX).max(1));
     let first = window / 2;
-    let (mut sum, mut squares, mut count) = (0.0, 0.0, 0usize);
+    let (mut sum, mut squares, mut count, mut pairs) = (0.0, 0.0, 0usize, Vec::with_capacity(n_windows));
     for (window_idx, piece) in tokens.chunks_exact(window).take(n_windows).enumerate() {
         crate::perplexity::report(progress, window_idx, n_windows)?;
         let mut inputs = piece[..window - 1].to_vec();
@@ -81,6 +78,7 @@ fn measured(
         sum += of_window;
         squares += of_squares;
         count += window - first - 1;
+        pairs.push((of_window, (window - first - 1) as f64));
     }
     crate::perplexity::report(progress, n_windows, n_windows)?;
     let n = count as f64;
@@ -89,6 +87,7 @@ fn measured(
     Ok(LlamaCppPerplexity {
         value,
         mean_nll: mean,
+        mean_nll_stderr: ratio_and_stderr(&pairs).1,
         stderr: if count > 1 { (variance / (n - 1.0)).sqrt() * value } else { 0.0 },
         tokens: count,
         windows: n_windows,
@@ -96,6 +95,19 @@ fn measured(
         tokens_in_text: tokens.len(),
         definition: "llama.cpp",
     })
+}
+
+/// The tokens of a text that has two windows.
+fn tokens_to_score(subject: &Subject<'_>, text: &str, window: usize) -> Result<Vec<u32>, EvalError> {
+    check_window(subject, window)?;
+    let tokens = subject.tokenizer.encode(text.strip_suffix('\n').unwrap_or(text), true)?;
+    check_tokens(subject, &tokens)?;
+    if tokens.len() < 2 * window {
+        let remedy =
+            format!("the text has {} tokens and must have two windows: use at most half of that", tokens.len());
+        return Err(EvalError::BadOption { option: "window", value: window, remedy });
+    }
+    Ok(tokens)
 }
 
 fn check_window(subject: &Subject<'_>, window: usize) -> Result<(), EvalError> {
@@ -127,6 +139,11 @@ impl Task for LlamaCppTask {
         "perplexity as llama.cpp's tool computes it: the second half of each window"
     }
 
+    fn check(&self, subject: &Subject<'_>, options: &TaskOptions<'_>) -> Result<(), EvalError> {
+        let text = crate::perplexity::text_to_score(self.name(), options)?;
+        tokens_to_score(subject, text, options.window.unwrap_or(LLAMA_CPP_WINDOW)).map(drop)
+    }
+
     fn run(
         &self,
         subject: &Subject<'_>,
@@ -139,8 +156,10 @@ impl Task for LlamaCppTask {
         contents.add(&text.into());
         let mut finished = Finished::open(self.name(), options, Whose::Subject, contents)?;
         let perplexity = measured(subject, text, (window, options.windows), &mut finished, progress)?;
-        let mut details = crate::perplexity::fields(&perplexity);
-        details.retain(|key, _| key != "value" && key != "tokens");
-        Ok(TaskResult::new(perplexity.value, perplexity.tokens, details))
+        let mut details = Map::new();
+        Metric::exponential(perplexity.mean_nll, perplexity.mean_nll_stderr).tell("perplexity,none", &mut details);
+        let further = crate::perplexity::fields(&perplexity).into_iter();
+        details.extend(further.filter(|(key, _)| key != "value" && key != "tokens"));
+        Ok(TaskResult::new(perplexity.value, perplexity.tokens, details).with_cached(finished.served()))
     }
 }

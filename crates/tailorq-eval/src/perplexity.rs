@@ -7,11 +7,13 @@
 
 use crate::cache::{Contents, Finished, Whose};
 use crate::error::EvalError;
+use crate::metric::{Metric, ratio_and_stderr};
 use crate::online::{PairDivergence, TargetNll};
 use crate::task::{Progress, Subject, Task, TaskOptions, TaskResult};
 use crate::windows::WindowOptions;
 use rayon::prelude::*;
 use serde::Serialize;
+use serde_json::{Map, Value};
 use tailorq_model::{Batch, Model};
 use tailorq_runtime::Device;
 use tailorq_tensor::Matrix;
@@ -23,6 +25,9 @@ pub struct Perplexity {
     pub value: f64,
     /// Mean negative log-likelihood of a target, in nats.
     pub mean_nll: f64,
+    /// Standard error of that mean over windows; a single window has none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mean_nll_stderr: Option<f64>,
     /// Targets scored: `windows * (window - 1)`.
     pub tokens: usize,
     /// Windows scored.
@@ -42,8 +47,14 @@ pub struct Perplexity {
 pub struct Divergence {
     /// Mean `KL(reference || model)` of a position, in nats.
     pub mean_kl: f64,
+    /// Standard error of that mean over windows; a single window has none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mean_kl_stderr: Option<f64>,
     /// Share of positions at which both find the same word most likely.
     pub top1_agreement: f64,
+    /// Standard error of that share over windows.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub top1_agreement_stderr: Option<f64>,
     /// Perplexity of the reference.
     pub reference_perplexity: f64,
 }
@@ -67,14 +78,14 @@ fn measured(
 ) -> Result<Perplexity, EvalError> {
     let windows = options.cut(tokens)?;
     check_windows(subject, tokens, windows[0].len())?;
-    let mut nll = 0.0;
+    let mut nlls = Vec::with_capacity(windows.len());
     for (window_idx, window) in windows.iter().enumerate() {
         report(progress, window_idx, windows.len())?;
         let [of_window] = finished.numbers(window_idx, || Ok([window_nll(subject, window, window_idx)?]))?;
-        nll += of_window;
+        nlls.push(of_window);
     }
     report(progress, windows.len(), windows.len())?;
-    Ok(summary(nll, &windows, tokens, options))
+    Ok(summary(&nlls, &windows, tokens, options))
 }
 
 fn window_nll(subject: &Subject<'_>, window: &[u32], window_idx: usize) -> Result<f64, EvalError> {
@@ -111,7 +122,7 @@ fn diverging(
     same_vocabulary(subject, reference)?;
     check_windows(subject, tokens, windows[0].len())?;
     check_windows(reference, tokens, windows[0].len())?;
-    let mut sums = [0.0; 4];
+    let mut sums: [Vec<f64>; 4] = Default::default();
     for (window_idx, window) in windows.iter().enumerate() {
         report(progress, window_idx, windows.len())?;
         let of_window = finished.numbers(window_idx, || {
@@ -123,17 +134,16 @@ fn diverging(
                 agreed,
             ])
         })?;
-        sums.iter_mut().zip(of_window).for_each(|(sum, of_window)| *sum += of_window);
+        sums.iter_mut().zip(of_window).for_each(|(sums, of_window)| sums.push(of_window));
     }
-    let [nll, reference_nll, kl, agreed] = sums;
+    let [nlls, reference_nlls, kl, agreed] = sums;
     report(progress, windows.len(), windows.len())?;
-    let perplexity = summary(nll, &windows, tokens, options);
-    let targets = perplexity.tokens as f64;
-    let divergence = Divergence {
-        mean_kl: kl / targets,
-        top1_agreement: agreed / targets,
-        reference_perplexity: (reference_nll / targets).exp(),
-    };
+    let mean = |sums: &[f64]| a_target(sums, &windows);
+    let ((mean_kl, mean_kl_stderr), (top1_agreement, top1_agreement_stderr)) = (mean(&kl), mean(&agreed));
+    let reference_perplexity = mean(&reference_nlls).0.exp();
+    let divergence =
+        Divergence { mean_kl, mean_kl_stderr, top1_agreement, top1_agreement_stderr, reference_perplexity };
+    let perplexity = summary(&nlls, &windows, tokens, options);
     Ok((perplexity, divergence))
 }
 
@@ -214,12 +224,19 @@ fn finite(subject: &Subject<'_>, window: usize, value: f64) -> Result<f64, EvalE
     if value.is_finite() { Ok(value) } else { Err(EvalError::NotFinite { model: subject.name.to_owned(), window }) }
 }
 
-fn summary(nll: f64, windows: &[&[u32]], tokens: &[u32], options: WindowOptions) -> Perplexity {
+/// The mean of a target from the sums of windows, and its standard error over them.
+fn a_target(sums: &[f64], windows: &[&[u32]]) -> (f64, Option<f64>) {
+    let pairs = sums.iter().zip(windows).map(|(sum, window)| (*sum, (window.len() - 1) as f64));
+    ratio_and_stderr(&pairs.collect::<Vec<_>>())
+}
+
+fn summary(nlls: &[f64], windows: &[&[u32]], tokens: &[u32], options: WindowOptions) -> Perplexity {
     let targets: usize = windows.iter().map(|w| w.len() - 1).sum();
-    let mean_nll = nll / targets as f64;
+    let (mean_nll, mean_nll_stderr) = a_target(nlls, windows);
     Perplexity {
         value: mean_nll.exp(),
         mean_nll,
+        mean_nll_stderr,
         tokens: targets,
         windows: windows.len(),
         window: windows[0].len(),
@@ -269,38 +286,57 @@ impl Task for PerplexityTask {
         "how surprised the model is by a text (lower is better); with a reference model also how far their predictions differ"
     }
 
+    fn check(&self, subject: &Subject<'_>, options: &TaskOptions<'_>) -> Result<(), EvalError> {
+        let (tokens, windows) = tokens_and_windows(self.name(), subject, options)?;
+        let window = windows.cut(&tokens)?[0].len();
+        let models = [Some(subject), options.reference.as_ref()].into_iter().flatten();
+        models.into_iter().try_for_each(|model| check_windows(model, &tokens, window))
+    }
+
     fn run(
         &self,
         subject: &Subject<'_>,
         options: &TaskOptions<'_>,
         progress: &mut Progress<'_>,
     ) -> Result<TaskResult, EvalError> {
-        let text = text_to_score(self.name(), options)?;
-        let default = WindowOptions::default();
-        let windows = WindowOptions { window: options.window.unwrap_or(default.window), windows: options.windows };
+        let (tokens, windows) = tokens_and_windows(self.name(), subject, options)?;
+        let mut finished = open_finished(self.name(), options, &tokens, windows)?;
         let (perplexity, divergence) = match &options.reference {
-            None => {
-                let tokens = subject.tokenizer.encode(text, true)?;
-                let mut finished = open_finished(self.name(), options, &tokens, windows)?;
-                (measured(subject, &tokens, windows, &mut finished, progress)?, None)
-            }
+            None => (measured(subject, &tokens, windows, &mut finished, progress)?, None),
             Some(reference) => {
-                same_vocabulary(subject, reference)?;
-                let tokens = same_tokens(subject, reference, text)?;
-                let mut finished = open_finished(self.name(), options, &tokens, windows)?;
                 let (perplexity, d) = diverging(subject, reference, (&tokens, windows), &mut finished, progress)?;
                 (perplexity, Some((reference.name, d)))
             }
         };
-        let mut details = fields(&perplexity);
-        details.retain(|key, _| key != "value" && key != "tokens");
+        let mut details = Map::new();
+        Metric::exponential(perplexity.mean_nll, perplexity.mean_nll_stderr).tell("perplexity,none", &mut details);
+        details.extend(fields(&perplexity).into_iter().filter(|(key, _)| key != "value" && key != "tokens"));
         if let Some((name, divergence)) = divergence {
             let mut compared = fields(&divergence);
             compared.insert("reference".to_owned(), name.into());
             details.insert("divergence".to_owned(), compared.into());
         }
-        Ok(TaskResult::new(perplexity.value, perplexity.tokens, details))
+        Ok(TaskResult::new(perplexity.value, perplexity.tokens, details).with_cached(finished.served()))
     }
+}
+
+/// The text as the subject, and the reference if there is one, reads it, and how it is cut.
+fn tokens_and_windows(
+    task: &'static str,
+    subject: &Subject<'_>,
+    options: &TaskOptions<'_>,
+) -> Result<(Vec<u32>, WindowOptions), EvalError> {
+    let text = text_to_score(task, options)?;
+    let default = WindowOptions::default();
+    let windows = WindowOptions { window: options.window.unwrap_or(default.window), windows: options.windows };
+    let tokens = match &options.reference {
+        None => subject.tokenizer.encode(text, true)?,
+        Some(reference) => {
+            same_vocabulary(subject, reference)?;
+            same_tokens(subject, reference, text)?
+        }
+    };
+    Ok((tokens, windows))
 }
 
 /// The windows that are finished already: each window depends on the tokens, the window and both models.
@@ -317,9 +353,9 @@ fn open_finished(
 }
 
 /// The fields of a plain struct of numbers and words.
-pub(crate) fn fields(value: &impl Serialize) -> serde_json::Map<String, serde_json::Value> {
+pub(crate) fn fields(value: &impl Serialize) -> Map<String, Value> {
     match serde_json::to_value(value) {
-        Ok(serde_json::Value::Object(map)) => map,
-        _ => serde_json::Map::new(),
+        Ok(Value::Object(map)) => map,
+        _ => Map::new(),
     }
 }

@@ -56,7 +56,7 @@ pub fn retention(
     let (before, after, lost) = (mean(&before)?, mean(&after)?, mean(&differences)?);
     // To first order a small change of the exponent changes the share by as much of itself.
     let share = (-lost.value).exp();
-    let stderr = share * lost.stderr;
+    let stderr = share * lost.stderr.unwrap_or(0.0);
     let (items, tokens) = (lost.items, lost.tokens);
     Ok(Retention { original_nll: before.value, nll: after.value, share, stderr, items, tokens })
 }

@@ -10,11 +10,12 @@ use crate::calibration::{CalibrationCount, Identity, check_items};
 use crate::data::{Item, Items};
 use crate::error::EvalError;
 use crate::items::ItemRecord;
+use crate::metric::{Metric, ratio_and_stderr};
 use crate::scored::{check_tokens, target_nlls};
 use crate::task::{Progress, Subject, Task, TaskOptions, TaskResult};
 use crate::wikitext;
 use serde::Serialize;
-use serde_json::{Map, json};
+use serde_json::{Map, Value, json};
 use std::ops::Range;
 use tailorq_model::Tokenizer;
 
@@ -92,11 +93,7 @@ fn rolling(
     finished: &mut Finished,
     progress: &mut Progress<'_>,
 ) -> Result<(RollingPerplexity, Vec<f64>), EvalError> {
-    let most = subject.model.config.max_positions;
-    if max_length == 0 || max_length > most {
-        let remedy = format!("use 1 to {most}, the context that {} was trained for", subject.name);
-        return Err(EvalError::BadOption { option: "window", value: max_length, remedy });
-    }
+    check_length(subject, max_length)?;
     let (mut tokens, mut sums) = (0, Vec::with_capacity(documents.len()));
     for (document_idx, document) in documents.iter().enumerate() {
         crate::perplexity::report(progress, document_idx, documents.len())?;
@@ -128,10 +125,26 @@ fn rolling(
     Ok((perplexity, sums))
 }
 
+fn check_length(subject: &Subject<'_>, max_length: usize) -> Result<(), EvalError> {
+    let most = subject.model.config.max_positions;
+    if (1..=most).contains(&max_length) {
+        return Ok(());
+    }
+    let remedy = format!("use 1 to {most}, the context that {} was trained for", subject.name);
+    Err(EvalError::BadOption { option: "window", value: max_length, remedy })
+}
+
+/// Most tokens that a window predicts.
+fn window(subject: &Subject<'_>, options: &TaskOptions<'_>) -> usize {
+    options.window.unwrap_or(ROLLING_LENGTH.min(subject.model.config.max_positions))
+}
+
+fn prefixed(subject: &Subject<'_>) -> Result<u32, EvalError> {
+    prefix_token(subject.tokenizer).ok_or_else(|| EvalError::NoPrefixToken { model: subject.name.to_owned() })
+}
+
 fn document_nll(subject: &Subject<'_>, ids: &[u32], max_length: usize, idx: usize) -> Result<f64, EvalError> {
-    let prefix =
-        prefix_token(subject.tokenizer).ok_or_else(|| EvalError::NoPrefixToken { model: subject.name.to_owned() })?;
-    let with_prefix = [&[prefix], ids].concat();
+    let with_prefix = [&[prefixed(subject)?], ids].concat();
     let mut nll = 0.0;
     for Window { inputs, targets } in rolling_windows(ids.len(), max_length) {
         // Token `i` of the document is token `i + 1` behind the prefix.
@@ -205,6 +218,20 @@ impl RollingTask {
     }
 }
 
+/// The three numbers with their uncertainty over documents, which are what was sampled.
+fn metrics(documents: &[Document], sums: &[f64]) -> Map<String, Value> {
+    let ratio = |of: fn(&Document) -> usize| {
+        ratio_and_stderr(&documents.iter().zip(sums).map(|(d, sum)| (-sum, of(d) as f64)).collect::<Vec<_>>())
+    };
+    let ((a_word, of_words), (a_byte, of_bytes)) = (ratio(|d| d.words), ratio(|d| d.bytes));
+    let mut details = Map::new();
+    Metric::exponential(a_word, of_words).tell("word_perplexity,none", &mut details);
+    Metric::exponential(a_byte, of_bytes).tell("byte_perplexity,none", &mut details);
+    let bits = |nats: f64| nats / std::f64::consts::LN_2;
+    Metric::normal(bits(a_byte), of_bytes.map(bits)).tell("bits_per_byte,none", &mut details);
+    details
+}
+
 impl Task for RollingTask {
     fn name(&self) -> &'static str {
         self.name
@@ -218,6 +245,15 @@ impl Task for RollingTask {
         }
     }
 
+    fn check(&self, subject: &Subject<'_>, options: &TaskOptions<'_>) -> Result<(), EvalError> {
+        let (documents, _) = self.documents(options)?;
+        check_length(subject, window(subject, options))?;
+        match documents.iter().any(|document| !document.text.is_empty()) {
+            true => prefixed(subject).map(drop),
+            false => Err(EvalError::TextTooShort { tokens: 0 }),
+        }
+    }
+
     fn run(
         &self,
         subject: &Subject<'_>,
@@ -225,8 +261,7 @@ impl Task for RollingTask {
         progress: &mut Progress<'_>,
     ) -> Result<TaskResult, EvalError> {
         let (documents, known) = self.documents(options)?;
-        let most = subject.model.config.max_positions;
-        let max_length = options.window.unwrap_or(ROLLING_LENGTH.min(most));
+        let max_length = window(subject, options);
         let mut contents = Contents::new(&json!({"max_length": max_length}));
         documents.iter().for_each(|document| contents.add(&document.text.as_str().into()));
         let mut finished = Finished::open(self.name, options, Whose::Subject, contents)?;
@@ -237,15 +272,12 @@ impl Task for RollingTask {
                 log(&ItemRecord { scores, ..ItemRecord::new(self.name, index) });
             }
         }
-        let mut details = Map::new();
-        for (key, value) in crate::perplexity::fields(&perplexity) {
-            let is_metric = ["word_perplexity", "byte_perplexity", "bits_per_byte"].contains(&key.as_str());
-            if key != "tokens" {
-                details.insert(if is_metric { format!("{key},none") } else { key }, value);
-            }
-        }
+        let mut details = metrics(&documents, &sums);
+        let is_told = |key: &str| key == "tokens" || details.contains_key(&format!("{key},none"));
+        let further = crate::perplexity::fields(&perplexity).into_iter().filter(|(key, _)| !is_told(key));
+        details.extend(further.collect::<Vec<_>>());
         known.tell(&mut details);
-        Ok(TaskResult::new(perplexity.word_perplexity, perplexity.tokens, details))
+        Ok(TaskResult::new(perplexity.word_perplexity, perplexity.tokens, details).with_cached(finished.served()))
     }
 }
 

@@ -87,6 +87,9 @@ pub struct TaskResult {
     /// Further numbers of the task, in the order in which they are shown.
     #[serde(flatten)]
     pub details: serde_json::Map<String, serde_json::Value>,
+    /// How many results of items, windows or documents came from the cache, those of the reference included.
+    #[serde(skip)]
+    pub cached: usize,
     /// Results of the parts of a task (groups and subjects), under their names; they stand beside the task's own.
     #[serde(skip)]
     pub parts: Vec<(String, serde_json::Map<String, serde_json::Value>)>,
@@ -95,7 +98,12 @@ pub struct TaskResult {
 impl TaskResult {
     /// A result without parts.
     pub(crate) fn new(value: f64, tokens: usize, details: serde_json::Map<String, serde_json::Value>) -> Self {
-        TaskResult { value, tokens, details, parts: Vec::new() }
+        TaskResult { value, tokens, details, cached: 0, parts: Vec::new() }
+    }
+
+    /// The result, of which so much came from the cache.
+    pub(crate) fn with_cached(self, cached: usize) -> Self {
+        TaskResult { cached, ..self }
     }
 }
 
@@ -105,6 +113,9 @@ pub trait Task: Sync {
     fn name(&self) -> &'static str;
     /// One sentence for help texts.
     fn about(&self) -> &'static str;
+    /// Reads everything that the task reads, and fails where [`Task::run`] would fail before it computes: inputs that are
+    /// missing or damaged, a template that is, test items that were calibration items. Cheap beside a run.
+    fn check(&self, subject: &Subject<'_>, options: &TaskOptions<'_>) -> Result<(), EvalError>;
     /// Scores the subject.
     fn run(
         &self,

@@ -76,6 +76,7 @@ fn gsm8k_runs_in_its_three_ways() {
             let mean = records.iter().map(|r| r.scores[key].as_f64().unwrap()).sum::<f64>() / 4.0;
             assert_eq!(result.details[key].as_f64().unwrap(), mean, "{name} {key}");
             assert!(result.details.contains_key(&key.replace("exact_match", "exact_match_stderr")));
+            assert!(result.details[&key.replace("exact_match", "exact_match_interval95")].is_array());
         }
         assert_eq!(result.details[first], result.value);
         assert_eq!(result.details["items"], 4);
@@ -99,6 +100,8 @@ fn completions_are_scored_with_and_without_a_folder() {
     assert_eq!((result.tokens as u64, result.details["items"].as_u64()), (tokens, Some(5)));
     assert!((result.value - nll / tokens as f64).abs() < 1e-12);
     assert!(result.details["nll_stderr,none"].as_f64().unwrap() > 0.0);
+    let interval = &result.details["nll_interval95,none"];
+    assert!(interval[0].as_f64() < Some(result.value) && interval[1].as_f64() > Some(result.value), "{interval}");
     assert_eq!(records[0].gold, Some("1\n#### 1".into()), "without calculator marks");
     // Eight bytes and the end of the turn. The marks are scored where the file is taken as it is.
     assert_eq!(records[0].scores["tokens"], 9);
@@ -149,6 +152,8 @@ fn spider_is_told_by_hardness() {
     assert_eq!(records.len(), 2);
     assert_eq!(result.value, 0.0, "a random model writes no SQL");
     assert_eq!(result.details["valid_sql,none"], 0.0);
+    let interval = &result.details["by_hardness"]["easy"]["interval95"];
+    assert!(interval[0] == 0.0 && interval[1].as_f64() > Some(0.5), "none of one item is no certain 0: {interval}");
     let classes: Vec<&String> = result.details["by_hardness"].as_object().unwrap().keys().collect();
     assert_eq!(classes, ["easy", "medium"]);
     f.write("spider/test.jsonl", &item("SELECT y FROM a"));

@@ -4,12 +4,13 @@
 //! standard error is the harness' pooled one.
 
 use super::question::Question;
-use super::run::{Asked, decide, summarize};
-use super::verdict::{Verdict, insert_numbers, insert_share};
-use crate::calibration::{Identity, check_items};
+use super::run::{Asked, check_template, decide, summarize};
+use super::verdict::{Verdict, insert_share};
+use crate::calibration::{CalibrationCount, Identity, check_items};
 use crate::data::{DataSet, Item};
 use crate::error::EvalError;
-use crate::items::{python_strip, wilson_interval};
+use crate::items::python_strip;
+use crate::metric::{Metric, wilson_interval};
 use crate::prompt::{Lead, Shot};
 use crate::task::{Progress, Subject, Task, TaskOptions, TaskResult};
 use serde_json::{Map, Value};
@@ -110,30 +111,17 @@ impl Task for Mmlu {
         "57 subjects, by letter; papers use --num-fewshot 5"
     }
 
+    fn check(&self, subject: &Subject<'_>, options: &TaskOptions<'_>) -> Result<(), EvalError> {
+        check_template(subject, options, &ask(options)?.asked)
+    }
+
     fn run(
         &self,
         subject: &Subject<'_>,
         options: &TaskOptions<'_>,
         progress: &mut Progress<'_>,
     ) -> Result<TaskResult, EvalError> {
-        let data = DataSet::open(self.name(), "mmlu", options)?;
-        let items = data.items(options)?;
-        let identity = |item: Item<'_>| {
-            let beside = item.texts("choices")?.into_iter().map(str::to_owned).collect();
-            Ok(Identity { questions: vec![item.text("question")?.to_owned()], beside })
-        };
-        let known = check_items(self.name(), options, &items, identity)?;
-        let n_shots = options.items.num_fewshot.unwrap_or(0);
-        let examples = if n_shots > 0 { Examples::read(&data, n_shots)? } else { Examples::default() };
-        let (mut subjects, mut asked) = (Vec::with_capacity(items.len()), Vec::with_capacity(items.len()));
-        for item in items.iter() {
-            let name = item.text("subject")?;
-            if group_of(name).is_none() {
-                return Err(item.fail(format!("is of the subject '{name}', which is none of the 57 of the data set")));
-            }
-            asked.push(Asked { question: read(&item)?, lead: examples.lead(&item, name, n_shots)? });
-            subjects.push(name);
-        }
+        let Questions { asked, subjects, known } = ask(options)?;
         let decided = decide(self.name(), subject, asked, false, options, progress)?;
         let mut result = summarize(self.name(), &decided, false, options);
         let by_subject = by_subject(&subjects, &decided.verdicts);
@@ -143,6 +131,38 @@ impl Task for Mmlu {
         known.tell(&mut result.details);
         Ok(result)
     }
+}
+
+/// All questions, each with its subject.
+struct Questions {
+    asked: Vec<Asked>,
+    subjects: Vec<&'static str>,
+    known: CalibrationCount,
+}
+
+fn ask(options: &TaskOptions<'_>) -> Result<Questions, EvalError> {
+    let data = DataSet::open(MMLU.name(), "mmlu", options)?;
+    let items = data.items(options)?;
+    let identity = |item: Item<'_>| {
+        let beside = item.texts("choices")?.into_iter().map(str::to_owned).collect();
+        Ok(Identity { questions: vec![item.text("question")?.to_owned()], beside })
+    };
+    let known = check_items(MMLU.name(), options, &items, identity)?;
+    let n_shots = options.items.num_fewshot.unwrap_or(0);
+    let examples = if n_shots > 0 { Examples::read(&data, n_shots)? } else { Examples::default() };
+    let (mut subjects, mut asked) = (Vec::with_capacity(items.len()), Vec::with_capacity(items.len()));
+    for item in items.iter() {
+        let name = item.text("subject")?;
+        let subject = subject_named(name)
+            .ok_or_else(|| item.fail(format!("is of the subject '{name}', which is none of the 57 of the data set")))?;
+        asked.push(Asked { question: read(&item)?, lead: examples.lead(&item, name, n_shots)? });
+        subjects.push(subject);
+    }
+    Ok(Questions { asked, subjects, known })
+}
+
+fn subject_named(name: &str) -> Option<&'static str> {
+    GROUPS.iter().flat_map(|(_, subjects)| *subjects).copied().find(|subject| *subject == name)
 }
 
 fn group_of(subject: &str) -> Option<&'static str> {
@@ -218,8 +238,9 @@ fn parts(by_subject: &BTreeMap<&str, Vec<bool>>) -> Vec<(String, Map<String, Val
         }
         let mut details = headed(group, hits.len());
         let right = hits.iter().filter(|hit| **hit).count() as f64;
-        let (mean, interval) = (right / hits.len() as f64, wilson_interval(right, hits.len()));
-        insert_numbers(&mut details, "acc", mean, pooled_stderr(of_group), interval);
+        let interval95 = Some(wilson_interval(right, hits.len()));
+        let stderr = Some(pooled_stderr(of_group));
+        Metric { value: right / hits.len() as f64, stderr, interval95 }.tell("acc,none", &mut details);
         parts.push((format!("mmlu_{group}"), details));
     }
     for (subject, hits) in by_subject {
@@ -254,7 +275,7 @@ fn pooled_stderr<'a>(tasks: impl IntoIterator<Item = &'a [bool]>) -> f64 {
 mod tests {
     use super::*;
     use crate::choice::testing::{self, of, texts};
-    use crate::items::mean_and_stderr;
+    use crate::metric::mean_and_stderr;
 
     const ROW: &str =
         r#"{"subject": "high_school_biology", "question": " What?\n", "choices": ["w", "x", "y", "z"], "answer": 2}"#;

@@ -30,7 +30,7 @@ use crate::fewshot::Examples;
 use crate::prompt::{Lead, Shot};
 use crate::task::{Progress, Subject, Task, TaskOptions, TaskResult};
 use question::Question;
-use run::{Asked, decide, summarize};
+use run::{Asked, check_template, decide, summarize};
 
 /// A task of choices whose rows are read one by one.
 struct ChoiceTask {
@@ -69,6 +69,10 @@ impl Task for ChoiceTask {
 
     fn about(&self) -> &'static str {
         self.about
+    }
+
+    fn check(&self, subject: &Subject<'_>, options: &TaskOptions<'_>) -> Result<(), EvalError> {
+        check_template(subject, options, &self.ask(options)?.0)
     }
 
     fn run(

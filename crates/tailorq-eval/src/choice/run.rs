@@ -1,9 +1,10 @@
 //! From questions to results: scoring, the log, the reference.
 
 use super::question::Question;
-use super::verdict::{Verdict, flips, insert_share};
+use super::verdict::{Verdict, insert_share};
 use crate::cache::{Contents, Finished, Whose};
 use crate::error::EvalError;
+use crate::flips::{Pair, flips};
 use crate::items::ItemRecord;
 use crate::likelihood::{Likelihood, PreparedItem, prepare, score_items};
 use crate::prompt::{Asker, Lead, PromptStyle};
@@ -25,6 +26,20 @@ pub(super) struct Decided {
     pub(super) tokens: usize,
     /// Items of which a context lost its beginning.
     shortened: usize,
+    /// Results of items that came from the cache.
+    cached: usize,
+}
+
+/// Asks the first question as all of them will be asked, of the reference too, and scores nothing.
+pub(super) fn check_template(
+    subject: &Subject<'_>,
+    options: &TaskOptions<'_>,
+    asked: &[Asked],
+) -> Result<(), EvalError> {
+    let models = [Some(subject), options.reference.as_ref()].into_iter().flatten();
+    models
+        .flat_map(|model| asked.first().map(|first| (model, first)))
+        .try_for_each(|(model, first)| first.question.requests(Asker::new(model, options), &first.lead).map(drop))
 }
 
 /// Scores all questions, with the reference too if there is one, and logs them in their order.
@@ -44,19 +59,21 @@ pub(super) fn decide(
     let mut finished = Finished::open(task, options, Whose::Subject, contents)?;
     let scores = score_items(subject, &items, &mut finished, &mut |done, _| progress(done, total))?;
     let verdicts = judge(&asked, &scores);
+    let mut cached = finished.served();
     let mut of_reference = None;
     if let Some(reference) = &options.reference {
         let (items, contents) = prepare_all(task, reference, &asked, options)?;
         let mut finished = Finished::open(task, options, Whose::Reference, contents)?;
         let scores = score_items(reference, &items, &mut finished, &mut |done, _| progress(n + done, total))?;
         of_reference = Some(judge(&asked, &scores));
+        cached += finished.served();
     }
     if let Some(log) = options.items.log {
         for (index, verdict) in verdicts.iter().enumerate() {
             log(&record(task, index, verdict, of_reference.as_ref().map(|all| &all[index]), by_length));
         }
     }
-    Ok(Decided { verdicts, of_reference, tokens, shortened })
+    Ok(Decided { verdicts, of_reference, tokens, shortened, cached })
 }
 
 /// All items as the model reads them, and all that decides their likelihoods.
@@ -143,7 +160,21 @@ pub(super) fn summarize(
     }
     details.insert("shortened_prompts".to_owned(), decided.shortened.into());
     if let (Some(of_reference), Some(reference)) = (&decided.of_reference, &options.reference) {
-        details.insert("flips".to_owned(), flips(reference.name, of_reference, verdicts));
+        let pairs = |of: fn(&Verdict, &Verdict) -> Pair| -> Vec<Pair> {
+            of_reference.iter().zip(verdicts).map(|(r, m)| of(r, m)).collect()
+        };
+        let by_sum = |r: &Verdict, m: &Verdict| Pair {
+            right: [r.is_right(), m.is_right()],
+            differs: r.prediction != m.prediction,
+        };
+        let by_norm = |r: &Verdict, m: &Verdict| Pair {
+            right: [r.is_right_by_length(), m.is_right_by_length()],
+            differs: r.prediction_norm != m.prediction_norm,
+        };
+        details.insert("flips".to_owned(), flips(reference.name, "acc,none", &pairs(by_sum)));
+        if by_length {
+            details.insert("flips_acc_norm".to_owned(), flips(reference.name, "acc_norm,none", &pairs(by_norm)));
+        }
     }
-    TaskResult::new(value, decided.tokens, details)
+    TaskResult::new(value, decided.tokens, details).with_cached(decided.cached)
 }

@@ -1,8 +1,8 @@
 //! What log-likelihoods decide, and what many decisions come to.
 
-use crate::items::{mean_and_stderr, wilson_interval};
 use crate::likelihood::Likelihood;
-use serde_json::{Map, Value, json};
+use crate::metric::Metric;
+use serde_json::{Map, Value};
 
 /// A model's decision on an item.
 #[derive(Clone, Debug, PartialEq)]
@@ -58,37 +58,9 @@ fn first_largest(values: impl Iterator<Item = f64>) -> usize {
 /// A share with its standard error and interval, under the harness' names.
 pub(crate) fn insert_share(details: &mut Map<String, Value>, metric: &str, hits: &[bool]) -> f64 {
     let values: Vec<f64> = hits.iter().map(|hit| f64::from(u8::from(*hit))).collect();
-    let (mean, stderr) = mean_and_stderr(&values);
-    insert_numbers(details, metric, mean, stderr, wilson_interval(values.iter().sum(), values.len()));
-    mean
-}
-
-/// The same from numbers that are known.
-pub(crate) fn insert_numbers(
-    details: &mut Map<String, Value>,
-    metric: &str,
-    mean: f64,
-    stderr: f64,
-    interval: [f64; 2],
-) {
-    details.insert(format!("{metric},none"), mean.into());
-    details.insert(format!("{metric}_stderr,none"), stderr.into());
-    details.insert(format!("{metric}_interval95,none"), json!(interval));
-}
-
-/// How the decisions of two models differ on the same items.
-pub(crate) fn flips(reference: &str, of_reference: &[Verdict], of_model: &[Verdict]) -> Value {
-    let pairs = || of_reference.iter().zip(of_model);
-    let count = |test: &dyn Fn(&Verdict, &Verdict) -> bool| pairs().filter(|(r, m)| test(r, m)).count();
-    let right = of_reference.iter().filter(|r| r.is_right()).count();
-    json!({
-        "reference": reference,
-        "reference_acc": right as f64 / of_reference.len() as f64,
-        "right_to_wrong": count(&|r, m| r.is_right() && !m.is_right()),
-        "wrong_to_right": count(&|r, m| !r.is_right() && m.is_right()),
-        "changed_predictions": count(&|r, m| r.prediction != m.prediction),
-        "items": of_model.len(),
-    })
+    let share = Metric::of_scores(&values);
+    share.tell(&format!("{metric},none"), details);
+    share.value
 }
 
 #[cfg(test)]
@@ -107,18 +79,5 @@ mod tests {
         assert!(!long.is_right() && long.is_right_by_length());
         let tied = verdict(&[-3.0, -2.0, -2.0], &[3, 2, 2], 2);
         assert_eq!((tied.prediction, tied.prediction_norm), (1, 0));
-    }
-
-    #[test]
-    fn flips_are_told_by_direction() {
-        let (yes, no) = (verdict(&[-1.0, -2.0], &[1, 1], 0), verdict(&[-2.0, -1.0], &[1, 1], 0));
-        let reference = [yes.clone(), yes.clone(), no.clone(), yes.clone()];
-        let model = [no.clone(), yes, no, verdict(&[-2.0, -1.0], &[1, 1], 0)];
-        let told = flips("original", &reference, &model);
-        assert_eq!(
-            (&told["right_to_wrong"], &told["wrong_to_right"], &told["items"]),
-            (&2.into(), &0.into(), &4.into())
-        );
-        assert_eq!((&told["changed_predictions"], &told["reference_acc"]), (&2.into(), &0.75.into()));
     }
 }

@@ -3,17 +3,20 @@
 use super::gsm8k::Style;
 use super::jsonl::Question;
 use super::spider::Databases;
-use super::{Answered, Ending, Exercise, Judgement, MAX_TOKENS, answer, contents};
+use super::{Answered, Ending, Exercise, Judgement, MAX_TOKENS, Prompt, answer, contents};
 use crate::cache::{Finished, Whose};
 use crate::calibration::{CalibrationCount, Identity, check_items};
+use crate::completion::rendered_prompt;
 use crate::data::{DataSet, Item, Items, data_file};
 use crate::error::EvalError;
 use crate::fewshot::Examples;
-use crate::items::{ItemRecord, mean_and_stderr};
+use crate::flips::{Pair, flips};
+use crate::items::ItemRecord;
+use crate::metric::Metric;
 use crate::prompt::PromptStyle;
 use crate::sql::{Hardness, SqlLimits};
 use crate::task::{Progress, Subject, Task, TaskOptions, TaskResult};
-use serde_json::{Map, json};
+use serde_json::{Map, Value, json};
 
 /// Few-shot examples of `gsm8k`.
 const SHOTS: usize = 5;
@@ -47,16 +50,41 @@ impl Task for Gsm8k {
         }
     }
 
+    fn check(&self, subject: &Subject<'_>, options: &TaskOptions<'_>) -> Result<(), EvalError> {
+        let (data, items, _) = self.read(options)?;
+        check_prompts(subject, &self.exercises(subject, options, &data, &items)?, options)
+    }
+
     fn run(
         &self,
         subject: &Subject<'_>,
         options: &TaskOptions<'_>,
         progress: &mut Progress<'_>,
     ) -> Result<TaskResult, EvalError> {
+        let (data, items, known) = self.read(options)?;
+        let exercises = self.exercises(subject, options, &data, &items)?;
+        let max_tokens = if self.style == Style::Chat { 2 * MAX_TOKENS } else { MAX_TOKENS };
+        let ending = ending(options, max_tokens, self.style.stop());
+        Ok(scored(self.name, known, &run(self.name, subject, &exercises, &ending, options, progress)?))
+    }
+}
+
+impl Gsm8k {
+    fn read(&self, options: &TaskOptions<'_>) -> Result<(DataSet, Items, CalibrationCount), EvalError> {
         let data = DataSet::open(self.name, "gsm8k", options)?;
         let items = data.items(options)?;
         let identity = |item| gsm8k_texts(item).map(|(question, solution)| Identity::new(question, solution));
         let known = check_items(self.name, options, &items, identity)?;
+        Ok((data, items, known))
+    }
+
+    fn exercises<'a>(
+        &self,
+        subject: &Subject<'_>,
+        options: &TaskOptions<'_>,
+        data: &DataSet,
+        items: &'a Items,
+    ) -> Result<Vec<Exercise<'a>>, EvalError> {
         let n_shots = match self.style {
             Style::FiveShot => options.items.num_fewshot.unwrap_or(SHOTS),
             Style::ChainOfThought | Style::Chat => 0,
@@ -64,7 +92,7 @@ impl Task for Gsm8k {
         if options.items.style != PromptStyle::Text && subject.template.is_none() {
             return Err(EvalError::NoTemplate { model: subject.name.to_owned() });
         }
-        let mut examples = Examples::open(&data, n_shots)?;
+        let mut examples = Examples::open(data, n_shots)?;
         let mut exercises = Vec::with_capacity(items.len());
         for item in items.iter() {
             let shots = examples.next().into_iter().map(gsm8k_texts).collect::<Result<Vec<_>, EvalError>>()?;
@@ -76,9 +104,7 @@ impl Task for Gsm8k {
                 judge: Box::new(move |completion| Ok(style.judge(completion, solution))),
             });
         }
-        let max_tokens = if self.style == Style::Chat { 2 * MAX_TOKENS } else { MAX_TOKENS };
-        let ending = ending(options, max_tokens, self.style.stop());
-        Ok(scored(self.name, known, run(self.name, subject, &exercises, &ending, options, progress)?))
+        Ok(exercises)
     }
 }
 
@@ -97,53 +123,65 @@ impl Task for Spider {
         "questions about databases, answered by SQL that is run"
     }
 
+    fn check(&self, subject: &Subject<'_>, options: &TaskOptions<'_>) -> Result<(), EvalError> {
+        let (items, databases, _) = spider_items(options)?;
+        check_prompts(subject, &spider_exercises(&items, &databases)?, options)
+    }
+
     fn run(
         &self,
         subject: &Subject<'_>,
         options: &TaskOptions<'_>,
         progress: &mut Progress<'_>,
     ) -> Result<TaskResult, EvalError> {
-        let data = DataSet::open(self.name(), "spider", options)?;
-        let DataSet::Folder(folder) = &data else {
-            return Err(EvalError::MissingInput {
-                task: self.name(),
-                input: "a folder with its databases (--data DIR)",
-            });
-        };
-        let items = data.items(options)?;
-        let identity = |item: Item<'_>| Ok(Identity::new(item.text("question")?, item.text("query")?));
-        let known = check_items(self.name(), options, &items, identity)?;
-        let databases = Databases::open(folder)?;
-        let mut exercises = Vec::with_capacity(items.len());
-        let mut classes = Vec::with_capacity(items.len());
-        for item in items.iter() {
-            let (db_id, question, gold) = (item.text("db_id")?, item.text("question")?, item.text("query")?);
-            let databases = &databases;
-            classes.push(Hardness::of(gold));
-            exercises.push(Exercise {
-                index: item.index,
-                prompt: databases.prompt(db_id, question)?,
-                judge: Box::new(move |completion| {
-                    Ok(databases.judge(db_id, gold, completion, false, SqlLimits::default())?)
-                }),
-            });
-        }
+        let (items, databases, known) = spider_items(options)?;
+        let exercises = spider_exercises(&items, &databases)?;
+        let classes: Vec<Hardness> =
+            items.iter().map(|item| Ok(Hardness::of(item.text("query")?))).collect::<Result<_, EvalError>>()?;
         let answers = run(self.name(), subject, &exercises, &ending(options, MAX_TOKENS, &[]), options, progress)?;
         let by_class: Map<_, _> = (Hardness::ALL.iter())
             .filter_map(|class| {
-                let of_class = answers.iter().filter(|a| classes[a.index] == *class);
+                let of_class = answers.ours.iter().filter(|a| classes[a.index] == *class);
                 let values: Vec<f64> = of_class.map(|a| a.judgement.scores[0].1).collect();
                 (!values.is_empty()).then(|| {
-                    let (mean, stderr) = mean_and_stderr(&values);
-                    let entry = json!({"execution_accuracy": mean, "stderr": stderr, "items": values.len()});
+                    let Metric { value, stderr, interval95 } = Metric::of_scores(&values);
+                    let entry = json!({
+                        "execution_accuracy": value, "stderr": stderr, "interval95": interval95, "items": values.len(),
+                    });
                     (class.name().to_owned(), entry)
                 })
             })
             .collect();
-        let mut result = scored(self.name(), known, answers);
+        let mut result = scored(self.name(), known, &answers);
         result.details.insert("by_hardness".to_owned(), by_class.into());
         Ok(result)
     }
+}
+
+fn spider_items(options: &TaskOptions<'_>) -> Result<(Items, Databases, CalibrationCount), EvalError> {
+    let data = DataSet::open(SPIDER.name(), "spider", options)?;
+    let DataSet::Folder(folder) = &data else {
+        let input = "a folder with its databases (--data DIR)";
+        return Err(EvalError::MissingInput { task: SPIDER.name(), input });
+    };
+    let items = data.items(options)?;
+    let identity = |item: Item<'_>| Ok(Identity::new(item.text("question")?, item.text("query")?));
+    let known = check_items(SPIDER.name(), options, &items, identity)?;
+    Ok((items, Databases::open(folder)?, known))
+}
+
+fn spider_exercises<'a>(items: &'a Items, databases: &'a Databases) -> Result<Vec<Exercise<'a>>, EvalError> {
+    let exercise = |item: Item<'a>| {
+        let (db_id, question, gold) = (item.text("db_id")?, item.text("question")?, item.text("query")?);
+        Ok(Exercise {
+            index: item.index,
+            prompt: databases.prompt(db_id, question)?,
+            judge: Box::new(move |completion| {
+                Ok(databases.judge(db_id, gold, completion, false, SqlLimits::default())?)
+            }),
+        })
+    };
+    items.iter().map(exercise).collect()
 }
 
 struct Jsonl;
@@ -157,33 +195,61 @@ impl Task for Jsonl {
         "prompts and answers of your own: exact match and F1 of words, or the letter of an option"
     }
 
+    fn check(&self, subject: &Subject<'_>, options: &TaskOptions<'_>) -> Result<(), EvalError> {
+        let (questions, _) = jsonl_questions(options)?;
+        check_prompts(subject, &jsonl_exercises(&questions, options), options)
+    }
+
     fn run(
         &self,
         subject: &Subject<'_>,
         options: &TaskOptions<'_>,
         progress: &mut Progress<'_>,
     ) -> Result<TaskResult, EvalError> {
-        let path = data_file(self.name(), options)?;
-        let items = Items::read(path)?.limited(options);
-        let read = |item: Item<'_>| Question::read(item.row).map_err(|problem| item.fail(problem));
-        let questions = items.iter().map(read).collect::<Result<Vec<_>, EvalError>>()?;
-        let known = check_items(self.name(), options, &items, |item| Ok(questions[item.index].identity.clone()))?;
-        let with_options = questions.iter().filter(|q| q.n_options > 0).count();
-        if with_options > 0 && with_options < questions.len() {
-            let problem = "mixes items with options and items without: put them into two files".to_owned();
-            return Err(EvalError::Data { path: path.to_owned(), problem });
-        }
-        let chat = !options.items.plain;
-        let exercises: Vec<Exercise<'_>> = (questions.iter().enumerate())
-            .map(|(index, question)| Exercise {
-                index,
-                prompt: question.prompt(chat),
-                judge: Box::new(move |completion| Ok(question.judge(completion))),
-            })
-            .collect();
+        let (questions, known) = jsonl_questions(options)?;
+        let exercises = jsonl_exercises(&questions, options);
         let ending = ending(options, MAX_TOKENS, &[]);
-        Ok(scored(self.name(), known, run(self.name(), subject, &exercises, &ending, options, progress)?))
+        Ok(scored(self.name(), known, &run(self.name(), subject, &exercises, &ending, options, progress)?))
     }
+}
+
+fn jsonl_questions(options: &TaskOptions<'_>) -> Result<(Vec<Question>, CalibrationCount), EvalError> {
+    let path = data_file(JSONL.name(), options)?;
+    let items = Items::read(path)?.limited(options);
+    let read = |item: Item<'_>| Question::read(item.row).map_err(|problem| item.fail(problem));
+    let questions = items.iter().map(read).collect::<Result<Vec<_>, EvalError>>()?;
+    let known = check_items(JSONL.name(), options, &items, |item| Ok(questions[item.index].identity.clone()))?;
+    let with_options = questions.iter().filter(|q| q.n_options > 0).count();
+    if with_options > 0 && with_options < questions.len() {
+        let problem = "mixes items with options and items without: put them into two files".to_owned();
+        return Err(EvalError::Data { path: path.to_owned(), problem });
+    }
+    Ok((questions, known))
+}
+
+fn jsonl_exercises<'a>(questions: &'a [Question], options: &TaskOptions<'_>) -> Vec<Exercise<'a>> {
+    let chat = !options.items.plain;
+    let exercise = |(index, question): (usize, &'a Question)| Exercise {
+        index,
+        prompt: question.prompt(chat),
+        judge: Box::new(move |completion| Ok(question.judge(completion))),
+    };
+    questions.iter().enumerate().map(exercise).collect()
+}
+
+/// Renders the first prompt as all of them will be, of the reference too.
+fn check_prompts(
+    subject: &Subject<'_>,
+    exercises: &[Exercise<'_>],
+    options: &TaskOptions<'_>,
+) -> Result<(), EvalError> {
+    let models = [Some(subject), options.reference.as_ref()].into_iter().flatten();
+    models.flat_map(|model| exercises.first().map(|first| (model, first))).try_for_each(|(model, first)| {
+        if let Prompt::Chat(messages) = &first.prompt {
+            rendered_prompt(model.template, messages)?;
+        }
+        Ok(())
+    })
 }
 
 fn ending(options: &TaskOptions<'_>, max_tokens: usize, stop: &[&str]) -> Ending {
@@ -192,25 +258,56 @@ fn ending(options: &TaskOptions<'_>, max_tokens: usize, stop: &[&str]) -> Ending
     Ending { max_tokens: options.items.max_tokens.unwrap_or(max_tokens), stop }
 }
 
-fn run(
+/// What was answered.
+struct Answers<'a> {
+    /// By the model.
+    ours: Vec<Answered>,
+    /// By the reference, if there is one, with its name.
+    of_reference: Option<(&'a str, Vec<Answered>)>,
+    /// How many answers came from the cache.
+    cached: usize,
+}
+
+fn run<'a>(
     task: &'static str,
     subject: &Subject<'_>,
     exercises: &[Exercise<'_>],
     ending: &Ending,
-    options: &TaskOptions<'_>,
+    options: &TaskOptions<'a>,
     progress: &mut Progress<'_>,
-) -> Result<Vec<Answered>, EvalError> {
-    let mut finished = Finished::open(task, options, Whose::Subject, contents(exercises, ending))?;
-    let answers = answer(subject, exercises, ending, &mut finished, &mut |done, total, _| progress(done, total))?;
+) -> Result<Answers<'a>, EvalError> {
+    let n = exercises.len();
+    let total = if options.reference.is_some() { 2 * n } else { n };
+    let mut cached = 0;
+    let mut answered_by = |model: &Subject<'_>, whose: Whose, before: usize| {
+        let mut finished = Finished::open(task, options, whose, contents(exercises, ending))?;
+        let on_answer = &mut |done, _, _: Option<&Answered>| progress(before + done, total);
+        let answers = answer(model, exercises, ending, &mut finished, on_answer)?;
+        cached += finished.served();
+        Ok::<_, EvalError>(answers)
+    };
+    let ours = answered_by(subject, Whose::Subject, 0)?;
+    let of_reference = match &options.reference {
+        Some(reference) => Some((reference.name, answered_by(reference, Whose::Reference, n)?)),
+        None => None,
+    };
     if let Some(log) = options.items.log {
         // Items are finished in no particular order, and a log should be the same every time.
-        answers.iter().for_each(|answered| log(&record(task, answered)));
+        for (at, answered) in ours.iter().enumerate() {
+            log(&record(task, answered, of_reference.as_ref().map(|(_, all)| &all[at])));
+        }
     }
-    Ok(answers)
+    Ok(Answers { ours, of_reference, cached })
 }
 
-fn record(task: &'static str, answered: &Answered) -> ItemRecord {
+fn record(task: &'static str, answered: &Answered, of_reference: Option<&Answered>) -> ItemRecord {
     let Judgement { prediction, gold, scores } = &answered.judgement;
+    let mut scores: Map<String, Value> =
+        scores.iter().map(|(name, score)| ((*name).to_owned(), (*score).into())).collect();
+    if let Some(Answered { completion, judgement, .. }) = of_reference {
+        scores.insert("reference_completion".to_owned(), completion.text.clone().into());
+        scores.insert("reference_prediction".to_owned(), judgement.prediction.clone().into());
+    }
     ItemRecord {
         task,
         index: answered.index,
@@ -218,12 +315,13 @@ fn record(task: &'static str, answered: &Answered) -> ItemRecord {
         loglikelihoods: None,
         prediction: Some(prediction.clone().into()),
         gold: Some(gold.clone().into()),
-        scores: scores.iter().map(|(name, score)| ((*name).to_owned(), (*score).into())).collect(),
+        scores,
     }
 }
 
-/// The mean of every score with its standard error; the first is the task's value.
-fn scored(task: &'static str, known: CalibrationCount, answers: Vec<Answered>) -> TaskResult {
+/// The mean of every score with its standard error and interval; the first is the task's value.
+fn scored(task: &'static str, known: CalibrationCount, all: &Answers<'_>) -> TaskResult {
+    let answers = &all.ours;
     let mut details = Map::new();
     details.insert("alias".to_owned(), task.into());
     details.insert("items".to_owned(), answers.len().into());
@@ -232,16 +330,28 @@ fn scored(task: &'static str, known: CalibrationCount, answers: Vec<Answered>) -
     let mut value = f64::NAN;
     for (at, name) in names.iter().enumerate() {
         let values: Vec<f64> = answers.iter().map(|a| a.judgement.scores[at].1).collect();
-        let (mean, stderr) = mean_and_stderr(&values);
+        let mean = Metric::of_scores(&values);
         if at == 0 {
-            value = mean;
+            value = mean.value;
         }
-        let (metric, filter) = name.split_once(',').unwrap_or((name, "none"));
-        details.insert((*name).to_owned(), mean.into());
-        details.insert(format!("{metric}_stderr,{filter}"), stderr.into());
+        mean.tell(name, &mut details);
     }
     let cut = answers.iter().filter(|a| a.completion.cut_tokens > 0).count();
     details.insert("shortened_prompts".to_owned(), cut.into());
     known.tell(&mut details);
-    TaskResult::new(value, answers.iter().map(|a| a.completion.tokens.len()).sum(), details)
+    if let (Some((reference, theirs)), Some(first)) = (&all.of_reference, names.first()) {
+        details.insert("flips".to_owned(), flips(reference, first, &pairs(theirs, answers)));
+    }
+    let tokens = answers.iter().map(|a| a.completion.tokens.len()).sum();
+    TaskResult::new(value, tokens, details).with_cached(all.cached)
+}
+
+/// What both models made of each item, by the task's first score.
+fn pairs(of_reference: &[Answered], ours: &[Answered]) -> Vec<Pair> {
+    let is_right = |answered: &Answered| answered.judgement.scores.first().is_some_and(|(_, score)| *score == 1.0);
+    let pair = |(r, m): (&Answered, &Answered)| Pair {
+        right: [is_right(r), is_right(m)],
+        differs: r.judgement.prediction != m.judgement.prediction,
+    };
+    of_reference.iter().zip(ours).map(pair).collect()
 }

@@ -1,19 +1,20 @@
 //! `tailorq eval`: measure a model.
 
+mod log;
+mod measure;
 mod overall;
 mod results;
+mod table;
 
 use crate::console::Console;
-use crate::progress::Progress;
-use anyhow::{Context, ensure};
+use anyhow::ensure;
 use clap::Args;
-use overall::Overall;
-use results::{object, table};
-use serde_json::Value;
-use std::cell::RefCell;
-use std::fs::File;
-use std::io::{BufWriter, Write};
-use std::path::{Path, PathBuf};
+use log::SampleLog;
+use measure::{check, measure};
+use results::Findings;
+use std::cell::OnceCell;
+use std::path::PathBuf;
+use std::time::Instant;
 use tailorq::{Activations, Device, OpenedModel};
 use tailorq_eval::{Cache, CalibrationItems, ItemOptions, ItemRecord, PromptStyle, Subject, Task, TaskOptions, task};
 
@@ -102,6 +103,7 @@ Examples:
 
 /// Runs the command.
 pub fn execute(args: &EvalArgs, console: &Console) -> anyhow::Result<()> {
+    let started = Instant::now();
     let tasks = find_tasks(&args.task)?;
     let text = args.text.as_deref().map(super::read_text).transpose()?;
     if let (Some(text), Some(path)) = (&text, &args.text) {
@@ -116,9 +118,10 @@ pub fn execute(args: &EvalArgs, console: &Console) -> anyhow::Result<()> {
     let computed = (device.as_ref(), args.activations);
     let hashes = args.cache.as_ref().map(|_| model_hashes(&opened, reference.as_ref(), computed)).transpose()?;
     let cache = args.cache.as_deref().zip(hashes.as_ref());
-    let log = args.log_samples.as_deref().map(SampleLog::create).transpose()?;
+    // Opened when nothing stands in the way any more: the log of an earlier run is not lost to a mistake in the command.
+    let log: OnceCell<SampleLog> = OnceCell::new();
     let write = |record: &ItemRecord| {
-        if let Some(log) = &log {
+        if let Some(log) = log.get() {
             log.write(record);
         }
     };
@@ -128,47 +131,49 @@ pub fn execute(args: &EvalArgs, console: &Console) -> anyhow::Result<()> {
         windows: args.windows.map(|n| n as usize),
         reference: reference.as_ref().map(|opened| subject(opened, exact.as_ref())),
         items: ItemOptions {
-            data: args.data.as_deref(),
-            limit: args.limit.map(|n| n as usize),
-            num_fewshot: args.num_fewshot.map(|n| n as usize),
-            style: match (args.apply_chat_template, args.fewshot_as_multiturn) {
+            calibration: &calibration,
+            cache: cache.map(|(folder, (model, reference))| Cache { folder, model, reference: reference.as_deref() }),
+            log: Some(&write),
+            ..args.items()
+        },
+    };
+    let model = subject(&opened, device.as_ref());
+    check(&tasks, &model, &options)?;
+    if let Some(path) = &args.log_samples {
+        let created = SampleLog::create(path)?;
+        log.get_or_init(|| created);
+    }
+    let (measured, outcome) = measure(&tasks, &model, &options, console);
+    let logged = log.into_inner().map_or(Ok(()), SampleLog::finish);
+    let found = Findings { model: &args.model, measured: &measured, stopped: outcome.as_ref().err(), started };
+    found.notes(console);
+    if !measured.is_empty() {
+        console.object(&found.object())?;
+        console.text(&found.table())?;
+    }
+    outcome.map_err(|stopped| stopped.error)?;
+    logged
+}
+
+impl EvalArgs {
+    /// What the command line says about items.
+    fn items(&self) -> ItemOptions<'_> {
+        ItemOptions {
+            data: self.data.as_deref(),
+            limit: self.limit.map(|n| n as usize),
+            num_fewshot: self.num_fewshot.map(|n| n as usize),
+            style: match (self.apply_chat_template, self.fewshot_as_multiturn) {
                 (false, _) => PromptStyle::Text,
                 (true, false) => PromptStyle::Chat,
                 (true, true) => PromptStyle::ChatOfTurns,
             },
-            max_tokens: args.max_tokens.map(|n| n as usize),
-            stop: &args.stop,
-            plain: args.plain,
-            calibration: &calibration,
-            allow_calibration_items: args.allow_calibration_items,
-            cache: cache.map(|(folder, (model, reference))| Cache { folder, model, reference: reference.as_deref() }),
-            log: Some(&write),
-        },
-    };
-    let mut results = Vec::new();
-    let mut overall = Overall::new(tasks.len());
-    for task in tasks {
-        let progress = Progress::new(console, &overall.label(task.name()), 1);
-        let step = &mut |done, total| progress.step_with(done, total, &overall.detail(done, total));
-        let result = task
-            .run(&subject(&opened, device.as_ref()), &options, step)
-            .with_context(|| format!("task {} on {}", task.name(), args.model))?;
-        results.push((task.name(), result));
-        overall.next();
-    }
-    if let Some(log) = log {
-        log.finish()?;
-    }
-    for (name, result) in &results {
-        if let Some(known) = result.details.get("calibration_items") {
-            console.note(&format!("{known} items of {name} were calibration items: its score flatters the model"));
-        }
-        if result.details.get("shortened") == Some(&Value::Bool(true)) {
-            console.note("the text is shorter than a window: all of it was scored as one shorter window");
+            max_tokens: self.max_tokens.map(|n| n as usize),
+            stop: &self.stop,
+            plain: self.plain,
+            allow_calibration_items: self.allow_calibration_items,
+            ..ItemOptions::default()
         }
     }
-    console.object(&object(&args.model, &results))?;
-    console.text(&table(&args.model, &results))
 }
 
 /// What the models were calibrated on, as far as their reports tell.
@@ -191,35 +196,6 @@ fn model_hashes(
         hash = format!("{hash} {activations}");
     }
     Ok((hash, reference.map(tailorq::model_sha256).transpose()?))
-}
-
-/// A file that gets a line for each item. Writing cannot fail where items are scored, so a failure is kept for the end.
-struct SampleLog {
-    path: PathBuf,
-    file: RefCell<BufWriter<File>>,
-    failure: RefCell<Option<std::io::Error>>,
-}
-
-impl SampleLog {
-    fn create(path: &Path) -> anyhow::Result<Self> {
-        let file = File::create(path).with_context(|| format!("cannot write {}", path.display()))?;
-        Ok(SampleLog { path: path.to_owned(), file: RefCell::new(BufWriter::new(file)), failure: RefCell::new(None) })
-    }
-
-    fn write(&self, record: &ItemRecord) {
-        let line = serde_json::to_string(record).map_err(std::io::Error::from);
-        let written = line.and_then(|line| writeln!(self.file.borrow_mut(), "{line}"));
-        if let Err(error) = written {
-            self.failure.borrow_mut().get_or_insert(error);
-        }
-    }
-
-    fn finish(self) -> anyhow::Result<()> {
-        let failed = self.failure.into_inner().map_or(Ok(()), Err);
-        failed
-            .and_then(|()| self.file.into_inner().flush())
-            .with_context(|| format!("cannot write {}", self.path.display()))
-    }
 }
 
 fn subject<'a>(opened: &'a OpenedModel, device: &'a dyn Device) -> Subject<'a> {

@@ -1,127 +1,165 @@
 //! What `tailorq eval` found, as one object and as a table.
 
+use super::measure::{Measured, Stopped};
+use super::table::{Row, markdown};
+use crate::console::Console;
 use serde_json::{Map, Value, json};
+use std::time::Instant;
 use tailorq_eval::TaskResult;
 
-/// `{"model", "n-shot", "n-samples", "results": {TASK: {...}}}` as in the harness, of whose samples only the effective
-/// number is told; parts of a task stand beside it, a lone perplexity stands at the top as well.
-pub(super) fn object(model: &str, results: &[(&str, TaskResult)]) -> Value {
-    let mut object = Map::new();
-    object.insert("model".to_owned(), model.into());
-    if let [("perplexity", result)] = results {
-        object.insert("task".to_owned(), "perplexity".into());
-        object.insert("value".to_owned(), result.value.into());
-        object.insert("tokens".to_owned(), result.tokens.into());
+/// The results of an evaluation, as many as there are.
+pub(super) struct Findings<'a> {
+    pub(super) model: &'a str,
+    pub(super) measured: &'a [Measured],
+    /// What came in the way of the others.
+    pub(super) stopped: Option<&'a Stopped>,
+    /// When the command began.
+    pub(super) started: Instant,
+}
+
+impl Findings<'_> {
+    /// What a reader should know before the numbers.
+    pub(super) fn notes(&self, console: &Console) {
+        for Measured { name, result, .. } in self.measured {
+            if let Some(known) = result.details.get("calibration_items") {
+                console.note(&format!("{known} items of {name} were calibration items: its score flatters the model"));
+            }
+            if result.details.get("shortened") == Some(&Value::Bool(true)) {
+                console.note("the text is shorter than a window: all of it was scored as one shorter window");
+            }
+        }
+        if let (Some(stopped), false) = (self.stopped, self.measured.is_empty()) {
+            let unfinished = stopped.unfinished.join(", ");
+            console.note(&format!("these are the results of the tasks that are finished; not finished: {unfinished}"));
+        }
     }
-    let mut by_task = Map::new();
-    for (name, result) in results {
-        by_task.insert((*name).to_owned(), json!(result));
-        by_task.extend(result.parts.iter().map(|(part, details)| (part.clone(), details.clone().into())));
-    }
-    for (name, key) in [("n-shot", "num_fewshot"), ("n-samples", "items")] {
-        let known = |(task, details): (&String, &Value)| {
-            let number = details.get(key)?;
-            Some((task.clone(), if key == "items" { json!({"effective": number}) } else { number.clone() }))
+
+    /// `{"model", "n-shot", "n-samples", "results": {TASK: {...}}, "seconds": {TASK: s}}` as in the harness, of whose samples
+    /// only the effective number is told; parts of a task stand beside it, a lone perplexity stands at the top as well.
+    /// All that may differ between two runs of the same command stands outside of `results`.
+    pub(super) fn object(&self) -> Value {
+        let mut object = Map::new();
+        object.insert("model".to_owned(), self.model.into());
+        if let [Measured { name: "perplexity", result, .. }] = self.measured {
+            object.insert("task".to_owned(), "perplexity".into());
+            object.insert("value".to_owned(), result.value.into());
+            object.insert("tokens".to_owned(), result.tokens.into());
+        }
+        let mut by_task = Map::new();
+        for Measured { name, result, .. } in self.measured {
+            by_task.insert((*name).to_owned(), json!(result));
+            by_task.extend(result.parts.iter().map(|(part, details)| (part.clone(), details.clone().into())));
+        }
+        for (name, key) in [("n-shot", "num_fewshot"), ("n-samples", "items")] {
+            let known = |(task, details): (&String, &Value)| {
+                let number = details.get(key)?;
+                Some((task.clone(), if key == "items" { json!({"effective": number}) } else { number.clone() }))
+            };
+            let known: Map<String, Value> = by_task.iter().filter_map(known).collect();
+            if !known.is_empty() {
+                object.insert(name.to_owned(), known.into());
+            }
+        }
+        object.insert("results".to_owned(), by_task.into());
+        let of_tasks = |of: fn(&Measured) -> Value| -> Map<String, Value> {
+            self.measured.iter().map(|task| (task.name.to_owned(), of(task))).collect()
         };
-        let known: Map<String, Value> = by_task.iter().filter_map(known).collect();
-        if !known.is_empty() {
-            object.insert(name.to_owned(), known.into());
+        object.insert("seconds".to_owned(), of_tasks(|task| task.seconds.into()).into());
+        object.insert("from_cache".to_owned(), of_tasks(|task| task.result.cached.into()).into());
+        object.insert("total_evaluation_time_seconds".to_owned(), self.started.elapsed().as_secs_f64().into());
+        if let Some(stopped) = self.stopped {
+            let message = format!("{:#}", stopped.error);
+            object.insert("error".to_owned(), json!({"task": stopped.task, "message": message}));
+            object.insert("unfinished".to_owned(), json!(stopped.unfinished));
         }
+        object.into()
     }
-    object.insert("results".to_owned(), by_task.into());
-    object.into()
+
+    /// What people read: a Markdown table, then what is behind perplexities and what a reference says.
+    pub(super) fn table(&self) -> String {
+        let mut rows = Vec::new();
+        for Measured { name, result, seconds } in self.measured {
+            let mut of_task = task_rows(name, result);
+            if let Some(first) = of_task.first_mut() {
+                first.seconds = Some(*seconds);
+            }
+            rows.extend(of_task);
+        }
+        let mut text = format!("{}\n\n{}\n", self.model, markdown(&rows));
+        for Measured { name, result, .. } in self.measured {
+            [definition(name, result), divergence(name, result)]
+                .into_iter()
+                .flatten()
+                .for_each(|line| text.push_str(&line));
+            for key in ["flips", "flips_acc_norm"] {
+                text.push_str(&result.details.get(key).and_then(|told| flips(name, told)).unwrap_or_default());
+            }
+            if result.cached > 0 {
+                let line = format!(
+                    "{name}: {} finished results came from --cache, its seconds are those of the rest\n",
+                    result.cached
+                );
+                text.push_str(&line);
+            }
+        }
+        text + &format!("{:.1} s in all, with opening what is measured\n", self.started.elapsed().as_secs_f64())
+    }
 }
 
-/// What people read: values in lines, item metrics as a Markdown table, then the comparison with a reference.
-pub(super) fn table(model: &str, results: &[(&str, TaskResult)]) -> String {
-    let mut text = format!("{model}\n");
-    let mut all_rows = Vec::new();
-    for (name, result) in results {
-        let mut of_task = rows(name, &result.details);
-        if of_task.is_empty() {
-            text.push_str(&value_lines(name, result));
-        }
-        of_task.extend(result.parts.iter().flat_map(|(part, details)| rows(part, details)));
-        all_rows.extend(of_task);
-    }
-    if !all_rows.is_empty() {
-        text.push_str(&format!("\n{}\n", markdown(&all_rows)));
-    }
-    results.iter().filter_map(|(name, result)| flips(name, result)).for_each(|line| text.push_str(&line));
-    text
+/// A row for each metric of a task, of its classes and of its parts.
+fn task_rows(name: &str, result: &TaskResult) -> Vec<Row> {
+    let mut rows = Row::of(name, &result.details);
+    let classes = result.details.get("by_hardness").and_then(Value::as_object);
+    rows.extend(classes.into_iter().flatten().filter_map(|(class, details)| Row::of_class(name, class, details)));
+    rows.extend(result.parts.iter().flat_map(|(part, details)| Row::of(part, details)));
+    rows
 }
 
-/// A result that is one value, with its divergence from a reference.
-fn value_lines(name: &str, result: &TaskResult) -> String {
-    let mut notes = vec![format!("{} scored", result.tokens)];
-    let number = |key: &str| result.details.get(key).and_then(Value::as_u64);
-    if let (Some(windows), Some(window)) = (number("windows"), number("window")) {
+fn number(details: &Map<String, Value>, key: &str) -> Option<u64> {
+    details.get(key).and_then(Value::as_u64)
+}
+
+/// In which of the definitions a perplexity is one, and of how much text.
+fn definition(name: &str, result: &TaskResult) -> Option<String> {
+    let details = &result.details;
+    let definition = details.get("definition")?.as_str()?;
+    let mut parts = vec![format!("{} tokens scored", result.tokens)];
+    if let (Some(windows), Some(window)) = (number(details, "windows"), number(details, "window")) {
         let plural = if windows == 1 { "" } else { "s" };
-        notes.push(format!("{windows} window{plural} of {window} tokens"));
+        parts.push(format!("{windows} window{plural} of {window} tokens"));
     }
-    let mut text = format!("  {name:<18}{:>12.4}   ({})\n", result.value, notes.join(", "));
-    if let Some(divergence) = result.details.get("divergence") {
-        let number = |key: &str| divergence.get(key).and_then(Value::as_f64).unwrap_or(f64::NAN);
-        let reference = divergence.get("reference").and_then(Value::as_str).unwrap_or_default();
-        text.push_str(&format!("against {reference}\n"));
-        text.push_str(&format!("  {:<18}{:>12.4}\n", "its perplexity", number("reference_perplexity")));
-        text.push_str(&format!("  {:<18}{:>12.4}   nats a token\n", "mean KL", number("mean_kl")));
-        text.push_str(&format!("  {:<18}{:>10.2} %\n", "top-1 agreement", 100.0 * number("top1_agreement")));
+    if let (Some(documents), Some(window)) = (number(details, "documents"), number(details, "max_length")) {
+        let plural = if documents == 1 { "" } else { "s" };
+        parts.push(format!("{documents} document{plural} in windows of up to {window} tokens"));
     }
-    text
+    Some(format!("{name}: definition {definition}, {}\n", parts.join(", ")))
 }
 
-const HEADINGS: [&str; 7] = ["task", "items", "shots", "metric", "value", "stderr", "95 % interval"];
-
-/// Rows for a task or a part of one: metrics in the harness' notation with their standard errors and intervals
-/// (`exact_match,strict-match` beside `exact_match_stderr,strict-match`).
-fn rows(name: &str, details: &Map<String, Value>) -> Vec<[String; 7]> {
-    let number = |key: &str| details.get(key).and_then(Value::as_u64).map_or(String::new(), |n| n.to_string());
-    let row = |(key, value): (&String, &Value)| {
-        let (metric, filter) = key.split_once(',')?;
-        let beside = |what: &str| details.get(&format!("{metric}_{what},{filter}"));
-        let (value, stderr) = (value.as_f64()?, beside("stderr")?.as_f64()?);
-        let bounds: Vec<f64> =
-            beside("interval95").and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_f64).collect();
-        let interval = match bounds[..] {
-            [low, high] => format!("{low:.4} to {high:.4}"),
-            _ => String::new(),
-        };
-        let numbers = [format!("{value:.4}"), format!("{stderr:.4}"), interval];
-        let [value, stderr, interval] = numbers;
-        Some([name.to_owned(), number("items"), number("num_fewshot"), key.clone(), value, stderr, interval])
+/// How far predictions are from those of a reference.
+fn divergence(name: &str, result: &TaskResult) -> Option<String> {
+    let divergence = result.details.get("divergence")?;
+    let number = |key: &str| divergence.get(key).and_then(Value::as_f64);
+    let with_error = |key: &str, unit: f64, digits: usize| {
+        let error = number(&format!("{key}_stderr")).map(|e| format!(" ± {:.digits$}", unit * e)).unwrap_or_default();
+        Some(format!("{:.digits$}{error}", unit * number(key)?))
     };
-    details.iter().filter_map(row).collect()
-}
-
-/// A Markdown table whose columns are aligned for the eye too.
-fn markdown(rows: &[[String; 7]]) -> String {
-    let headings = HEADINGS.map(str::to_owned);
-    let width = |at: usize| rows.iter().chain([&headings]).map(|row| row[at].len()).max().unwrap_or(0);
-    let widths: [usize; 7] = std::array::from_fn(width);
-    // Names to the left, numbers to the right.
-    let is_number = [false, true, true, false, true, true, false];
-    let line = |row: &[String; 7]| {
-        let cells = (0..7).map(|at| match is_number[at] {
-            true => format!(" {:>width$} |", row[at], width = widths[at]),
-            false => format!(" {:<width$} |", row[at], width = widths[at]),
-        });
-        format!("|{}\n", cells.collect::<String>())
-    };
-    let rule = (0..7).map(|at| format!(" {}{} |", "-".repeat(widths[at] - 1), if is_number[at] { ":" } else { "-" }));
-    let mut text = line(&headings) + &format!("|{}\n", rule.collect::<String>());
-    rows.iter().for_each(|row| text.push_str(&line(row)));
-    text
+    Some(format!(
+        "{name} against {}: its perplexity {:.4}, mean KL {} nats a token, top-1 agreement {} %\n",
+        divergence.get("reference")?.as_str()?,
+        number("reference_perplexity")?,
+        with_error("mean_kl", 1.0, 4)?,
+        with_error("top1_agreement", 100.0, 2)?,
+    ))
 }
 
 /// How many answers went from right to wrong and back.
-fn flips(name: &str, result: &TaskResult) -> Option<String> {
-    let flips = result.details.get("flips")?;
+fn flips(name: &str, flips: &Value) -> Option<String> {
     let number = |key: &str| flips.get(key).and_then(Value::as_u64);
+    let metric = flips.get("metric")?.as_str()?;
+    let of_reference = flips.get(format!("reference_{}", metric.split(',').next()?))?.as_f64()?;
     Some(format!(
-        "{name} against {} ({:.4}): {} from right to wrong, {} from wrong to right, of {}\n",
+        "{name} against {} ({metric} {of_reference:.4}): {} from right to wrong, {} from wrong to right, of {}\n",
         flips.get("reference")?.as_str()?,
-        flips.get("reference_acc")?.as_f64()?,
         number("right_to_wrong")?,
         number("wrong_to_right")?,
         number("items")?,
