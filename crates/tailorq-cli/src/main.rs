@@ -125,10 +125,13 @@ fn report(error: &anyhow::Error) -> ExitCode {
     }
     // Nobody is left to tell when standard error is closed.
     let _ = std::io::stderr().write_all(text.as_bytes());
-    use tailorq_eval::EvalError::{BadOption, MissingInput, UnknownTask};
+    use tailorq_eval::EvalError::{BadOption, MissingInput, UnknownTask, UnreadOption};
     let is_usage = |cause: &(dyn std::error::Error + 'static)| {
         matches!(cause.downcast_ref(), Some(tailorq::PipelineError::Settings(_)))
-            || matches!(cause.downcast_ref(), Some(UnknownTask { .. } | BadOption { .. } | MissingInput { .. }))
+            || matches!(
+                cause.downcast_ref(),
+                Some(UnknownTask { .. } | UnreadOption { .. } | BadOption { .. } | MissingInput { .. })
+            )
     };
     if interrupt::requested() {
         ExitCode::from(INTERRUPTED)

@@ -203,7 +203,17 @@ fn eval_scores_choices() {
     let cells: Vec<&str> = row.split('|').map(str::trim).collect();
     assert_eq!(cells[..5], ["", "arc_easy", "8", "2", "acc,none"]);
     assert_eq!(cells[5], format!("{:.4}", right as f64 / 8.0));
-    assert!(table.contains("arc_easy against model-2") && table.contains("from right to wrong"), "{table}");
+    assert!(table.contains("arc_easy against model-2 (acc,none") && table.contains("from right to wrong"), "{table}");
+    assert!(table.contains("arc_easy against model-2 (acc_norm,none"), "{table}");
+    assert_eq!(
+        (&object["versions"]["arc_easy"], &object["higher_is_better"]["arc_easy"]["acc_norm"]),
+        (&1.into(), &true.into())
+    );
+    let itself =
+        ["eval", "model-1", "--tasks", "arc_easy", "--data", "data", "--reference", "model-1", "--cache", "finished"];
+    let itself = place.json(&itself);
+    assert_eq!(itself["results"]["arc_easy"]["flips"]["changed_predictions"], 0);
+    assert_eq!(itself["from_cache"]["arc_easy"], 8, "the reference is the same model");
     place.fails(1, &["eval", "model-1", "--tasks", "piqa", "--data", "data"], &["piqa/test.jsonl"]);
 }
 
@@ -278,6 +288,88 @@ fn eval_goes_on_from_finished_items() {
     assert_eq!(files().len(), 4, "other items have other files");
     place.write("finished/no folder", "");
     place.fails(1, &[&args[..], &["--cache", "finished/no folder"]].concat(), &["finished/no folder", "--cache"]);
+}
+
+#[test]
+fn eval_says_which_options_change_nothing() {
+    let place = Place::new();
+    std::fs::create_dir_all(place.path("data/wikitext2")).unwrap();
+    std::fs::create_dir_all(place.path("data/c4")).unwrap();
+    place.write("data/wikitext2/wiki.test.raw.txt", format!(" \n = A = \n \n {}", "Some text . ".repeat(40)));
+    place.write("data/c4/test.jsonl", "{\"text\": \"Another text that is long enough to be scored.\"}\n".repeat(4));
+    let eval = |tasks: &'static str, more: &[&'static str]| {
+        [&["eval", "model-1", "--data", "data", "--tasks", tasks, "--window", "16"], more].concat()
+    };
+    for option in [&["--limit", "3"][..], &["--num-fewshot", "2"], &["--plain"], &["--log-samples", "log.jsonl"]] {
+        place.fails(
+            2,
+            &eval("perplexity,perplexity_c4", option),
+            &[option[0], "perplexity, perplexity_c4", "leave it out"],
+        );
+    }
+    assert!(!place.path("log.jsonl").exists());
+    place.fails(
+        2,
+        &["eval", "model-1", "--tasks", "gsm8k_cot", "--data", "data", "--num-fewshot", "2"],
+        &["gsm8k_cot", "mmlu, gsm8k)"],
+    );
+    place.fails(2, &["eval", "model-1", "--tasks", "spider", "--data", "data", "--plain"], &["--plain", "jsonl"]);
+    place.fails(2, &eval("wikitext", &["--reference", "model-2"]), &["--reference"]);
+    // What some of the tasks read is no mistake.
+    let both = eval("perplexity,perplexity_c4,perplexity_llamacpp,wikitext", &["--limit", "1"]);
+    let output = place.run(&both);
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    assert!(
+        text(&output.stderr).contains("--limit changes nothing for perplexity, perplexity_c4, perplexity_llamacpp")
+    );
+    let table = text(&output.stdout);
+    for words in ["definition lm-eval", "definition llama.cpp", "byte_perplexity,none", "bits_per_byte,none"] {
+        assert!(table.contains(words), "no '{words}' in {table}");
+    }
+    let object = place.json(&both);
+    assert_eq!(object["higher_is_better"]["wikitext"]["bits_per_byte"], false);
+    assert_eq!(object["versions"]["wikitext"], 2);
+    let of_c4 = object["results"]["perplexity_c4"]["tokens_in_text"].as_u64();
+    assert_ne!(of_c4, object["results"]["perplexity"]["tokens_in_text"].as_u64());
+}
+
+#[test]
+fn generated_answers_are_compared_with_the_reference_s() {
+    let place = Place::new();
+    std::fs::create_dir_all(place.path("data/gsm8k")).unwrap();
+    std::fs::create_dir_all(place.path("data/jsonl")).unwrap();
+    let row = |i: usize| format!("{{\"question\": \"What is {i} and {i}?\", \"answer\": \"#### {}\"}}\n", 2 * i);
+    place.write("data/gsm8k/test.jsonl", (0..4).map(row).collect::<String>());
+    place.write("data/jsonl/test.jsonl", (0..3).map(row).collect::<String>());
+    let args = ["eval", "model-1", "--tasks", "gsm8k_cot,gsm8k_nll,jsonl", "--data", "data", "--max-tokens", "3"];
+    let compared = [&args[..], &["--reference", "model-2", "--log-samples", "log.jsonl"]].concat();
+    let object = place.json(&compared);
+    let results = &object["results"];
+    assert_eq!(results["gsm8k_cot"]["flips"]["items"], 4);
+    assert_eq!(results["jsonl"]["flips"]["metric"], "exact_match,none");
+    let against = &results["gsm8k_nll"]["against"];
+    let difference = results["gsm8k_nll"]["value"].as_f64().unwrap() - against["reference_nll"].as_f64().unwrap();
+    assert!((against["difference"].as_f64().unwrap() - difference).abs() < 1e-9, "{against}");
+    assert_eq!((&object["n-shot"]["gsm8k_cot"], &object["n-shot"]["gsm8k_nll"]), (&8.into(), &0.into()));
+    let log = std::fs::read_to_string(place.path("log.jsonl")).unwrap();
+    let lines: Vec<Value> = log.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert!(lines[0]["reference_completion"].is_string() && lines[4]["reference_nll"].is_f64(), "{log}");
+    let table = text(&place.run(&compared).stdout);
+    assert!(
+        table.contains("gsm8k_cot against model-2 (exact_match,strict-match") && table.contains("its nll"),
+        "{table}"
+    );
+    let itself = place.json(&[&args[..], &["--reference", "model-1"]].concat());
+    assert_eq!(itself["results"]["gsm8k_cot"]["flips"]["changed_predictions"], 0);
+    assert_eq!(itself["results"]["gsm8k_nll"]["against"]["difference"], 0.0);
+    // Folders of the wrong depth, and files where folders are read.
+    let with = |task: &'static str, data: &'static str| ["eval", "model-1", "--tasks", task, "--data", data];
+    place.fails(1, &with("gsm8k", "data/gsm8k"), &["the folder above"]);
+    place.fails(1, &with("gsm8k", "data/gsm8k/test.jsonl"), &["is one file", "gsm8k/test.jsonl"]);
+    place.fails(1, &with("completion_nll", "data"), &["completion_nll/test.jsonl", "give their file"]);
+    place.fails(2, &with("gsm8k", "hub:some/set"), &["--data hub"]);
+    place.fails(2, &with("jsonl", "hub"), &["hub:ORG/NAME"]);
+    place.fails(1, &with("jsonl", "hub:some/set"), &["some/set", "HF_HUB_OFFLINE"]);
 }
 
 #[test]

@@ -44,6 +44,14 @@ fn tasks_read_the_hub_s_cache() {
     place.fails(1, &eval("hub", "gsm8k_nll").each_ref().map(String::as_str), &["openai/gsm8k main"]);
     place.fails(1, &eval("hub", "piqa").each_ref().map(String::as_str), &["baber/piqa", "piqa/test.jsonl"]);
     place.fails(2, &eval("hub", "spider").each_ref().map(String::as_str), &["spider", "--data DIR"]);
+    place.fails(
+        1,
+        &["eval", "model", "--task", "wikitext", "--data", "hub"],
+        &["Salesforce/wikitext", "wikitext2/test.jsonl"],
+    );
+    // A data set of one's own choice, by its id.
+    let own = ["eval", "model", "--task", "jsonl", "--data", "hub:allenai/ai2_arc:ARC-Easy", "--limit", "2"];
+    assert_eq!(place.json(&own)["results"]["jsonl"]["items"], 2);
     // A folder of that name is a folder.
     std::fs::rename(place.path("own"), place.path("hub")).unwrap();
     std::fs::remove_dir_all(place.path("cache")).unwrap();

@@ -7,15 +7,16 @@
 use crate::cache::{Contents, Finished, Whose, exact, read_exact};
 use crate::calibration::{CalibrationCount, Identity, check_items};
 use crate::completion::scored_completion;
-use crate::data::{DataSet, Item, Items, data_file};
+use crate::data::{DataSet, Item, own_items};
 use crate::error::EvalError;
 use crate::generation::{Question, asked};
 use crate::items::ItemRecord;
 use crate::metric::{Metric, ratio_and_stderr};
 use crate::scored::{check_tokens, target_nlls};
-use crate::task::{Progress, Subject, Task, TaskOptions, TaskResult};
+use crate::task::{Progress, Subject, Task, TaskOption, TaskOptions, TaskResult};
 use regex::Regex;
 use serde_json::{Map, Value, json};
+use std::path::Path;
 use std::sync::LazyLock;
 use tailorq_model::ChatMessage;
 
@@ -117,10 +118,10 @@ type Pair = (Vec<ChatMessage>, String);
 
 impl NllTask {
     fn pairs(&self, options: &TaskOptions<'_>) -> Result<(Vec<Pair>, CalibrationCount), EvalError> {
-        let data = data_file(self.name, options)?;
-        let items = match self.gsm8k && !data.is_file() {
+        let is_file = options.items.data.is_some_and(Path::is_file);
+        let items = match self.gsm8k && !is_file {
             true => DataSet::open(self.name, "gsm8k", options)?.items(options)?,
-            false => Items::read(data)?.limited(options),
+            false => own_items(self.name, options)?,
         };
         let read = |item: Item<'_>| Question::read_pair(item.row).map_err(|problem| item.fail(problem));
         let identity = |item| read(item).map(|(before, completion)| Identity::new(&asked(&before), &completion));
@@ -147,9 +148,22 @@ impl Task for NllTask {
         }
     }
 
+    fn reads(&self) -> &'static [TaskOption] {
+        &[
+            TaskOption::Data,
+            TaskOption::Limit,
+            TaskOption::Reference,
+            TaskOption::AllowCalibrationItems,
+            TaskOption::LogSamples,
+        ]
+    }
+
     fn check(&self, subject: &Subject<'_>, options: &TaskOptions<'_>) -> Result<(), EvalError> {
         let (pairs, _) = self.pairs(options)?;
-        pairs.first().map_or(Ok(()), |(before, completion)| scored_completion(subject, before, completion).map(drop))
+        let models = [Some(subject), options.reference.as_ref()].into_iter().flatten();
+        models
+            .flat_map(|model| pairs.first().map(|first| (model, first)))
+            .try_for_each(|(model, (before, completion))| scored_completion(model, before, completion).map(drop))
     }
 
     fn run(
@@ -159,37 +173,87 @@ impl Task for NllTask {
         progress: &mut Progress<'_>,
     ) -> Result<TaskResult, EvalError> {
         let (pairs, known) = self.pairs(options)?;
-        let mut contents = Contents::new(&Value::Null);
-        pairs.iter().for_each(|pair| contents.add(&json!(pair)));
-        let mut finished = Finished::open(self.name, options, Whose::Subject, contents)?;
-        let (n, mut shares) = (pairs.len(), Vec::with_capacity(pairs.len()));
-        for (index, (before, completion)) in pairs.into_iter().enumerate() {
-            crate::perplexity::report(progress, index, n)?;
-            let share = match finished.get(index, CompletionNll::read)? {
-                Some(share) => share,
-                None => completion_nll(subject, &before, &completion, index)?,
-            };
-            finished.keep(index, share.written())?;
-            if let Some(log) = options.items.log {
-                let scores = [("nll", share.nll.into()), ("tokens", share.tokens.into())];
+        let (ours, mut cached) = self.scored(subject, Whose::Subject, &pairs, options, progress)?;
+        let mut theirs = None;
+        if let Some(reference) = &options.reference {
+            let (shares, of_reference) = self.scored(reference, Whose::Reference, &pairs, options, progress)?;
+            cached += of_reference;
+            theirs = Some((reference.name, shares));
+        }
+        if let Some(log) = options.items.log {
+            for (index, (share, (_, completion))) in ours.iter().zip(&pairs).enumerate() {
+                let of_reference = theirs.as_ref().map(|(_, all)| ("reference_nll", all[index].nll.into()));
+                let scores =
+                    [("nll", share.nll.into()), ("tokens", share.tokens.into())].into_iter().chain(of_reference);
                 log(&ItemRecord {
-                    gold: Some(completion.into()),
-                    scores: scores.map(|(name, score)| (name.to_owned(), score)).into_iter().collect(),
+                    gold: Some(completion.clone().into()),
+                    scores: scores.map(|(name, score)| (name.to_owned(), score)).collect(),
                     ..ItemRecord::new(self.name, index)
                 });
             }
-            shares.push(share);
         }
-        crate::perplexity::report(progress, n, n)?;
-        let mean = mean_nll(&shares).ok_or(EvalError::TextTooShort { tokens: 0 })?;
+        let mean = mean_nll(&ours).ok_or(EvalError::TextTooShort { tokens: 0 })?;
         let mut details = Map::new();
         details.insert("items".to_owned(), mean.items.into());
+        details.insert("num_fewshot".to_owned(), 0.into());
         Metric::normal(mean.value, mean.stderr).tell("nll,none", &mut details);
-        let cut = shares.iter().filter(|s| s.cut_tokens > 0).count();
+        let cut = ours.iter().filter(|s| s.cut_tokens > 0).count();
         details.insert("shortened_prompts".to_owned(), cut.into());
+        if let Some((name, theirs)) = theirs {
+            details.insert("against".to_owned(), against(name, &ours, &theirs));
+        }
         known.tell(&mut details);
-        Ok(TaskResult::new(mean.value, mean.tokens, details).with_cached(finished.served()))
+        Ok(TaskResult::new(mean.value, mean.tokens, details).with_cached(cached))
     }
+}
+
+impl NllTask {
+    /// Every item's share, and how many came from the cache.
+    fn scored(
+        &self,
+        subject: &Subject<'_>,
+        whose: Whose,
+        pairs: &[Pair],
+        options: &TaskOptions<'_>,
+        progress: &mut Progress<'_>,
+    ) -> Result<(Vec<CompletionNll>, usize), EvalError> {
+        let n = pairs.len();
+        let total = if options.reference.is_some() { 2 * n } else { n };
+        let before = if whose == Whose::Reference { n } else { 0 };
+        let mut contents = Contents::new(&Value::Null);
+        pairs.iter().for_each(|pair| contents.add(&json!(pair)));
+        let mut finished = Finished::open(self.name, options, whose, contents)?;
+        let mut shares = Vec::with_capacity(n);
+        for (index, (turns, completion)) in pairs.iter().enumerate() {
+            crate::perplexity::report(progress, before + index, total)?;
+            let share = match finished.get(index, CompletionNll::read)? {
+                Some(share) => share,
+                None => completion_nll(subject, turns, completion, index)?,
+            };
+            finished.keep(index, share.written())?;
+            shares.push(share);
+        }
+        crate::perplexity::report(progress, before + n, total)?;
+        Ok((shares, finished.served()))
+    }
+}
+
+/// By how much more the model is surprised than the reference. Both saw the same items, so the error is that of the items'
+/// differences; models whose tokenizers differ have no tokens in common, and the items alone are compared.
+fn against(reference: &str, ours: &[CompletionNll], theirs: &[CompletionNll]) -> Value {
+    let of_reference = mean_nll(theirs).map(|mean| mean.value);
+    let mut told = json!({"reference": reference, "reference_nll": of_reference});
+    if ours.iter().zip(theirs).all(|(m, r)| m.tokens == r.tokens) {
+        let pairs: Vec<(f64, f64)> = ours.iter().zip(theirs).map(|(m, r)| (m.nll - r.nll, m.tokens as f64)).collect();
+        let (difference, stderr) = ratio_and_stderr(&pairs);
+        let difference = Metric::normal(difference, stderr);
+        told["difference"] = difference.value.into();
+        told["difference_stderr"] = json!(difference.stderr);
+        told["difference_interval95"] = json!(difference.interval95);
+    }
+    let surprised = ours.iter().zip(theirs).filter(|(m, r)| m.nll > r.nll).count();
+    told["items_with_more"] = surprised.into();
+    told
 }
 
 #[cfg(test)]

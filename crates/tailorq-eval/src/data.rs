@@ -183,7 +183,7 @@ pub(crate) enum DataSet {
     /// In a folder of this machine.
     Folder(PathBuf),
     /// On the hub, or in its cache.
-    Hub(&'static HubSet),
+    Hub(HubSet<'static>),
 }
 
 impl DataSet {
@@ -192,10 +192,15 @@ impl DataSet {
     pub(crate) fn open(task: &'static str, name: &str, options: &TaskOptions<'_>) -> Result<Self, EvalError> {
         let input = "a folder of data sets (--data DIR), or --data hub";
         let data = options.items.data.ok_or(EvalError::MissingInput { task, input })?;
-        if data == Path::new(HUB) && !data.exists() {
+        if is_hub(data) {
             return Ok(DataSet::Hub(HubSet::find(task, name)?));
         }
-        Ok(DataSet::Folder(data.join(name)))
+        if hub_id(data).is_some() {
+            let input = "the data set that its prompts are made for: --data hub, or a folder (only jsonl, completion_nll and rolling \
+                         read --data hub:ORG/NAME)";
+            return Err(EvalError::MissingInput { task, input });
+        }
+        Ok(DataSet::Folder(folder_of_sets(task, data, name)?))
     }
 
     /// The items to be tested on, as many as asked for.
@@ -212,15 +217,60 @@ impl DataSet {
     }
 }
 
-/// The one file of items.
-pub(crate) fn data_file<'a>(task: &'static str, options: &TaskOptions<'a>) -> Result<&'a Path, EvalError> {
-    let input = "a file of items (--data FILE.jsonl)";
-    options.items.data.ok_or(EvalError::MissingInput { task, input })
+/// Whether data sets are to be read from the hub.
+pub(crate) fn is_hub(data: &Path) -> bool {
+    data == Path::new(HUB) && !data.exists()
+}
+
+/// The id in `hub:ORG/NAME`.
+fn hub_id(data: &Path) -> Option<&str> {
+    data.to_str().filter(|_| !data.exists())?.strip_prefix("hub:")
+}
+
+/// The folder of the data set `name` in the folder `data` of all of them; says so where one of the wrong depth was given.
+pub(crate) fn folder_of_sets(task: &'static str, data: &Path, name: &str) -> Result<PathBuf, EvalError> {
+    let fail = |problem: String| Err(EvalError::Data { path: data.to_owned(), problem });
+    let folder = data.join(name);
+    if data.is_file() {
+        return fail(format!(
+            "is one file, and task {task} reads a folder of data sets: give the folder above {name}/test.jsonl"
+        ));
+    }
+    if !folder.exists() && data.file_name().is_some_and(|own| own == name) {
+        return fail(format!(
+            "is the data set itself: task {task} reads {name}/test.jsonl, so give the folder above it"
+        ));
+    }
+    Ok(folder)
+}
+
+/// The items of one's own, as many as asked for: those of a file, of `DIR/<task>/test.jsonl` beside other data sets, or of a
+/// data set of the hub by its id.
+pub(crate) fn own_items(task: &'static str, options: &TaskOptions<'_>) -> Result<Items, EvalError> {
+    let input = "items of your own (--data FILE.jsonl, DIR with a folder of the task's name and test.jsonl in it, or hub:ORG/NAME)";
+    let missing = EvalError::MissingInput { task, input };
+    let data = options.items.data.ok_or(missing)?;
+    if is_hub(data) {
+        return Err(EvalError::MissingInput { task, input });
+    }
+    let items = if let Some(id) = hub_id(data) {
+        Items::read_all(HubSet::of_id(task, id)?.split(&["test", "validation", "train"])?)?
+    } else if !data.is_dir() {
+        Items::read(data)?
+    } else if data.join(task).is_dir() {
+        read_split(&data.join(task), &["test"], "the items")?
+    } else {
+        let problem = format!(
+            "is a folder, and task {task} reads items of your own: give their file, or put it beside the data sets as {task}/test.jsonl"
+        );
+        return Err(EvalError::Data { path: data.to_owned(), problem });
+    };
+    Ok(items.limited(options))
 }
 
 /// The items of a folder: of the first of `names` that it has, such as `test` for `test.jsonl`, `test.parquet` or
 /// `test-00000-of-00002.parquet` and its like. `what` is what they are called when there are none.
-fn read_split(folder: &Path, names: &[&str], what: &str) -> Result<Items, EvalError> {
+pub(crate) fn read_split(folder: &Path, names: &[&str], what: &str) -> Result<Items, EvalError> {
     let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
     let mut files: Vec<String> = entries.filter_map(|entry| entry.file_name().into_string().ok()).collect();
     files.sort_unstable();

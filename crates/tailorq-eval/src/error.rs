@@ -25,6 +25,16 @@ pub enum EvalError {
         /// The names that exist.
         known: String,
     },
+    /// An option that would change nothing.
+    #[error("{option} is read by none of the tasks asked for ({tasks}): leave it out (tasks that read it: {readers})")]
+    UnreadOption {
+        /// The option as it was given.
+        option: &'static str,
+        /// The tasks asked for.
+        tasks: String,
+        /// Those that would read it.
+        readers: String,
+    },
     /// A data set of the hub that could not be read.
     #[error(
         "the {split} items of {repo}{config} could not be read from the hub: {source}; or give them as {name}/{split}.jsonl with --data DIR"
@@ -33,11 +43,11 @@ pub enum EvalError {
         /// Which items.
         split: String,
         /// The data set.
-        repo: &'static str,
+        repo: String,
         /// Which part of it, after a space.
         config: String,
         /// Its folder under `--data`.
-        name: &'static str,
+        name: String,
         /// Why; boxed, because this variant would make every result of the crate large.
         source: Box<ModelError>,
     },

@@ -14,23 +14,23 @@ const REVISIONS: [&str; 2] = ["main", "refs/convert/parquet"];
 
 /// A data set of the hub.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct HubSet {
+pub(crate) struct HubSet<'a> {
     /// The folder that it has under `--data`.
-    name: &'static str,
+    name: &'a str,
     /// Its id.
-    repo: &'static str,
+    repo: &'a str,
     /// Which part of it, where it has several.
-    config: Option<&'static str>,
+    config: Option<&'a str>,
     /// The split that is tested on: where test items have no answers, the validation items.
-    test: &'static str,
+    test: &'a str,
 }
 
-const fn set(name: &'static str, repo: &'static str, config: Option<&'static str>, test: &'static str) -> HubSet {
+const fn set<'a>(name: &'a str, repo: &'a str, config: Option<&'a str>, test: &'a str) -> HubSet<'a> {
     HubSet { name, repo, config, test }
 }
 
 /// As in the harness' task files.
-const SETS: &[HubSet] = &[
+const SETS: &[HubSet<'static>] = &[
     set("arc_easy", "allenai/ai2_arc", Some("ARC-Easy"), "test"),
     set("arc_challenge", "allenai/ai2_arc", Some("ARC-Challenge"), "test"),
     set("piqa", "baber/piqa", None, "validation"),
@@ -40,13 +40,29 @@ const SETS: &[HubSet] = &[
     set("hellaswag", "Rowan/hellaswag", None, "validation"),
     set("mmlu", "cais/mmlu", Some("all"), "test"),
     set("gsm8k", "openai/gsm8k", Some("main"), "test"),
+    set("wikitext2", "Salesforce/wikitext", Some("wikitext-2-raw-v1"), "test"),
 ];
 
-impl HubSet {
+impl HubSet<'static> {
     /// The data set that a task keeps under `name`.
-    pub(crate) fn find(task: &'static str, name: &str) -> Result<&'static HubSet, EvalError> {
+    pub(crate) fn find(task: &'static str, name: &str) -> Result<HubSet<'static>, EvalError> {
         let input = "files of its own: it has no data set on the hub that holds all it reads (--data DIR)";
-        SETS.iter().find(|set| set.name == name).ok_or(EvalError::MissingInput { task, input })
+        SETS.iter().copied().find(|set| set.name == name).ok_or(EvalError::MissingInput { task, input })
+    }
+}
+
+impl<'a> HubSet<'a> {
+    /// A data set by its id, `ORG/NAME` or `ORG/NAME:CONFIG`.
+    pub(crate) fn of_id(task: &'static str, id: &'a str) -> Result<Self, EvalError> {
+        let (repo, config) = id.split_once(':').map_or((id, None), |(repo, config)| (repo, Some(config)));
+        let is_id = |part: &str| !part.is_empty() && !part.starts_with('.') && !part.contains(['/', '\\']);
+        match repo.split_once('/') {
+            Some((organization, name)) if is_id(organization) && is_id(name) => Ok(set(task, repo, config, "test")),
+            _ => {
+                let input = "a data set's id after 'hub:' (--data hub:ORG/NAME, or hub:ORG/NAME:CONFIG)";
+                Err(EvalError::MissingInput { task, input })
+            }
+        }
     }
 
     /// The files of the first of `splits` that the data set has. `test` is the split that is tested on.
@@ -57,9 +73,9 @@ impl HubSet {
         };
         data_set_files(self.repo, &REVISIONS, &select).map_err(|error| EvalError::HubData {
             split: splits[0].to_owned(),
-            repo: self.repo,
+            repo: self.repo.to_owned(),
             config: self.config.map_or(String::new(), |c| format!(" {c}")),
-            name: self.name,
+            name: self.name.to_owned(),
             source: Box::new(error),
         })
     }
@@ -128,6 +144,11 @@ mod tests {
 
     #[test]
     fn tasks_with_files_beside_their_items_are_not_on_the_hub() {
+        let own = HubSet::of_id("jsonl", "org/name:part").unwrap();
+        assert_eq!((own.repo, own.config), ("org/name", Some("part")));
+        for id in ["name", "/name", "org/", "org/a/b", "../x"] {
+            assert!(HubSet::of_id("jsonl", id).unwrap_err().to_string().contains("hub:ORG/NAME"), "{id}");
+        }
         let message = HubSet::find("spider", "spider").unwrap_err().to_string();
         assert!(message.contains("spider") && message.contains("--data DIR"), "{message}");
     }

@@ -9,6 +9,7 @@ mod calibration;
 mod choice;
 mod completion;
 mod completion_nll;
+mod corpus;
 mod data;
 mod error;
 mod fewshot;
@@ -38,9 +39,11 @@ pub use calibration::{CalibrationItems, fingerprint, text_fingerprint};
 pub use error::EvalError;
 pub use items::ItemRecord;
 pub use llamacpp::{LLAMA_CPP_WINDOW, LlamaCppPerplexity, llamacpp_perplexity};
-pub use perplexity::{Divergence, Perplexity, PerplexityTask, divergence, perplexity, same_tokens};
+pub use perplexity::{Divergence, Perplexity, divergence, perplexity, same_tokens};
 pub use prompt::PromptStyle;
 pub use retention::{Retention, ScoredItem, retention};
 pub use rolling::{Document, ROLLING_LENGTH, RollingPerplexity, rolling_perplexity};
-pub use task::{ItemOptions, Progress, Subject, Task, TaskOptions, TaskResult};
+pub use task::{
+    ItemOptions, Progress, Subject, Task, TaskOption, TaskOptions, TaskResult, higher_is_better, partly_read,
+};
 pub use windows::WindowOptions;

@@ -7,12 +7,14 @@
 //! shorter windows, but no targets without context.
 
 use crate::cache::{Contents, Finished, Whose};
+use crate::corpus::{Corpus, text_or_corpus};
 use crate::error::EvalError;
 use crate::metric::{Metric, ratio_and_stderr};
 use crate::scored::{check_tokens, target_nlls};
-use crate::task::{Progress, Subject, Task, TaskOptions, TaskResult};
+use crate::task::{Progress, Subject, Task, TaskOption, TaskOptions, TaskResult};
 use serde::Serialize;
 use serde_json::{Map, json};
+use std::borrow::Cow;
 use tailorq_model::Tokenizer;
 
 /// llama.cpp's default window.
@@ -127,21 +129,48 @@ pub(crate) fn leading_bos(tokenizer: &Tokenizer) -> Result<Option<u32>, EvalErro
     Ok(tokenizer.bos.filter(|bos| with == Some(*bos) && without != with))
 }
 
+/// `perplexity_llamacpp`.
+pub(crate) const PERPLEXITY_LLAMACPP: &dyn Task =
+    &LlamaCppTask { name: "perplexity_llamacpp", corpus: Corpus::WikiText2 };
+/// `perplexity_llamacpp_c4`.
+pub(crate) const PERPLEXITY_LLAMACPP_C4: &dyn Task =
+    &LlamaCppTask { name: "perplexity_llamacpp_c4", corpus: Corpus::C4 };
+
 /// [`llamacpp_perplexity`] as a task.
-pub(crate) struct LlamaCppTask;
+struct LlamaCppTask {
+    name: &'static str,
+    corpus: Corpus,
+}
+
+impl LlamaCppTask {
+    fn text<'a>(&self, options: &TaskOptions<'a>) -> Result<Cow<'a, str>, EvalError> {
+        match self.corpus {
+            Corpus::WikiText2 => text_or_corpus(self.name, self.corpus, options),
+            Corpus::C4 => Ok(Cow::Owned(self.corpus.read(self.name, options)?)),
+        }
+    }
+}
 
 impl Task for LlamaCppTask {
     fn name(&self) -> &'static str {
-        "perplexity_llamacpp"
+        self.name
     }
 
     fn about(&self) -> &'static str {
-        "perplexity as llama.cpp's tool computes it: the second half of each window"
+        match self.corpus {
+            Corpus::WikiText2 => "perplexity as llama.cpp's tool computes it: the second half of each window",
+            Corpus::C4 => "the same of C4, from --data",
+        }
+    }
+
+    fn reads(&self) -> &'static [TaskOption] {
+        const ALL: &[TaskOption] = &[TaskOption::Data, TaskOption::Window, TaskOption::Windows, TaskOption::Text];
+        if self.corpus == Corpus::C4 { &ALL[..3] } else { ALL }
     }
 
     fn check(&self, subject: &Subject<'_>, options: &TaskOptions<'_>) -> Result<(), EvalError> {
-        let text = crate::perplexity::text_to_score(self.name(), options)?;
-        tokens_to_score(subject, text, options.window.unwrap_or(LLAMA_CPP_WINDOW)).map(drop)
+        let text = self.text(options)?;
+        tokens_to_score(subject, &text, options.window.unwrap_or(LLAMA_CPP_WINDOW)).map(drop)
     }
 
     fn run(
@@ -150,14 +179,15 @@ impl Task for LlamaCppTask {
         options: &TaskOptions<'_>,
         progress: &mut Progress<'_>,
     ) -> Result<TaskResult, EvalError> {
-        let text = crate::perplexity::text_to_score(self.name(), options)?;
+        let text = self.text(options)?;
         let window = options.window.unwrap_or(LLAMA_CPP_WINDOW);
         let mut contents = Contents::new(&json!({"window": window}));
-        contents.add(&text.into());
+        contents.add(&text.as_ref().into());
         let mut finished = Finished::open(self.name(), options, Whose::Subject, contents)?;
-        let perplexity = measured(subject, text, (window, options.windows), &mut finished, progress)?;
+        let perplexity = measured(subject, &text, (window, options.windows), &mut finished, progress)?;
         let mut details = Map::new();
-        Metric::exponential(perplexity.mean_nll, perplexity.mean_nll_stderr).tell("perplexity,none", &mut details);
+        Metric::exponential(perplexity.mean_nll, perplexity.mean_nll_stderr)
+            .tell_uncertainty("perplexity,none", &mut details);
         let further = crate::perplexity::fields(&perplexity).into_iter();
         details.extend(further.filter(|(key, _)| key != "value" && key != "tokens"));
         Ok(TaskResult::new(perplexity.value, perplexity.tokens, details).with_cached(finished.served()))

@@ -74,6 +74,12 @@ impl Metric {
     pub(crate) fn tell(self, name: &str, details: &mut Map<String, Value>) {
         let (metric, filter) = name.split_once(',').unwrap_or((name, "none"));
         details.insert(format!("{metric},{filter}"), self.value.into());
+        self.tell_uncertainty(name, details);
+    }
+
+    /// Writes what is known beside it, of a task whose only number is its value.
+    pub(crate) fn tell_uncertainty(self, name: &str, details: &mut Map<String, Value>) {
+        let (metric, filter) = name.split_once(',').unwrap_or((name, "none"));
         if let Some(stderr) = self.stderr {
             details.insert(format!("{metric}_stderr,{filter}"), stderr.into());
         }

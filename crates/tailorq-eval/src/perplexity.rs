@@ -6,14 +6,16 @@
 //! `exp(total negative log-likelihood / total targets)`.
 
 use crate::cache::{Contents, Finished, Whose};
+use crate::corpus::{Corpus, text_or_corpus};
 use crate::error::EvalError;
 use crate::metric::{Metric, ratio_and_stderr};
 use crate::online::{PairDivergence, TargetNll};
-use crate::task::{Progress, Subject, Task, TaskOptions, TaskResult};
+use crate::task::{Progress, Subject, Task, TaskOption, TaskOptions, TaskResult};
 use crate::windows::WindowOptions;
 use rayon::prelude::*;
 use serde::Serialize;
 use serde_json::{Map, Value};
+use std::borrow::Cow;
 use tailorq_model::{Batch, Model};
 use tailorq_runtime::Device;
 use tailorq_tensor::Matrix;
@@ -269,25 +271,65 @@ fn check_windows(subject: &Subject<'_>, tokens: &[u32], window: usize) -> Result
     crate::scored::check_tokens(subject, tokens)
 }
 
-/// The text that a perplexity is measured on.
-pub(crate) fn text_to_score<'a>(task: &'static str, options: &TaskOptions<'a>) -> Result<&'a str, EvalError> {
-    options.text.ok_or(EvalError::MissingInput { task, input: "a text to score (--text FILE)" })
-}
+/// `perplexity`.
+pub(crate) const PERPLEXITY: &dyn Task = &PerplexityTask { name: "perplexity", corpus: Corpus::WikiText2 };
+/// `perplexity_c4`.
+pub(crate) const PERPLEXITY_C4: &dyn Task = &PerplexityTask { name: "perplexity_c4", corpus: Corpus::C4 };
 
 /// [`perplexity`], and [`divergence`] when there is a reference, as a task.
-pub struct PerplexityTask;
+struct PerplexityTask {
+    name: &'static str,
+    /// What is scored, unless there is a text of one's own.
+    corpus: Corpus,
+}
+
+impl PerplexityTask {
+    /// The text as the subject, and the reference if there is one, reads it, and how it is cut.
+    fn tokens_and_windows(
+        &self,
+        subject: &Subject<'_>,
+        options: &TaskOptions<'_>,
+    ) -> Result<(Vec<u32>, WindowOptions), EvalError> {
+        let text = match self.corpus {
+            Corpus::WikiText2 => text_or_corpus(self.name, self.corpus, options)?,
+            Corpus::C4 => Cow::Owned(self.corpus.read(self.name, options)?),
+        };
+        let default = WindowOptions::default();
+        let windows = WindowOptions { window: options.window.unwrap_or(default.window), windows: options.windows };
+        let tokens = match &options.reference {
+            None => subject.tokenizer.encode(&text, true)?,
+            Some(reference) => {
+                same_vocabulary(subject, reference)?;
+                same_tokens(subject, reference, &text)?
+            }
+        };
+        Ok((tokens, windows))
+    }
+}
 
 impl Task for PerplexityTask {
     fn name(&self) -> &'static str {
-        "perplexity"
+        self.name
     }
 
     fn about(&self) -> &'static str {
-        "how surprised the model is by a text (lower is better); with a reference model also how far their predictions differ"
+        match self.corpus {
+            Corpus::WikiText2 => {
+                "how surprised the model is by a text, or by WikiText-2 from --data (lower is better); with a reference model also how \
+                 far their predictions differ"
+            }
+            Corpus::C4 => "the same of C4, from --data",
+        }
+    }
+
+    fn reads(&self) -> &'static [TaskOption] {
+        use TaskOption::{Data, Reference, Text, Window, Windows};
+        const ALL: &[TaskOption] = &[Data, Window, Windows, Reference, Text];
+        if self.corpus == Corpus::C4 { &ALL[..4] } else { ALL }
     }
 
     fn check(&self, subject: &Subject<'_>, options: &TaskOptions<'_>) -> Result<(), EvalError> {
-        let (tokens, windows) = tokens_and_windows(self.name(), subject, options)?;
+        let (tokens, windows) = self.tokens_and_windows(subject, options)?;
         let window = windows.cut(&tokens)?[0].len();
         let models = [Some(subject), options.reference.as_ref()].into_iter().flatten();
         models.into_iter().try_for_each(|model| check_windows(model, &tokens, window))
@@ -299,7 +341,7 @@ impl Task for PerplexityTask {
         options: &TaskOptions<'_>,
         progress: &mut Progress<'_>,
     ) -> Result<TaskResult, EvalError> {
-        let (tokens, windows) = tokens_and_windows(self.name(), subject, options)?;
+        let (tokens, windows) = self.tokens_and_windows(subject, options)?;
         let mut finished = open_finished(self.name(), options, &tokens, windows)?;
         let (perplexity, divergence) = match &options.reference {
             None => (measured(subject, &tokens, windows, &mut finished, progress)?, None),
@@ -309,7 +351,8 @@ impl Task for PerplexityTask {
             }
         };
         let mut details = Map::new();
-        Metric::exponential(perplexity.mean_nll, perplexity.mean_nll_stderr).tell("perplexity,none", &mut details);
+        Metric::exponential(perplexity.mean_nll, perplexity.mean_nll_stderr)
+            .tell_uncertainty("perplexity,none", &mut details);
         details.extend(fields(&perplexity).into_iter().filter(|(key, _)| key != "value" && key != "tokens"));
         if let Some((name, divergence)) = divergence {
             let mut compared = fields(&divergence);
@@ -318,25 +361,6 @@ impl Task for PerplexityTask {
         }
         Ok(TaskResult::new(perplexity.value, perplexity.tokens, details).with_cached(finished.served()))
     }
-}
-
-/// The text as the subject, and the reference if there is one, reads it, and how it is cut.
-fn tokens_and_windows(
-    task: &'static str,
-    subject: &Subject<'_>,
-    options: &TaskOptions<'_>,
-) -> Result<(Vec<u32>, WindowOptions), EvalError> {
-    let text = text_to_score(task, options)?;
-    let default = WindowOptions::default();
-    let windows = WindowOptions { window: options.window.unwrap_or(default.window), windows: options.windows };
-    let tokens = match &options.reference {
-        None => subject.tokenizer.encode(text, true)?,
-        Some(reference) => {
-            same_vocabulary(subject, reference)?;
-            same_tokens(subject, reference, text)?
-        }
-    };
-    Ok((tokens, windows))
 }
 
 /// The windows that are finished already: each window depends on the tokens, the window and both models.

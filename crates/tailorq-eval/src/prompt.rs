@@ -20,9 +20,10 @@ pub enum PromptStyle {
     /// By text, as a base model continues it.
     #[default]
     Text,
-    /// Through the chat template, examples and question in one user's turn (`--apply_chat_template` of the harness).
+    /// Through the chat template, examples and question in one user's turn (`--apply_chat_template --fewshot_as_multiturn
+    /// false` of the harness).
     Chat,
-    /// The same with turns for every example (`--fewshot_as_multiturn` beside it).
+    /// The same with turns for every example (the harness' default beside `--apply_chat_template`).
     ChatOfTurns,
 }
 

@@ -7,12 +7,13 @@
 
 use crate::cache::{Contents, Finished, Whose};
 use crate::calibration::{CalibrationCount, Identity, check_items};
-use crate::data::{Item, Items};
+use crate::corpus::{Corpus, text_or_corpus};
+use crate::data::{Item, own_items};
 use crate::error::EvalError;
 use crate::items::ItemRecord;
 use crate::metric::{Metric, ratio_and_stderr};
 use crate::scored::{check_tokens, target_nlls};
-use crate::task::{Progress, Subject, Task, TaskOptions, TaskResult};
+use crate::task::{Progress, Subject, Task, TaskOption, TaskOptions, TaskResult};
 use crate::wikitext;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
@@ -193,25 +194,17 @@ struct RollingTask {
 
 impl RollingTask {
     fn documents(&self, options: &TaskOptions<'_>) -> Result<(Vec<Document>, CalibrationCount), EvalError> {
-        let input = "a text to score (--text FILE)";
         let mut known = CalibrationCount::default();
-        let mut documents = match (self.wikitext, options.text, options.items.data) {
-            (true, Some(raw), _) => Document::wikitext(raw),
-            (false, Some(whole), _) => vec![Document::plain(whole.to_owned())],
-            (true, None, Some(folder)) => {
-                let path = folder.join("wikitext2/wiki.test.raw.txt");
-                let raw = std::fs::read_to_string(&path)
-                    .map_err(|e| EvalError::Data { path, problem: format!("cannot be read: {e}") })?;
-                Document::wikitext(&raw)
-            }
-            (false, None, Some(path)) => {
-                let items = Items::read(path)?.limited(options);
+        let mut documents = match (self.wikitext, options.text) {
+            (true, _) => Document::wikitext(&text_or_corpus(self.name, Corpus::WikiText2, options)?),
+            (false, Some(whole)) => vec![Document::plain(whole.to_owned())],
+            (false, None) => {
+                let items = own_items(self.name, options)?;
                 let identity = |item: Item<'_>| Ok(Identity::new(item.text("text")?, ""));
                 known = check_items(self.name, options, &items, identity)?;
                 let document = |item: Item<'_>| Ok(Document::plain(item.text("text")?.to_owned()));
                 items.iter().map(document).collect::<Result<_, EvalError>>()?
             }
-            (_, None, None) => return Err(EvalError::MissingInput { task: self.name, input }),
         };
         documents.truncate(options.items.limit.unwrap_or(usize::MAX));
         Ok((documents, known))
@@ -243,6 +236,17 @@ impl Task for RollingTask {
         } else {
             "the same of a text, or of each text of a JSONL file"
         }
+    }
+
+    fn version(&self) -> u32 {
+        if self.wikitext { 2 } else { 1 }
+    }
+
+    fn reads(&self) -> &'static [TaskOption] {
+        use TaskOption::{AllowCalibrationItems, Data, Limit, LogSamples, Text, Window};
+        // Pages of WikiText are no items, and are not looked for among calibration items.
+        const ALL: &[TaskOption] = &[Text, Data, Window, Limit, LogSamples, AllowCalibrationItems];
+        if self.wikitext { &ALL[..5] } else { ALL }
     }
 
     fn check(&self, subject: &Subject<'_>, options: &TaskOptions<'_>) -> Result<(), EvalError> {

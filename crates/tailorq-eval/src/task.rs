@@ -7,8 +7,8 @@ use crate::completion_nll::{COMPLETION_NLL, GSM8K_NLL};
 use crate::error::EvalError;
 use crate::generation::{GSM8K, GSM8K_CHAT, GSM8K_COT, JSONL, SPIDER};
 use crate::items::ItemRecord;
-use crate::llamacpp::LlamaCppTask;
-use crate::perplexity::PerplexityTask;
+use crate::llamacpp::{PERPLEXITY_LLAMACPP, PERPLEXITY_LLAMACPP_C4};
+use crate::perplexity::{PERPLEXITY, PERPLEXITY_C4};
 use crate::prompt::PromptStyle;
 use crate::rolling::{ROLLING, WIKITEXT};
 use serde::Serialize;
@@ -107,12 +107,86 @@ impl TaskResult {
     }
 }
 
+/// An option that some tasks read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "TaskOptions and ItemOptions say what they mean")]
+pub enum TaskOption {
+    Text,
+    Window,
+    Windows,
+    Reference,
+    Data,
+    Limit,
+    NumFewshot,
+    ApplyChatTemplate,
+    FewshotAsMultiturn,
+    MaxTokens,
+    Stop,
+    Plain,
+    AllowCalibrationItems,
+    LogSamples,
+}
+
+impl TaskOption {
+    /// As on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            TaskOption::Text => "--text",
+            TaskOption::Window => "--window",
+            TaskOption::Windows => "--windows",
+            TaskOption::Reference => "--reference",
+            TaskOption::Data => "--data",
+            TaskOption::Limit => "--limit",
+            TaskOption::NumFewshot => "--num-fewshot",
+            TaskOption::ApplyChatTemplate => "--apply-chat-template",
+            TaskOption::FewshotAsMultiturn => "--fewshot-as-multiturn",
+            TaskOption::MaxTokens => "--max-tokens",
+            TaskOption::Stop => "--stop",
+            TaskOption::Plain => "--plain",
+            TaskOption::AllowCalibrationItems => "--allow-calibration-items",
+            TaskOption::LogSamples => "--log-samples",
+        }
+    }
+}
+
+/// Options of `given` that only some of `tasks` read, each with the names of those that do not. One that none reads is an
+/// error: whoever gave it would believe that it decided something.
+pub fn partly_read(
+    tasks: &[&'static dyn Task],
+    given: &[TaskOption],
+) -> Result<Vec<(TaskOption, Vec<&'static str>)>, EvalError> {
+    let mut partly = Vec::new();
+    let names = |tasks: &mut dyn Iterator<Item = &&'static dyn Task>| tasks.map(|t| t.name()).collect::<Vec<_>>();
+    for &option in given {
+        let reads = |task: &&&'static dyn Task| task.reads().contains(&option);
+        let others = names(&mut tasks.iter().filter(|task| !reads(task)));
+        if others.len() == tasks.len() {
+            let readers = names(&mut ALL.iter().filter(reads)).join(", ");
+            return Err(EvalError::UnreadOption { option: option.name(), tasks: others.join(", "), readers });
+        }
+        if !others.is_empty() {
+            partly.push((option, others));
+        }
+    }
+    Ok(partly)
+}
+
 /// One way to score a model.
 pub trait Task: Sync {
     /// As on the command line and in reports.
     fn name(&self) -> &'static str;
     /// One sentence for help texts.
     fn about(&self) -> &'static str;
+    /// The harness' version of the task whose rules it follows; of a task of its own, how often its rules have changed.
+    fn version(&self) -> u32 {
+        1
+    }
+    /// That of a part of it.
+    fn version_of_part(&self, _part: &str) -> u32 {
+        1
+    }
+    /// The options that it reads; others change nothing.
+    fn reads(&self) -> &'static [TaskOption];
     /// Reads everything that the task reads, and fails where [`Task::run`] would fail before it computes: inputs that are
     /// missing or damaged, a template that is, test items that were calibration items. Cheap beside a run.
     fn check(&self, subject: &Subject<'_>, options: &TaskOptions<'_>) -> Result<(), EvalError>;
@@ -125,10 +199,18 @@ pub trait Task: Sync {
     ) -> Result<TaskResult, EvalError>;
 }
 
+/// Whether more is better in a metric (`acc,none`): all but those of surprise.
+pub fn higher_is_better(metric: &str) -> bool {
+    let name = metric.split(',').next().unwrap_or(metric);
+    !(name.ends_with("perplexity") || name == "nll" || name == "bits_per_byte")
+}
+
 /// Every task.
 pub const ALL: &[&dyn Task] = &[
-    &PerplexityTask,
-    &LlamaCppTask,
+    PERPLEXITY,
+    PERPLEXITY_C4,
+    PERPLEXITY_LLAMACPP,
+    PERPLEXITY_LLAMACPP_C4,
     WIKITEXT,
     ROLLING,
     ARC_EASY,

@@ -10,6 +10,7 @@ use crate::task::Task;
 pub(crate) const ARC_EASY: &dyn Task = &ChoiceTask {
     name: "arc_easy",
     about: "grade school science, the easier questions",
+    version: 1,
     by_length: true,
     read,
     known_by: &["question"],
@@ -18,6 +19,7 @@ pub(crate) const ARC_EASY: &dyn Task = &ChoiceTask {
 pub(crate) const ARC_CHALLENGE: &dyn Task = &ChoiceTask {
     name: "arc_challenge",
     about: "grade school science, the harder questions",
+    version: 1,
     by_length: true,
     read,
     known_by: &["question"],

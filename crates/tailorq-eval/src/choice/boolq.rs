@@ -11,6 +11,7 @@ use serde_json::Value;
 pub(crate) const BOOLQ: &dyn Task = &ChoiceTask {
     name: "boolq",
     about: "yes or no, from a passage",
+    version: 2,
     by_length: false,
     read,
     known_by: &["question", "passage"],

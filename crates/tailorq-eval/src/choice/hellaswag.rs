@@ -10,8 +10,14 @@ use regex::Regex;
 use std::sync::LazyLock;
 
 /// `hellaswag`.
-pub(crate) const HELLASWAG: &dyn Task =
-    &ChoiceTask { name: "hellaswag", about: "how a scene goes on", by_length: true, read, known_by: &["ctx"] };
+pub(crate) const HELLASWAG: &dyn Task = &ChoiceTask {
+    name: "hellaswag",
+    about: "how a scene goes on",
+    version: 1,
+    by_length: true,
+    read,
+    known_by: &["ctx"],
+};
 
 static BRACKETS: LazyLock<Regex> =
     LazyLock::new(|| Regex::new(r"\[.*?\]").expect("the pattern is a constant that compiles"));

@@ -12,7 +12,7 @@ use crate::error::EvalError;
 use crate::items::python_strip;
 use crate::metric::{Metric, wilson_interval};
 use crate::prompt::{Lead, Shot};
-use crate::task::{Progress, Subject, Task, TaskOptions, TaskResult};
+use crate::task::{Progress, Subject, Task, TaskOption, TaskOptions, TaskResult};
 use serde_json::{Map, Value};
 use std::collections::{BTreeMap, HashMap};
 
@@ -111,6 +111,19 @@ impl Task for Mmlu {
         "57 subjects, by letter; papers use --num-fewshot 5"
     }
 
+    fn version(&self) -> u32 {
+        2
+    }
+
+    fn version_of_part(&self, part: &str) -> u32 {
+        let is_group = GROUPS.iter().any(|(group, _)| part.strip_prefix("mmlu_") == Some(group));
+        if is_group { 2 } else { 1 }
+    }
+
+    fn reads(&self) -> &'static [TaskOption] {
+        super::READ
+    }
+
     fn check(&self, subject: &Subject<'_>, options: &TaskOptions<'_>) -> Result<(), EvalError> {
         check_template(subject, options, &ask(options)?.asked)
     }
@@ -127,7 +140,11 @@ impl Task for Mmlu {
         let by_subject = by_subject(&subjects, &decided.verdicts);
         let stderr = pooled_stderr(by_subject.values().map(Vec::as_slice));
         result.details.insert("acc_stderr,none".to_owned(), stderr.into());
+        result.details.insert("subjects".to_owned(), by_subject.len().into());
         result.parts = parts(&by_subject);
+        for (_, details) in &mut result.parts {
+            details.insert("num_fewshot".to_owned(), options.items.num_fewshot.unwrap_or(0).into());
+        }
         known.tell(&mut result.details);
         Ok(result)
     }

@@ -28,15 +28,29 @@ use crate::data::{DataSet, Item};
 use crate::error::EvalError;
 use crate::fewshot::Examples;
 use crate::prompt::{Lead, Shot};
-use crate::task::{Progress, Subject, Task, TaskOptions, TaskResult};
+use crate::task::{Progress, Subject, Task, TaskOption, TaskOptions, TaskResult};
 use question::Question;
 use run::{Asked, check_template, decide, summarize};
+
+/// The options that all tasks of choices read.
+const READ: &[TaskOption] = &[
+    TaskOption::Data,
+    TaskOption::Limit,
+    TaskOption::NumFewshot,
+    TaskOption::ApplyChatTemplate,
+    TaskOption::FewshotAsMultiturn,
+    TaskOption::Reference,
+    TaskOption::AllowCalibrationItems,
+    TaskOption::LogSamples,
+];
 
 /// A task of choices whose rows are read one by one.
 struct ChoiceTask {
     /// Also the folder of its data.
     name: &'static str,
     about: &'static str,
+    /// The harness' version.
+    version: u32,
     /// Whether `acc_norm` is reported.
     by_length: bool,
     read: fn(&Item<'_>) -> Result<Question, EvalError>,
@@ -69,6 +83,14 @@ impl Task for ChoiceTask {
 
     fn about(&self) -> &'static str {
         self.about
+    }
+
+    fn version(&self) -> u32 {
+        self.version
+    }
+
+    fn reads(&self) -> &'static [TaskOption] {
+        READ
     }
 
     fn check(&self, subject: &Subject<'_>, options: &TaskOptions<'_>) -> Result<(), EvalError> {

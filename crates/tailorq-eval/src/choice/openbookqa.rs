@@ -10,6 +10,7 @@ use crate::task::Task;
 pub(crate) const OPENBOOKQA: &dyn Task = &ChoiceTask {
     name: "openbookqa",
     about: "elementary science, sentences to complete",
+    version: 1,
     by_length: true,
     read,
     known_by: &["question_stem"],

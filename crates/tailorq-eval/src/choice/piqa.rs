@@ -12,6 +12,7 @@ pub(crate) const PIQA: &dyn Task = &TASK;
 pub(super) const TASK: ChoiceTask = ChoiceTask {
     name: "piqa",
     about: "everyday physics: which of two ways works",
+    version: 1,
     by_length: true,
     read,
     known_by: &["goal"],

@@ -60,6 +60,8 @@ pub(super) fn decide(
     let scores = score_items(subject, &items, &mut finished, &mut |done, _| progress(done, total))?;
     let verdicts = judge(&asked, &scores);
     let mut cached = finished.served();
+    // The reference may be the same model, whose file is then this one.
+    drop(finished);
     let mut of_reference = None;
     if let Some(reference) = &options.reference {
         let (items, contents) = prepare_all(task, reference, &asked, options)?;

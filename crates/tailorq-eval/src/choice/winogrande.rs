@@ -12,6 +12,7 @@ use crate::task::Task;
 pub(crate) const WINOGRANDE: &dyn Task = &ChoiceTask {
     name: "winogrande",
     about: "what a pronoun stands for",
+    version: 1,
     by_length: false,
     read,
     known_by: &["sentence"],

@@ -27,6 +27,15 @@ impl Style {
         }
     }
 
+    /// Examples before a question, where so many are asked for.
+    pub(crate) fn n_shots(self, asked_for: Option<usize>) -> usize {
+        match self {
+            Style::FiveShot => asked_for.unwrap_or(5),
+            Style::ChainOfThought => WEI.len(),
+            Style::Chat => 0,
+        }
+    }
+
     /// The prompt; `shots` are questions and answers of training items, which only [`Style::FiveShot`] uses.
     pub(crate) fn prompt(self, shots: &[(&str, &str)], question: &str, style: PromptStyle) -> Prompt {
         let (shots, [ask, answer]) = match self {

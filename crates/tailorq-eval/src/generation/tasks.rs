@@ -7,7 +7,7 @@ use super::{Answered, Ending, Exercise, Judgement, MAX_TOKENS, Prompt, answer, c
 use crate::cache::{Finished, Whose};
 use crate::calibration::{CalibrationCount, Identity, check_items};
 use crate::completion::rendered_prompt;
-use crate::data::{DataSet, Item, Items, data_file};
+use crate::data::{DataSet, Item, Items, own_items};
 use crate::error::EvalError;
 use crate::fewshot::Examples;
 use crate::flips::{Pair, flips};
@@ -15,11 +15,8 @@ use crate::items::ItemRecord;
 use crate::metric::Metric;
 use crate::prompt::PromptStyle;
 use crate::sql::{Hardness, SqlLimits};
-use crate::task::{Progress, Subject, Task, TaskOptions, TaskResult};
+use crate::task::{Progress, Subject, Task, TaskOption, TaskOptions, TaskResult};
 use serde_json::{Map, Value, json};
-
-/// Few-shot examples of `gsm8k`.
-const SHOTS: usize = 5;
 
 /// `gsm8k`.
 pub const GSM8K: &dyn Task = &Gsm8k { name: "gsm8k", style: Style::FiveShot };
@@ -31,6 +28,32 @@ pub const GSM8K_CHAT: &dyn Task = &Gsm8k { name: "gsm8k_chat", style: Style::Cha
 pub const SPIDER: &dyn Task = &Spider;
 /// `jsonl`.
 pub const JSONL: &dyn Task = &Jsonl;
+
+/// The options that all generated tasks read.
+const COMMON: [TaskOption; 7] = [
+    TaskOption::Data,
+    TaskOption::Limit,
+    TaskOption::MaxTokens,
+    TaskOption::Stop,
+    TaskOption::Reference,
+    TaskOption::AllowCalibrationItems,
+    TaskOption::LogSamples,
+];
+/// Those of `jsonl`.
+const JSONL_READS: [TaskOption; 8] = with_more([TaskOption::Plain]);
+/// Those of GSM8K after examples; the fixed examples are as many as they are, so the last is not theirs.
+const GSM8K_READS: [TaskOption; 10] =
+    with_more([TaskOption::ApplyChatTemplate, TaskOption::FewshotAsMultiturn, TaskOption::NumFewshot]);
+
+const fn with_more<const MORE: usize, const N: usize>(more: [TaskOption; MORE]) -> [TaskOption; N] {
+    let mut all = [TaskOption::Data; N];
+    let mut at = 0;
+    while at < N {
+        all[at] = if at < COMMON.len() { COMMON[at] } else { more[at - COMMON.len()] };
+        at += 1;
+    }
+    all
+}
 
 struct Gsm8k {
     name: &'static str,
@@ -50,6 +73,18 @@ impl Task for Gsm8k {
         }
     }
 
+    fn version(&self) -> u32 {
+        if self.style == Style::Chat { 1 } else { 3 }
+    }
+
+    fn reads(&self) -> &'static [TaskOption] {
+        match self.style {
+            Style::FiveShot => &GSM8K_READS,
+            Style::ChainOfThought => &GSM8K_READS[..GSM8K_READS.len() - 1],
+            Style::Chat => &COMMON,
+        }
+    }
+
     fn check(&self, subject: &Subject<'_>, options: &TaskOptions<'_>) -> Result<(), EvalError> {
         let (data, items, _) = self.read(options)?;
         check_prompts(subject, &self.exercises(subject, options, &data, &items)?, options)
@@ -65,7 +100,9 @@ impl Task for Gsm8k {
         let exercises = self.exercises(subject, options, &data, &items)?;
         let max_tokens = if self.style == Style::Chat { 2 * MAX_TOKENS } else { MAX_TOKENS };
         let ending = ending(options, max_tokens, self.style.stop());
-        Ok(scored(self.name, known, &run(self.name, subject, &exercises, &ending, options, progress)?))
+        let mut result = scored(self.name, known, &run(self.name, subject, &exercises, &ending, options, progress)?);
+        result.details.insert("num_fewshot".to_owned(), self.style.n_shots(options.items.num_fewshot).into());
+        Ok(result)
     }
 }
 
@@ -85,14 +122,11 @@ impl Gsm8k {
         data: &DataSet,
         items: &'a Items,
     ) -> Result<Vec<Exercise<'a>>, EvalError> {
-        let n_shots = match self.style {
-            Style::FiveShot => options.items.num_fewshot.unwrap_or(SHOTS),
-            Style::ChainOfThought | Style::Chat => 0,
-        };
         if options.items.style != PromptStyle::Text && subject.template.is_none() {
             return Err(EvalError::NoTemplate { model: subject.name.to_owned() });
         }
-        let mut examples = Examples::open(data, n_shots)?;
+        let n_drawn = if self.style == Style::FiveShot { self.style.n_shots(options.items.num_fewshot) } else { 0 };
+        let mut examples = Examples::open(data, n_drawn)?;
         let mut exercises = Vec::with_capacity(items.len());
         for item in items.iter() {
             let shots = examples.next().into_iter().map(gsm8k_texts).collect::<Result<Vec<_>, EvalError>>()?;
@@ -121,6 +155,10 @@ impl Task for Spider {
 
     fn about(&self) -> &'static str {
         "questions about databases, answered by SQL that is run"
+    }
+
+    fn reads(&self) -> &'static [TaskOption] {
+        &COMMON
     }
 
     fn check(&self, subject: &Subject<'_>, options: &TaskOptions<'_>) -> Result<(), EvalError> {
@@ -195,6 +233,10 @@ impl Task for Jsonl {
         "prompts and answers of your own: exact match and F1 of words, or the letter of an option"
     }
 
+    fn reads(&self) -> &'static [TaskOption] {
+        &JSONL_READS
+    }
+
     fn check(&self, subject: &Subject<'_>, options: &TaskOptions<'_>) -> Result<(), EvalError> {
         let (questions, _) = jsonl_questions(options)?;
         check_prompts(subject, &jsonl_exercises(&questions, options), options)
@@ -214,15 +256,14 @@ impl Task for Jsonl {
 }
 
 fn jsonl_questions(options: &TaskOptions<'_>) -> Result<(Vec<Question>, CalibrationCount), EvalError> {
-    let path = data_file(JSONL.name(), options)?;
-    let items = Items::read(path)?.limited(options);
+    let items = own_items(JSONL.name(), options)?;
     let read = |item: Item<'_>| Question::read(item.row).map_err(|problem| item.fail(problem));
     let questions = items.iter().map(read).collect::<Result<Vec<_>, EvalError>>()?;
     let known = check_items(JSONL.name(), options, &items, |item| Ok(questions[item.index].identity.clone()))?;
     let with_options = questions.iter().filter(|q| q.n_options > 0).count();
     if with_options > 0 && with_options < questions.len() {
         let problem = "mixes items with options and items without: put them into two files".to_owned();
-        return Err(EvalError::Data { path: path.to_owned(), problem });
+        return Err(EvalError::Data { path: items.path().to_owned(), problem });
     }
     Ok((questions, known))
 }

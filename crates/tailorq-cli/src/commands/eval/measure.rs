@@ -11,6 +11,7 @@ use tailorq_eval::{EvalError, Subject, Task, TaskOptions, TaskResult};
 /// A finished task.
 pub(super) struct Measured {
     pub(super) name: &'static str,
+    pub(super) task: &'static dyn Task,
     pub(super) result: TaskResult,
     /// Time of the task, that of the reference included, without opening the models.
     pub(super) seconds: f64,
@@ -55,7 +56,8 @@ pub(super) fn measure(
         let step = &mut |done, total| progress.step_with(done, total, &overall.detail(done, total));
         match task.run(subject, options, step).with_context(|| of(*task, subject)) {
             Ok(result) => {
-                measured.push(Measured { name: task.name(), result, seconds: started.elapsed().as_secs_f64() });
+                let seconds = started.elapsed().as_secs_f64();
+                measured.push(Measured { name: task.name(), task: *task, result, seconds });
             }
             Err(error) => {
                 let unfinished = tasks[at..].iter().map(|task| task.name()).collect();

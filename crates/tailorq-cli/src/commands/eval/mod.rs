@@ -16,7 +16,10 @@ use std::cell::OnceCell;
 use std::path::PathBuf;
 use std::time::Instant;
 use tailorq::{Activations, Device, OpenedModel};
-use tailorq_eval::{Cache, CalibrationItems, ItemOptions, ItemRecord, PromptStyle, Subject, Task, TaskOptions, task};
+use tailorq_eval::{
+    Cache, CalibrationItems, ItemOptions, ItemRecord, PromptStyle, Subject, Task, TaskOption, TaskOptions, partly_read,
+    task,
+};
 
 /// Measure a model by tasks: perplexity on a text, answers to a data set's questions, likelihoods of your own completions.
 ///
@@ -33,7 +36,7 @@ pub struct EvalArgs {
     /// What to measure; several are separated by commas
     #[arg(long, visible_alias = "tasks", value_name = "TASK", value_delimiter = ',', default_value = "perplexity")]
     task: Vec<String>,
-    /// The text that perplexity is measured on (UTF-8)
+    /// The text that perplexity is measured on (UTF-8) [default: WikiText-2 of --data]
     #[arg(long, value_name = "FILE")]
     text: Option<PathBuf>,
     /// Tokens of a window, at least 2 [default: the task's, 2048 for perplexity]
@@ -42,8 +45,9 @@ pub struct EvalArgs {
     /// Score only the first N windows [default: all]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     windows: Option<u32>,
-    /// Folder of data sets (`gsm8k/test.jsonl` or `.parquet`, `spider/...`), the one file of the tasks jsonl, completion_nll and rolling, or `hub`
-    /// (without a folder of that name): Parquet files of the hub, from its cache or fetched (HF_HUB_OFFLINE, HF_ENDPOINT, HF_TOKEN)
+    /// Folder of data sets (`gsm8k/test.jsonl` or `.parquet`, `spider/...`, `wikitext2/wiki.test.raw.txt`), or `hub` (without a folder of
+    /// that name): Parquet files of the hub, from its cache or fetched (HF_HUB_OFFLINE, HF_ENDPOINT, HF_TOKEN). The tasks jsonl,
+    /// completion_nll and rolling read a file, or `<task>/test.jsonl` of the folder, or `hub:ORG/NAME`
     #[arg(long, value_name = "PATH")]
     data: Option<PathBuf>,
     /// Score only the first N items [default: all]
@@ -86,8 +90,9 @@ pub struct EvalArgs {
 
 fn after_help() -> String {
     let mut help = String::from("Tasks:\n");
+    let width = task::ALL.iter().map(|task| task.name().len()).max().unwrap_or(0);
     for task in task::ALL {
-        help.push_str(&format!("  {:<20} {}\n", task.name(), task.about()));
+        help.push_str(&format!("  {:<width$} {}\n", task.name(), task.about()));
     }
     help + "
 Examples:
@@ -96,6 +101,8 @@ Examples:
   tailorq eval ./my-model --text held-out.txt --reference original.gguf
   tailorq eval ./my-model --tasks arc_easy,piqa,boolq --data data --reference original.gguf
   tailorq eval ./my-model --tasks mmlu --num-fewshot 5 --data data --json
+  tailorq eval ./my-model --tasks perplexity,perplexity_c4,wikitext --data data
+  tailorq eval ./my-model --tasks jsonl --data hub:ORG/NAME --max-tokens 32
   tailorq eval ./my-model --tasks gsm8k_nll,gsm8k,spider --data data --limit 200 --log-samples items.jsonl
   tailorq eval ./my-model --tasks mmlu,gsm8k --data data --cache finished   (stopped? repeat it)
   tailorq eval ./my-model --tasks jsonl --data mine.jsonl --max-tokens 32 --stop $'\\n'"
@@ -105,6 +112,9 @@ Examples:
 pub fn execute(args: &EvalArgs, console: &Console) -> anyhow::Result<()> {
     let started = Instant::now();
     let tasks = find_tasks(&args.task)?;
+    for (option, tasks) in partly_read(&tasks, &args.given())? {
+        console.note(&format!("{} changes nothing for {}", option.name(), tasks.join(", ")));
+    }
     let text = args.text.as_deref().map(super::read_text).transpose()?;
     if let (Some(text), Some(path)) = (&text, &args.text) {
         ensure!(!text.is_empty(), "{} is empty: there is nothing to score", path.display());
@@ -156,6 +166,27 @@ pub fn execute(args: &EvalArgs, console: &Console) -> anyhow::Result<()> {
 }
 
 impl EvalArgs {
+    /// The options that were given, of those that not every task reads.
+    fn given(&self) -> Vec<TaskOption> {
+        let given = [
+            (TaskOption::Text, self.text.is_some()),
+            (TaskOption::Window, self.window.is_some()),
+            (TaskOption::Windows, self.windows.is_some()),
+            (TaskOption::Reference, self.reference.is_some()),
+            (TaskOption::Data, self.data.is_some()),
+            (TaskOption::Limit, self.limit.is_some()),
+            (TaskOption::NumFewshot, self.num_fewshot.is_some()),
+            (TaskOption::ApplyChatTemplate, self.apply_chat_template),
+            (TaskOption::FewshotAsMultiturn, self.fewshot_as_multiturn),
+            (TaskOption::MaxTokens, self.max_tokens.is_some()),
+            (TaskOption::Stop, !self.stop.is_empty()),
+            (TaskOption::Plain, self.plain),
+            (TaskOption::AllowCalibrationItems, self.allow_calibration_items),
+            (TaskOption::LogSamples, self.log_samples.is_some()),
+        ];
+        given.into_iter().filter(|(_, is_given)| *is_given).map(|(option, _)| option).collect()
+    }
+
     /// What the command line says about items.
     fn items(&self) -> ItemOptions<'_> {
         ItemOptions {

@@ -1,11 +1,11 @@
 //! What `tailorq eval` found, as one object and as a table.
 
 use super::measure::{Measured, Stopped};
-use super::table::{Row, markdown};
+use super::table::{Row, markdown, metrics};
 use crate::console::Console;
 use serde_json::{Map, Value, json};
 use std::time::Instant;
-use tailorq_eval::TaskResult;
+use tailorq_eval::{TaskResult, higher_is_better};
 
 /// The results of an evaluation, as many as there are.
 pub(super) struct Findings<'a> {
@@ -26,6 +26,12 @@ impl Findings<'_> {
             }
             if result.details.get("shortened") == Some(&Value::Bool(true)) {
                 console.note("the text is shorter than a window: all of it was scored as one shorter window");
+            }
+            if let (Some(subjects @ ..57), "mmlu") = (number(&result.details, "subjects"), *name) {
+                console.note(&format!(
+                    "these items of mmlu are of {subjects} of the 57 subjects: --limit takes the first items of the file, where \
+                     lm-evaluation-harness takes as many of each subject"
+                ));
             }
         }
         if let (Some(stopped), false) = (self.stopped, self.measured.is_empty()) {
@@ -60,7 +66,9 @@ impl Findings<'_> {
                 object.insert(name.to_owned(), known.into());
             }
         }
+        object.insert("higher_is_better".to_owned(), by_task.iter().map(directions).collect::<Map<_, _>>().into());
         object.insert("results".to_owned(), by_task.into());
+        object.insert("versions".to_owned(), self.measured.iter().flat_map(versions).collect::<Map<_, _>>().into());
         let of_tasks = |of: fn(&Measured) -> Value| -> Map<String, Value> {
             self.measured.iter().map(|task| (task.name.to_owned(), of(task))).collect()
         };
@@ -78,7 +86,7 @@ impl Findings<'_> {
     /// What people read: a Markdown table, then what is behind perplexities and what a reference says.
     pub(super) fn table(&self) -> String {
         let mut rows = Vec::new();
-        for Measured { name, result, seconds } in self.measured {
+        for Measured { name, result, seconds, .. } in self.measured {
             let mut of_task = task_rows(name, result);
             if let Some(first) = of_task.first_mut() {
                 first.seconds = Some(*seconds);
@@ -87,7 +95,7 @@ impl Findings<'_> {
         }
         let mut text = format!("{}\n\n{}\n", self.model, markdown(&rows));
         for Measured { name, result, .. } in self.measured {
-            [definition(name, result), divergence(name, result)]
+            [definition(name, result), divergence(name, result), against(name, result)]
                 .into_iter()
                 .flatten()
                 .for_each(|line| text.push_str(&line));
@@ -106,9 +114,31 @@ impl Findings<'_> {
     }
 }
 
+/// For each metric of a task whether more is better.
+fn directions((task, details): (&String, &Value)) -> (String, Value) {
+    let metrics = details.as_object().into_iter().flat_map(metrics).map(|(key, _)| key.as_str());
+    let mut keys: Vec<&str> = metrics.collect();
+    if keys.is_empty() {
+        keys.push("perplexity");
+    }
+    let named =
+        keys.into_iter().map(|key| (key.split(',').next().unwrap_or(key).to_owned(), higher_is_better(key).into()));
+    (task.clone(), named.collect::<Map<_, _>>().into())
+}
+
+/// The versions of a task and of its parts.
+fn versions(measured: &Measured) -> Vec<(String, Value)> {
+    let task = measured.task;
+    let parts = measured.result.parts.iter().map(|(part, _)| (part.clone(), task.version_of_part(part).into()));
+    std::iter::once((measured.name.to_owned(), task.version().into())).chain(parts).collect()
+}
+
 /// A row for each metric of a task, of its classes and of its parts.
 fn task_rows(name: &str, result: &TaskResult) -> Vec<Row> {
     let mut rows = Row::of(name, &result.details);
+    if rows.is_empty() {
+        rows.push(Row::of_value(name, result.value, &result.details));
+    }
     let classes = result.details.get("by_hardness").and_then(Value::as_object);
     rows.extend(classes.into_iter().flatten().filter_map(|(class, details)| Row::of_class(name, class, details)));
     rows.extend(result.parts.iter().flat_map(|(part, details)| Row::of(part, details)));
@@ -149,6 +179,22 @@ fn divergence(name: &str, result: &TaskResult) -> Option<String> {
         number("reference_perplexity")?,
         with_error("mean_kl", 1.0, 4)?,
         with_error("top1_agreement", 100.0, 2)?,
+    ))
+}
+
+/// How much more a model is surprised than a reference.
+fn against(name: &str, result: &TaskResult) -> Option<String> {
+    let against = result.details.get("against")?;
+    let number = |key: &str| against.get(key).and_then(Value::as_f64);
+    let difference = number("difference").map(|difference| {
+        let error = number("difference_stderr").map(|e| format!(" ± {e:.4}")).unwrap_or_default();
+        format!(", difference {difference:+.4}{error} by item")
+    });
+    Some(format!(
+        "{name} against {}: its nll {:.4}{}\n",
+        against.get("reference")?.as_str()?,
+        number("reference_nll")?,
+        difference.unwrap_or_default(),
     ))
 }
 

@@ -2,6 +2,12 @@
 
 use serde_json::{Map, Value};
 
+/// The metrics among the details of a task, in the harness' notation: `acc,none`.
+pub(super) fn metrics(details: &Map<String, Value>) -> impl Iterator<Item = (&String, &Value)> {
+    let is_metric = |key: &str| key.contains(',') && !key.contains("_stderr,") && !key.contains("_interval95,");
+    details.iter().filter(move |(key, _)| is_metric(key))
+}
+
 /// A metric with what stands beside it.
 pub(super) struct Row {
     task: String,
@@ -35,8 +41,21 @@ impl Row {
                 seconds: None,
             })
         };
-        let is_metric = |(key, _): &(&String, &Value)| !key.contains("_stderr,") && !key.contains("_interval95,");
-        details.iter().filter(is_metric).filter_map(row).collect()
+        metrics(details).filter_map(row).collect()
+    }
+
+    /// The one number of a task that has no other name than the task's: a perplexity.
+    pub(super) fn of_value(task: &str, value: f64, details: &Map<String, Value>) -> Row {
+        Row {
+            task: task.to_owned(),
+            items: details.get("windows").and_then(Value::as_u64),
+            shots: None,
+            metric: "perplexity".to_owned(),
+            value,
+            stderr: details.get("perplexity_stderr,none").and_then(Value::as_f64),
+            interval95: details.get("perplexity_interval95,none").and_then(bounds),
+            seconds: None,
+        }
     }
 
     /// The share of a class of items: of questions of one hardness.
