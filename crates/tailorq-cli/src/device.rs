@@ -15,9 +15,12 @@ pub struct DeviceArgs {
     /// Arithmetic of products on a CUDA device: f32, or faster and coarser tf32 or bf16
     #[arg(long, global = true, default_value_t = Precision::F32, value_name = "TYPE")]
     pub precision: Precision,
-    /// Memory that weights may take on a CUDA device, in GiB [default: half of what is free]
+    /// Memory of a CUDA device that may be taken, in GiB [default: what is free]
     #[arg(long, global = true, value_name = "GIB", value_parser = clap::value_parser!(u32).range(1..))]
     pub device_memory: Option<u32>,
+    /// Memory for what a CUDA device has no room for, in GiB; what is beyond goes to files [default: half of what is free]
+    #[arg(long, global = true, value_name = "GIB")]
+    pub host_memory: Option<u32>,
 }
 
 static CHOSEN: OnceLock<DeviceArgs> = OnceLock::new();
@@ -34,8 +37,12 @@ pub fn open(console: &Console) -> anyhow::Result<Arc<dyn Device>> {
 
 /// The device, whose CPU form rounds activations of packed weights to this type.
 pub fn open_with(activations: Activations, console: &Console) -> anyhow::Result<Arc<dyn Device>> {
-    let DeviceArgs { device, precision, device_memory } = *CHOSEN.get().expect("main chooses before any command runs");
-    let options = CudaOptions { precision, weight_bytes: device_memory.map(|gib| (gib as usize) << 30) };
+    let DeviceArgs { device, precision, device_memory, host_memory } =
+        *CHOSEN.get().expect("main chooses before any command runs");
+    let bytes = |gib: u32| (gib as usize) << 30;
+    let free = || tailorq::available_memory().map(|free| free as usize / 2);
+    let host_memory = host_memory.map(bytes).or_else(free);
+    let options = CudaOptions { precision, memory: device_memory.map(bytes), host_memory };
     let OpenedDevice { device, passed_over } = tailorq::open_device(device, activations, options)?;
     if let Some(error) = passed_over {
         console.note(&format!("computing on the CPU: {error}"));

@@ -12,7 +12,7 @@ use tailorq_tensor::Matrix;
 pub(crate) const SOURCE: Source = Source { name: "attention", code: include_str!("kernels/attention.cu") };
 
 /// Scores that are held at once.
-const SCORES: usize = 1 << 28;
+const SCORES: usize = 1 << 25;
 
 /// Queries of one sequence and the keys and values they may see.
 #[derive(Clone, Copy, Debug)]
@@ -51,6 +51,22 @@ impl Sizes {
         }
     }
 
+    /// The heads in as few batches as there are: those of one key head together, or one of every key head.
+    fn batches(&self) -> Box<dyn Iterator<Item = HeadBatch>> {
+        let (group, step) = (self.group, 1);
+        if self.shape.kv_heads > group {
+            return Box::new(self.across_keys());
+        }
+        let of = move |k: usize| HeadBatch { n: group, first: k * group, step, key: k, key_step: 0 };
+        Box::new((0..self.shape.kv_heads).map(of))
+    }
+
+    /// One head of every key head at a time, so that no two of a batch share keys.
+    fn across_keys(&self) -> impl Iterator<Item = HeadBatch> + 'static {
+        let (n, step) = (self.shape.kv_heads, self.group);
+        (0..self.group).map(move |first| HeadBatch { n, first, step, key: 0, key_step: 1 })
+    }
+
     /// Queries of a chunk.
     fn chunk(&self, n_keys: usize) -> usize {
         (SCORES / (self.shape.heads * n_keys).max(1)).max(1)
@@ -59,43 +75,61 @@ impl Sizes {
 
 const FLOAT: u64 = 4;
 
+/// Heads whose products are one batch: `n` of them from `first` on, every `step`-th, and their key heads likewise.
+#[derive(Clone, Copy)]
+struct HeadBatch {
+    n: usize,
+    first: usize,
+    step: usize,
+    key: usize,
+    key_step: usize,
+}
+
+impl HeadBatch {
+    /// Rows of queries or of what becomes of them.
+    fn of_queries(self, z: &Sizes, at: u64) -> Operand {
+        let dim = z.shape.head_dim;
+        Operand::new(at + (self.first * dim) as u64 * FLOAT, z.width).step(self.step * dim)
+    }
+
+    /// Rows of keys or values.
+    fn of_keys(self, z: &Sizes, at: u64) -> Operand {
+        let dim = z.shape.head_dim;
+        Operand::new(at + (self.key * dim) as u64 * FLOAT, z.kv_width).step(self.key_step * dim)
+    }
+
+    /// `[heads, n, keys]`.
+    fn of_scores(self, at: u64, n: usize, n_keys: usize) -> Operand {
+        Operand::new(at + (self.first * n * n_keys) as u64 * FLOAT, n_keys).step(self.step * n * n_keys)
+    }
+}
+
 impl Cuda {
     /// `S[heads, n, keys] = alpha A B^T` head by head, where A has the rows of queries and B those of keys.
     fn scores(&self, z: &Sizes, alpha: f32, (a, b): (u64, u64), (n, n_keys): (usize, usize), s: u64) {
-        let dim = z.shape.head_dim;
-        for kv_head in 0..z.shape.kv_heads {
-            let first = kv_head * z.group;
-            let job = Product { alpha, batch: z.group, ..self.f32(n, n_keys, dim) };
-            let a = Operand::new(a + (first * dim) as u64 * FLOAT, z.width).step(dim);
-            let b = Operand::new(b + (kv_head * dim) as u64 * FLOAT, z.kv_width).t();
-            let s = Operand::new(s + (first * n * n_keys) as u64 * FLOAT, n_keys).step(n * n_keys);
-            self.blas.product(&self.gpu, job, a, b, s);
-        }
+        z.batches().for_each(|heads| {
+            let job = Product { alpha, batch: heads.n, ..self.f32(n, n_keys, z.shape.head_dim) };
+            let (a, b) = (heads.of_queries(z, a), heads.of_keys(z, b));
+            self.blas.product(&self.gpu, job, a, b.t(), heads.of_scores(s, n, n_keys));
+        });
     }
 
     /// `Y = S B` head by head: rows of queries from rows of keys.
     fn mix(&self, z: &Sizes, s: u64, b: u64, (n, n_keys): (usize, usize), y: u64) {
-        let dim = z.shape.head_dim;
-        for kv_head in 0..z.shape.kv_heads {
-            let first = kv_head * z.group;
-            let job = Product { batch: z.group, ..self.f32(n, dim, n_keys) };
-            let s = Operand::new(s + (first * n * n_keys) as u64 * FLOAT, n_keys).step(n * n_keys);
-            let b = Operand::new(b + (kv_head * dim) as u64 * FLOAT, z.kv_width);
-            let y = Operand::new(y + (first * dim) as u64 * FLOAT, z.width).step(dim);
-            self.blas.product(&self.gpu, job, s, b, y);
-        }
+        z.batches().for_each(|heads| {
+            let job = Product { batch: heads.n, ..self.f32(n, z.shape.head_dim, n_keys) };
+            let (s, b) = (heads.of_scores(s, n, n_keys), heads.of_keys(z, b));
+            self.blas.product(&self.gpu, job, s, b, heads.of_queries(z, y));
+        });
     }
 
     /// `K += S^T A` head by head: rows of keys from rows of queries. Heads that share keys add up, one after another.
     fn collect(&self, z: &Sizes, s: u64, a: u64, (n, n_keys): (usize, usize), k: u64) {
-        let dim = z.shape.head_dim;
-        for head in 0..z.shape.heads {
-            let job = Product { beta: 1.0, ..self.f32(n_keys, dim, n) };
-            let s = Operand::new(s + (head * n * n_keys) as u64 * FLOAT, n_keys).t();
-            let a = Operand::new(a + (head * dim) as u64 * FLOAT, z.width);
-            let k = Operand::new(k + (head / z.group * dim) as u64 * FLOAT, z.kv_width);
-            self.blas.product(&self.gpu, job, s, a, k);
-        }
+        z.across_keys().for_each(|heads| {
+            let job = Product { beta: 1.0, batch: heads.n, ..self.f32(n_keys, z.shape.head_dim, n) };
+            let (s, a) = (heads.of_scores(s, n, n_keys), heads.of_queries(z, a));
+            self.blas.product(&self.gpu, job, s.t(), a, heads.of_keys(z, k));
+        });
     }
 
     fn f32(&self, m: usize, n: usize, k: usize) -> Product {
@@ -130,7 +164,7 @@ impl Cuda {
     /// The gradients of one fresh sequence; those of keys and values are added to what is there.
     fn attend_backward(&self, shape: AttentionShape, sequence: &Sequence, dy: u64, [dq, dk, dv]: [u64; 3]) {
         let z = Sizes::of(shape);
-        let step = z.chunk(2 * sequence.n);
+        let step = z.chunk(sequence.n);
         for start in (0..sequence.n).step_by(step) {
             let rows = start..(start + step).min(sequence.n);
             let (p, n_keys) = self.probabilities(&z, sequence, &rows);

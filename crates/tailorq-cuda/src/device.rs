@@ -5,7 +5,9 @@ use crate::constants::Constants;
 use crate::error::CudaError;
 use crate::factor::{Solver, inverse_cholesky_upper};
 use crate::gpu::{Buffer, Gpu, Grid, Source, launch};
-use crate::weights::Weights;
+use crate::matrices::Elements;
+use crate::staging::{self, Staging};
+use crate::weights::{self, Weights};
 use rayon::prelude::*;
 use std::fmt;
 use std::ops::Range;
@@ -13,9 +15,9 @@ use std::str::FromStr;
 use std::sync::Arc;
 use tailorq_kernels::{
     AttentionShape, AttentionSpan, Device, GradientSums, Heads, HeadsMut, KeyValues, KvBlock, LogSumExp,
-    NotPositiveDefinite, Part, Resident, RopeTable, Strided, StridedMut,
+    NotPositiveDefinite, Part, PutAway, Resident, RopeTable, Strided, StridedMut,
 };
-use tailorq_tensor::{Matrix, Weight};
+use tailorq_tensor::{DType, Matrix, Weight};
 
 pub(crate) const SOURCE: Source = Source { name: "device", code: include_str!("kernels/device.cu") };
 
@@ -25,11 +27,10 @@ pub enum Precision {
     /// In f32 throughout, as on the CPU.
     #[default]
     F32,
-    /// Operands are rounded to 10 bits of mantissa for the tensor cores, sums are f32. Hessians stay f32, so that they stay
-    /// definite.
+    /// Operands are rounded to 10 bits of mantissa for the tensor cores, sums are f32. Hessians are those of the rounded inputs:
+    /// products of a matrix with its own transpose, and as definite as in f32.
     Tf32,
-    /// Weights and the activations that meet them are rounded to bf16, sums are f32. Hessians stay f32, so that they stay
-    /// definite.
+    /// Weights and the activations that meet them are rounded to bf16, sums are f32. Hessians are as with [`Precision::Tf32`].
     Bf16,
 }
 
@@ -61,8 +62,11 @@ impl FromStr for Precision {
 pub struct CudaOptions {
     /// How matrix products are computed.
     pub precision: Precision,
-    /// Bytes that weights may take on the device; half of what is free when `None`.
-    pub weight_bytes: Option<usize>,
+    /// Bytes of the device's memory that may be taken in all, as far as that is a choice: weights, activations that wait, and
+    /// what is put away are fitted to it, but what one operation needs it takes. What is free when `None`.
+    pub memory: Option<usize>,
+    /// Bytes of ordinary memory for what does not fit the device; no bound when `None`.
+    pub host_memory: Option<usize>,
 }
 
 /// An NVIDIA GPU.
@@ -72,6 +76,9 @@ pub(crate) struct Cuda {
     precision: Precision,
     solver: Solver,
     weights: Weights,
+    staging: Arc<Staging>,
+    /// Bytes that buffers may take: the budget without what the driver and the libraries take for themselves.
+    limit: usize,
     constants: Constants,
     /// For what has no business on a GPU: small products on the calling thread.
     host: Arc<dyn Device>,
@@ -81,9 +88,21 @@ pub(crate) struct Cuda {
 
 const FLOAT: usize = size_of::<f32>();
 
+/// What the driver and the libraries take on a device for themselves, about.
+const OVERHEAD: usize = 1 << 30;
+
+/// Rows of a Hessian that are summed at a time.
+const GRAM_PANEL: usize = 2048;
+
 /// The kernels of all operations: what is wrong with them shows when the device is opened.
-const OPERATIONS: &[&Source] =
-    &[&SOURCE, &crate::attention::SOURCE, &crate::cached::SOURCE, &crate::factor::SOURCE, &crate::rounding::SOURCE];
+const OPERATIONS: &[&Source] = &[
+    &SOURCE,
+    &crate::attention::SOURCE,
+    &crate::cached::SOURCE,
+    &crate::factor::SOURCE,
+    &crate::rounding::SOURCE,
+    &staging::SOURCE,
+];
 
 /// As kernels take it.
 fn int(n: usize) -> i32 {
@@ -101,16 +120,25 @@ impl Cuda {
             Precision::Bf16 => (Element::Bf16, Math::Tf32),
         };
         let precision = options.precision;
-        let weights = Weights::new(element, options.weight_bytes.unwrap_or_else(|| gpu.memory().0 / 2));
-        let (solver, constants) = (Solver::default(), Constants::default());
-        Ok(Cuda { gpu, blas, precision, math, solver, weights, constants, host: tailorq_kernels::cpu() })
+        let limit = match options.memory {
+            Some(all) => all - OVERHEAD.min(all / 2),
+            None => gpu.memory().0,
+        };
+        if options.memory.is_some() {
+            gpu.keep_at_most(limit);
+        }
+        let weights = Weights::new(element, limit);
+        let staging = Staging::new(&gpu, options.host_memory.unwrap_or(usize::MAX));
+        let (solver, constants, host) = (Solver::default(), Constants::default(), tailorq_kernels::cpu());
+        Ok(Cuda { blas, math, precision, solver, weights, staging, limit, constants, host, gpu })
     }
 
     /// `x` as a matrix on the device.
     fn up(&self, x: &[f32], rows: usize, cols: usize) -> Matrix {
-        let (m, _) = self.gpu.matrix(rows, cols);
-        self.gpu.write_matrix(&m, x);
-        m
+        let buffer = self.gpu.allocate(rows * cols * FLOAT);
+        assert_eq!(x.len(), rows * cols, "a matrix is written whole");
+        self.staging.upload(&buffer, 0, staging::bytes_of(x));
+        Matrix::from_remote(rows, cols, Arc::new(Elements(buffer)))
     }
 
     /// The elements as products take them, and what holds them meanwhile.
@@ -128,13 +156,37 @@ impl Cuda {
     /// Rows of a weight.
     fn weight_rows(&self, w: &Weight, rows: &Range<usize>) -> (Arc<Buffer>, u64) {
         assert!(rows.start <= rows.end && rows.end <= w.rows(), "linear: rows {rows:?} of {w:?}");
-        let buffer = self.weights.get(&self.gpu, w);
+        let buffer = self.weights.get(&self.staging, &self.gpu, w);
         let at = buffer.ptr() + (rows.start * w.cols() * self.weights.element().size()) as u64;
         (buffer, at)
     }
 
     fn product(&self, m: usize, n: usize, k: usize) -> Product {
         Product { element: self.weights.element(), ..Product::f32(m, n, k, self.math) }
+    }
+
+    /// `H += X^T X` on the lower triangle, of `X` rounded to what the tensor cores read, so that products are exact and only their
+    /// sums are rounded, as in f32. Panels of rows: the part left of the diagonal block in place, that block by way of a square of
+    /// its own, whose upper triangle is dropped.
+    fn gram_of_rounded(&self, x: u64, n: usize, cols: usize, h: u64) {
+        if n == 0 || cols == 0 {
+            return;
+        }
+        let rounded = self.gpu.allocate(n * cols * FLOAT);
+        let grid = Grid::elements(n * cols);
+        launch!(self.gpu, &staging::SOURCE, "to_tf32", grid, x, rounded.ptr(), (n * cols) as u64);
+        let columns = |first: usize| Operand::new(rounded.ptr() + (first * FLOAT) as u64, cols);
+        let place = |r: usize, c: usize| h + ((r * cols + c) * FLOAT) as u64;
+        let square = self.gpu.allocate(GRAM_PANEL.min(cols).pow(2) * FLOAT);
+        for first in (0..cols).step_by(GRAM_PANEL) {
+            let width = GRAM_PANEL.min(cols - first);
+            let left = Product { beta: 1.0, ..Product::f32(width, first, n, Math::Tf32) };
+            self.blas.product(&self.gpu, left, columns(first).t(), columns(0), Operand::new(place(first, 0), cols));
+            let own = Product::f32(width, width, n, Math::Tf32);
+            self.blas.product(&self.gpu, own, columns(first).t(), columns(first), Operand::new(square.ptr(), width));
+            let (from, to, grid) = (square.ptr(), place(first, first), Grid::elements(width * width));
+            launch!(self.gpu, &staging::SOURCE, "add_lower", grid, from, to, int(width), cols as u64);
+        }
     }
 
     fn places(&self, places: impl Iterator<Item = usize>) -> Buffer {
@@ -160,7 +212,43 @@ impl Cuda {
 
 impl Resident for Cuda {
     fn room(&self) -> usize {
-        self.gpu.memory().0 / 2
+        self.limit.saturating_sub(self.gpu.held()) / 2
+    }
+
+    fn dense(&self, w: &Weight) -> Matrix {
+        let n = w.rows() * w.cols();
+        let buffer = match (self.weights.element(), w.reader().dense()) {
+            (Element::F32, _) => self.weights.get(&self.staging, &self.gpu, w).duplicate(),
+            (Element::Bf16, Some((DType::BF16, _))) => {
+                let (stored, out) = (self.weights.get(&self.staging, &self.gpu, w), self.gpu.allocate(n * FLOAT));
+                launch!(self.gpu, &staging::SOURCE, "from_bf16", Grid::elements(n), stored.ptr(), out.ptr(), n as u64);
+                out
+            }
+            (Element::Bf16, _) => weights::upload(&self.staging, &self.gpu, w.reader(), Element::F32),
+        };
+        Matrix::from_remote(w.rows(), w.cols(), Arc::new(Elements(buffer)))
+    }
+
+    fn put_away(&self, x: &Matrix) -> Option<Box<dyn PutAway>> {
+        self.staging.put_away(x).map(|away| Box::new(away) as Box<dyn PutAway>)
+    }
+
+    fn encode_bf16(&self, x: &Matrix) -> Vec<u8> {
+        let (n, from) = (x.len(), self.gpu.address(x));
+        let rounded = self.gpu.allocate(n * 2);
+        launch!(self.gpu, &SOURCE, "to_bf16", Grid::elements(n), from, rounded.ptr(), n as u64);
+        let mut bytes = vec![0u8; n * 2];
+        self.staging.download(&rounded, 0, &mut bytes);
+        bytes
+    }
+
+    fn is_finite(&self, x: &Matrix) -> bool {
+        let (n, count) = (x.len(), self.gpu.zeros(size_of::<u32>()));
+        let grid = Grid::elements(n);
+        launch!(self.gpu, &staging::SOURCE, "count_not_finite", grid, self.gpu.address(x), n as u64, count.ptr());
+        let mut found = [0u32];
+        self.gpu.read(&count, 0, &mut found);
+        found == [0]
     }
 
     fn embed(&self, ids: &[u32], table: &Weight) -> Matrix {
@@ -209,16 +297,18 @@ impl Resident for Cuda {
         if x.is_empty() {
             return;
         }
-        let chosen = |from: &[f32]| -> Vec<f32> {
-            positions.iter().flat_map(|&p| &from[p as usize * half..(p as usize + 1) * half]).copied().collect()
-        };
-        let cos = self.constants.get(&self.gpu, &chosen(&table.cos));
-        let sin = self.constants.get(&self.gpu, &chosen(&table.sin));
+        assert!(
+            positions.iter().all(|&p| (p as usize + 1) * half <= table.cos.len()),
+            "rope: a position beyond the table"
+        );
+        let [cos, sin] = [&table.cos, &table.sin].map(|angles| self.constants.get(&self.gpu, angles));
+        let places = self.gpu.upload(positions);
         let (n, heads) = (x.len() / 2, int(x.cols() / (2 * half)));
         let at = self.gpu.address_mut(x);
         let sign = if transposed { -1.0f32 } else { 1.0 };
         let grid = Grid::elements(n);
-        launch!(self.gpu, &SOURCE, "rope", grid, at, cos.ptr(), sin.ptr(), n as u64, heads, int(half), sign);
+        let angles = (cos.ptr(), sin.ptr(), places.ptr());
+        launch!(self.gpu, &SOURCE, "rope", grid, at, angles.0, angles.1, angles.2, n as u64, heads, int(half), sign);
     }
 
     fn attention(&self, shape: AttentionShape, heads: [&Matrix; 3], spans: &[Range<usize>]) -> Matrix {
@@ -383,8 +473,11 @@ impl Resident for Cuda {
 
     fn gram(&self, x: &Matrix, h: &mut Matrix) {
         assert_eq!((h.rows(), x.cols()), (h.cols(), h.cols()), "gram: x is [n, {}]", h.cols());
-        let at = self.gpu.address_mut(h);
-        self.blas.gram(&self.gpu, self.gpu.address(x), x.rows(), h.cols(), at);
+        let (at, from) = (self.gpu.address_mut(h), self.gpu.address(x));
+        match self.math {
+            Math::F32 => self.blas.gram(&self.gpu, from, x.rows(), h.cols(), at),
+            Math::Tf32 => self.gram_of_rounded(from, x.rows(), h.cols(), at),
+        }
     }
 
     fn inverse_cholesky_upper(&self, h: &mut Matrix) -> Result<(), NotPositiveDefinite> {

@@ -10,6 +10,7 @@ use cudarc::driver::sys::{self, CUdevice_attribute as Attribute};
 use cudarc::driver::{CudaContext, CudaGraph, CudaStream, result};
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 /// A source of kernels, compiled as one module.
@@ -32,6 +33,7 @@ pub(crate) const SOURCES: &[&Source] = &[
     &crate::cached::SOURCE,
     &crate::factor::SOURCE,
     &crate::rounding::SOURCE,
+    &crate::staging::SOURCE,
     &crate::decode::SOURCES[0],
     &crate::decode::SOURCES[1],
     &crate::decode::SOURCES[2],
@@ -54,6 +56,8 @@ pub(crate) struct Gpu {
     name: String,
     /// Streaming multiprocessors.
     pub(crate) n_processors: u32,
+    /// Bytes of all buffers.
+    held: AtomicUsize,
     functions: Mutex<HashMap<(&'static str, &'static str), Function>>,
     modules: Mutex<HashMap<&'static str, Module>>,
 }
@@ -102,6 +106,7 @@ impl Gpu {
             arch: format!("sm_{major}{minor}"),
             name,
             n_processors,
+            held: AtomicUsize::new(0),
             functions: Mutex::default(),
             modules: Mutex::default(),
         }))
@@ -127,6 +132,16 @@ impl Gpu {
         must("ask for free memory", self.context.mem_get_info())
     }
 
+    /// Bytes of all buffers.
+    pub(crate) fn held(&self) -> usize {
+        self.held.load(Ordering::Relaxed)
+    }
+
+    /// Memory that was given back and is more than this goes back to the system when the stream is waited for.
+    pub(crate) fn keep_at_most(&self, bytes: usize) {
+        must("set up the memory pool", set_release_threshold(&self.context, bytes as u64));
+    }
+
     /// Waits until all work is done.
     pub(crate) fn synchronize(&self) {
         self.enter();
@@ -139,7 +154,12 @@ impl Gpu {
         // The driver refuses nothing; an empty matrix still needs an address.
         let size = bytes.max(1);
         // SAFETY: the stream is alive as long as `self`, of which the buffer holds a share.
-        let allocated = unsafe { result::malloc_async(self.stream.cu_stream(), size) };
+        let allocate = || unsafe { result::malloc_async(self.stream.cu_stream(), size) };
+        // What work under way will give back is there once it is done.
+        let allocated = allocate().or_else(|_| {
+            self.synchronize();
+            allocate()
+        });
         let ptr = allocated.unwrap_or_else(|e| {
             let (free, total) = self.memory();
             let mib = |b: usize| b >> 20;
@@ -151,6 +171,7 @@ impl Gpu {
                 describe(e)
             )
         });
+        self.held.fetch_add(bytes, Ordering::Relaxed);
         Buffer { ptr, bytes, gpu: self.clone() }
     }
 
@@ -415,6 +436,7 @@ impl Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
+        self.gpu.held.fetch_sub(self.bytes, Ordering::Relaxed);
         if self.gpu.context.bind_to_thread().is_ok() {
             // SAFETY: allocated on this stream, freed once; work under way comes first. A failure here would be that of a
             // device which the next operation reports.
@@ -453,13 +475,17 @@ fn libraries() -> Result<(), CudaError> {
 
 /// Memory that was given back stays with the process, so that taking it again costs nothing.
 fn keep_freed_memory(context: &CudaContext) -> Result<(), result::DriverError> {
+    set_release_threshold(context, u64::MAX)
+}
+
+/// Bytes that the pool may hold and not give back.
+fn set_release_threshold(context: &CudaContext, mut bytes: u64) -> Result<(), result::DriverError> {
     context.bind_to_thread()?;
     // SAFETY: the device is open, the attribute takes a u64.
     unsafe {
         let pool = result::device::get_default_mem_pool(context.cu_device())?;
-        let mut all = u64::MAX;
         let attribute = sys::CUmemPool_attribute_enum::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
-        sys::cuMemPoolSetAttribute(pool, attribute, (&raw mut all).cast()).result()
+        sys::cuMemPoolSetAttribute(pool, attribute, (&raw mut bytes).cast()).result()
     }
 }
 

@@ -15,6 +15,7 @@ mod factor;
 mod gpu;
 mod matrices;
 mod rounding;
+mod staging;
 mod weights;
 
 pub use device::{CudaOptions, Precision};

@@ -51,12 +51,3 @@ impl Gpu {
         buffer(remote).ptr()
     }
 }
-
-impl Gpu {
-    /// Writes all elements of a matrix of the device.
-    pub(crate) fn write_matrix(self: &Arc<Self>, m: &Matrix, data: &[f32]) {
-        assert_eq!(m.len(), data.len(), "a matrix is written whole");
-        let remote = m.remote_or(|_| unreachable!("the matrix was made on the device"));
-        self.write(buffer(remote), 0, data);
-    }
-}

@@ -5,7 +5,8 @@
 //! recently used gives way first.
 
 use crate::blas::Element;
-use crate::gpu::{Buffer, Gpu};
+use crate::gpu::{Buffer, Gpu, Grid, launch};
+use crate::staging::{self, Staging};
 use half::bf16;
 use rayon::prelude::*;
 use std::collections::HashMap;
@@ -18,7 +19,8 @@ const PIECE: usize = 1 << 20;
 /// See the module.
 pub(crate) struct Weights {
     element: Element,
-    /// Bytes that all entries may take together, the one in use aside.
+    /// Bytes of the device that may be taken in all. Of what other matrices leave of them, weights take half, the one in use
+    /// aside.
     limit: usize,
     kept: Mutex<Kept>,
 }
@@ -82,7 +84,7 @@ impl Weights {
     }
 
     /// The whole weight on the device, row by row.
-    pub(crate) fn get(&self, gpu: &Arc<Gpu>, weight: &Weight) -> Arc<Buffer> {
+    pub(crate) fn get(&self, staging: &Staging, gpu: &Arc<Gpu>, weight: &Weight) -> Arc<Buffer> {
         let mut kept = self.kept.lock().expect("no thread panics while it holds the list");
         kept.clock += 1;
         let now = kept.clock;
@@ -93,13 +95,14 @@ impl Weights {
         let bytes = weight.rows() * weight.cols() * self.element.size();
         kept.entries.retain(|_, entry| !entry.owner.is_gone());
         kept.bytes = kept.entries.values().map(|entry| entry.buffer.bytes()).sum();
-        while kept.bytes + bytes > self.limit
+        let limit = self.limit.saturating_sub(gpu.held().saturating_sub(kept.bytes)) / 2;
+        while kept.bytes + bytes > limit
             && let Some(oldest) = kept.entries.iter().min_by_key(|(_, e)| e.used).map(|(k, _)| *k)
         {
             let gone = kept.entries.remove(&oldest).expect("it was found above");
             kept.bytes -= gone.buffer.bytes();
         }
-        let buffer = Arc::new(upload(gpu, weight.reader(), self.element));
+        let buffer = Arc::new(upload(staging, gpu, weight.reader(), self.element));
         kept.bytes += bytes;
         let entry = Entry { buffer: buffer.clone(), used: now, owner: Owner::of(weight) };
         kept.entries.insert(key(weight), entry);
@@ -107,13 +110,25 @@ impl Weights {
     }
 }
 
-/// Decodes a weight on all threads and copies it over, a part at a time.
-fn upload(gpu: &Arc<Gpu>, weight: &dyn ReadRows, element: Element) -> Buffer {
+/// Brings a weight to the device, bf16 as it is stored; others are decoded on all threads and copied over, a part at a time.
+pub(crate) fn upload(staging: &Staging, gpu: &Arc<Gpu>, weight: &dyn ReadRows, element: Element) -> Buffer {
     let (rows, cols) = (weight.rows(), weight.cols());
-    if let Some((DType::BF16, bytes)) = weight.dense().filter(|_| element == Element::Bf16) {
-        return gpu.upload::<u8>(bytes);
+    let n = rows * cols;
+    let buffer = gpu.allocate(n * element.size());
+    match (weight.dense(), element) {
+        (Some((DType::BF16, bytes)), Element::Bf16) => staging.upload(&buffer, 0, bytes),
+        (Some((DType::BF16, bytes)), Element::F32) => {
+            let stored = gpu.allocate(bytes.len());
+            staging.upload(&stored, 0, bytes);
+            launch!(gpu, &staging::SOURCE, "from_bf16", Grid::elements(n), stored.ptr(), buffer.ptr(), n as u64);
+        }
+        _ => decode(staging, &buffer, weight, element),
     }
-    let buffer = gpu.allocate(rows * cols * element.size());
+    buffer
+}
+
+fn decode(staging: &Staging, buffer: &Buffer, weight: &dyn ReadRows, element: Element) {
+    let (rows, cols) = (weight.rows(), weight.cols());
     let piece_rows = (PIECE / cols.max(1)).max(1);
     let part_rows = piece_rows * 4 * rayon::current_num_threads().max(1);
     let mut values = vec![0.0f32; part_rows.min(rows) * cols];
@@ -125,13 +140,12 @@ fn upload(gpu: &Arc<Gpu>, weight: &dyn ReadRows, element: Element) -> Buffer {
         part.par_chunks_mut((piece_rows * cols).max(1)).enumerate().for_each(read);
         let at = first * cols * element.size();
         match element {
-            Element::F32 => gpu.write(&buffer, at, part),
+            Element::F32 => staging.upload(buffer, at, staging::bytes_of(part)),
             Element::Bf16 => {
                 rounded.clear();
                 rounded.par_extend(part.par_iter().map(|v| bf16::from_f32(*v).to_bits()));
-                gpu.write(&buffer, at, &rounded);
+                staging.upload(buffer, at, staging::bytes_of::<u16>(&rounded));
             }
         }
     }
-    buffer
 }

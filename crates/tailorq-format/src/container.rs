@@ -40,6 +40,13 @@ impl AtomicFile {
         &self.path
     }
 
+    /// Brings what was written so far to the disk, so that less is left for the end.
+    pub fn sync(&mut self) -> Result<()> {
+        let out = self.out.as_mut().expect("open until commit");
+        out.flush().map_err(|e| FormatError::io(&self.path, "write", e))?;
+        out.get_ref().sync_data().map_err(|e| FormatError::io(&self.path, "sync", e))
+    }
+
     /// Makes the file durable and gives it its name; an existing file of that name is replaced in one step.
     pub fn commit(mut self) -> Result<()> {
         let out = self.out.as_mut().expect("commit consumes the only owner of the output");

@@ -61,6 +61,11 @@ impl SafetensorsWriter<AtomicFile> {
         SafetensorsWriter::new(AtomicFile::create(path)?, path, specs, metadata)
     }
 
+    /// See [`AtomicFile::sync`].
+    pub fn sync(&mut self) -> Result<()> {
+        self.out.sync()
+    }
+
     /// Checks that every tensor is whole and gives the file its name.
     pub fn commit(self) -> Result<()> {
         self.finish()?.commit()

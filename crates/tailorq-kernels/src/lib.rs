@@ -17,7 +17,7 @@ pub use device::{
     Strided, StridedMut,
 };
 
-pub use resident::Resident;
+pub use resident::{PutAway, Resident};
 pub use rounding::{ClipCandidates, ErrorFeedback, KeptElements, Rounded, RoundingJob};
 
 pub use kv::{KV_PAGE, KeyValues, KvBlock, KvType, Part};

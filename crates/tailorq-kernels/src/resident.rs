@@ -10,12 +10,21 @@ use crate::{
     NotPositiveDefinite, RopeTable,
 };
 use std::ops::Range;
-use tailorq_tensor::{Matrix, Weight};
+use tailorq_tensor::{DType, Matrix, Weight};
 
 /// See the module. Matrices are `[rows, width]`; shapes are those of the methods of [`Device`] of the same names.
 pub trait Resident: Send + Sync {
     /// Bytes that matrices may take on the device, what they take now not counted.
     fn room(&self) -> usize;
+    /// The elements of a weight, exactly.
+    fn dense(&self, w: &Weight) -> Matrix;
+    /// Takes a copy of `x` off the device, rounded to half precision row by row ([`PutAway`]), while work goes on; `None` when
+    /// there is no room for it.
+    fn put_away(&self, x: &Matrix) -> Option<Box<dyn PutAway>>;
+    /// The elements as little-endian bfloat16.
+    fn encode_bf16(&self, x: &Matrix) -> Vec<u8>;
+    /// Whether no element is infinite or NaN.
+    fn is_finite(&self, x: &Matrix) -> bool;
     /// [`Device::embed`].
     fn embed(&self, ids: &[u32], table: &Weight) -> Matrix;
     /// [`Device::linear_rows`].
@@ -90,8 +99,30 @@ pub trait Resident: Send + Sync {
     fn column_squares(&self, x: &Matrix, sums: &mut [f64]);
 }
 
+/// A matrix in ordinary memory in half its bytes: elements keep 11 significant bits, down to 2^-28 of their row's largest.
+pub trait PutAway: Send {
+    /// Its elements on the device.
+    fn bring_back(&self) -> Matrix;
+}
+
 /// Operations on matrices, wherever they are.
 impl dyn Device + '_ {
+    /// The elements of a weight, exactly.
+    pub fn dense_matrix(&self, w: &Weight) -> Matrix {
+        self.resident().map_or_else(|| w.to_matrix(), |resident| resident.dense(w))
+    }
+
+    /// The elements as little-endian bfloat16.
+    pub fn encode_bf16(&self, x: &Matrix) -> Vec<u8> {
+        self.resident().map_or_else(|| DType::BF16.encode(x.data()), |resident| resident.encode_bf16(x))
+    }
+
+    /// Whether no element is infinite or NaN.
+    pub fn is_finite(&self, x: &Matrix) -> bool {
+        let in_memory = || x.data().iter().all(|v| v.is_finite());
+        self.resident().map_or_else(in_memory, |resident| resident.is_finite(x))
+    }
+
     /// [`Device::embed`].
     pub fn embed_matrix(&self, ids: &[u32], table: &Weight) -> Matrix {
         if let Some(resident) = self.resident() {

@@ -115,6 +115,12 @@ impl TinyModel {
 
     /// Writes config.json, tokenizer files and weights into `dir`, which is made if need be. One tensor is in memory at a time.
     pub fn write_directory(&self, dir: &Path) -> Result<(), ModelError> {
+        self.write_papers(dir)?;
+        self.write_weights(dir)
+    }
+
+    /// Writes what a directory holds beside weights; `dir` is made if need be.
+    pub fn write_papers(&self, dir: &Path) -> Result<(), ModelError> {
         std::fs::create_dir_all(dir).map_err(|e| FormatError::io(dir, "create", e))?;
         let architecture = self.architecture()?;
         let (end, eos) = (256, 258);
@@ -123,8 +129,7 @@ impl TinyModel {
         write_json(dir, "tokenizer.json", &tokenizer_json())?;
         let tokenizer_config =
             json!({"bos_token": SPECIAL[0], "eos_token": {"content": SPECIAL[2]}, "chat_template": CHAT_TEMPLATE});
-        write_json(dir, "tokenizer_config.json", &tokenizer_config)?;
-        self.write_weights(dir)
+        write_json(dir, "tokenizer_config.json", &tokenizer_config)
     }
 
     fn write_weights(&self, dir: &Path) -> Result<(), ModelError> {

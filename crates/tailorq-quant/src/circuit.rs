@@ -150,9 +150,20 @@ impl TopElements {
 
     /// Takes in scores of a layer, those from element `first` on.
     pub fn push(&mut self, layer_idx: usize, first: usize, scores: &[f32]) {
-        for (i, &score) in scores.iter().enumerate().filter(|(_, s)| **s >= self.least) {
-            self.pool.push((score, layer_idx as u32, (first + i) as u64));
-        }
+        let mut candidates = Vec::new();
+        self.candidates(first, scores, &mut candidates);
+        self.take(layer_idx, &candidates);
+    }
+
+    /// Of scores from element `first` of a layer on, adds those that may be among the top, with their elements, to `found`.
+    pub fn candidates(&self, first: usize, scores: &[f32], found: &mut Vec<(f32, u64)>) {
+        let numbered = scores.iter().enumerate().filter(|(_, s)| **s >= self.least);
+        found.extend(numbered.map(|(i, &score)| (score, (first + i) as u64)));
+    }
+
+    /// Takes in candidates of a layer.
+    pub fn take(&mut self, layer_idx: usize, candidates: &[(f32, u64)]) {
+        self.pool.extend(candidates.iter().map(|&(score, element)| (score, layer_idx as u32, element)));
         if self.pool.len() >= 2 * self.n.max(1 << 16) {
             self.prune();
         }

@@ -29,7 +29,7 @@ mod threads;
 
 pub use devices::{DeviceChoice, OpenedDevice, open_device};
 pub use error::PipelineError;
-pub use estimate::Estimate;
+pub use estimate::{Estimate, available_memory};
 pub use inputs::{CalibrationRequest, QuantizeRequest, model_sha256};
 pub use inspect::{Inspection, Share, StoredMatrix, inspect};
 pub use observer::{Observer, Silent};

@@ -63,8 +63,8 @@ impl Device for Cuda {
     fn attention(&self, shape: AttentionShape, q: &[f32], spans: &[AttentionSpan<'_>], y: &mut [f32]) {
         let width = shape.heads * shape.head_dim;
         let queries = self.rows_of(q, width);
-        let (out, out_at) = self.gpu.matrix(queries.rows(), width);
-        self.gpu.write_matrix(&out, y);
+        let out = self.up(y, queries.rows(), width);
+        let out_at = self.gpu.address(&out);
         for span in spans.iter().filter(|s| !s.rows.is_empty()) {
             let [k, v] = [Part::Keys, Part::Values].map(|part| self.gpu.upload(&cached_rows(span.source, part, shape)));
             let offset = (span.rows.start * width * FLOAT) as u64;

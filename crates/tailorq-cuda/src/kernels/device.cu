@@ -26,13 +26,13 @@ KERNEL rms_norm_backward(const float* x, const float* weight, const float* dy, f
         dx[at + i] += scale * weight[i] * dy[at + i] - pull * x[at + i];
 }
 
-// One thread a rotated pair; `cos` and `sin` are [rows, half].
-KERNEL rope(float* x, const float* cos, const float* sin, u64 n_pairs, int heads, int half, float sign) {
+// One thread a rotated pair; `cos` and `sin` are [positions, half].
+KERNEL rope(float* x, const float* cos, const float* sin, const u32* positions, u64 n_pairs, int heads, int half, float sign) {
     u64 idx = global_idx();
     if (idx >= n_pairs) return;
     int i = idx % half;
     u64 head = idx / half;
-    u64 row = head / heads;
+    u64 row = positions[head / heads];
     float c = cos[row * half + i], s = sign * sin[row * half + i];
     float* at = x + head * 2 * half + i;
     float a = at[0], b = at[half];

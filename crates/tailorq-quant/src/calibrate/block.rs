@@ -11,8 +11,8 @@ use tailorq_kernels::Device;
 use tailorq_model::{Block, BlockStage, Model};
 use tailorq_tensor::{InputGroup, LayerId, Matrix, Slot, Weight};
 
-/// Inputs of o and down that were computed for the Hessian are kept for the step that follows it, up to so many bytes;
-/// beyond that they are computed again, with the same bits.
+/// Inputs of o and down that were computed for the Hessian are kept for the step that follows it, up to so many bytes, or on a
+/// device with a memory of its own up to what it has room for; beyond that they are computed again, with the same bits.
 pub const KEPT_INPUT_BYTES: usize = 512 << 20;
 
 /// Quantizes the blocks of a model one after another.
@@ -131,7 +131,8 @@ impl BlockQuantizer<'_> {
         acts: Option<&mut Activations>,
         watch: &mut dyn FnMut(LayerId) -> ControlFlow<()>,
     ) -> Result<QuantizedBlock, QuantError> {
-        self.quantize_keeping(KEPT_INPUT_BYTES, block_idx, acts, watch)
+        let kept_bytes = self.device.resident().map_or(KEPT_INPUT_BYTES, |resident| resident.room());
+        self.quantize_keeping(kept_bytes, block_idx, acts, watch)
     }
 
     /// [`BlockQuantizer::quantize_block`] with a bound on the inputs that are kept.
@@ -304,7 +305,7 @@ impl Work<'_> {
         hessians: Option<&InputHessians>,
         plan: &LayerPlan,
     ) -> Result<Quantized, QuantError> {
-        let mut weights = self.block.linear(id.slot).weight.to_matrix();
+        let mut weights = self.run.device.dense_matrix(&self.block.linear(id.slot).weight);
         if plan.settings.half {
             return Half.quantize(self.run.device, &weights, stats, plan);
         }

@@ -74,7 +74,7 @@ impl Survey<'_> {
         sink: &mut Sink<'_>,
     ) -> Result<Summary, QuantError> {
         let parts = self.parts(samples)?;
-        let mut tape = Tape::new(self.tape_bytes, spill);
+        let mut tape = Tape::new(self.device, self.tape_bytes, spill);
         let count = |f: &dyn Fn(&Part) -> usize| parts.iter().map(f).sum::<usize>();
         let n_samples = count(&|p| p.batch.spans.len());
         let mut summary = Summary { n_samples, n_tokens: count(&|p| p.batch.ids.len()), n_targets: 0, mean_loss: None };
@@ -126,7 +126,7 @@ impl Survey<'_> {
     }
 
     /// All blocks over all samples. Without gradients this gathers all there is.
-    fn forward(&self, parts: &[Part], tape: &mut Tape<'_>, sink: &mut Sink<'_>) -> Result<(), QuantError> {
+    fn forward(&self, parts: &[Part], tape: &mut Tape<'_, '_>, sink: &mut Sink<'_>) -> Result<(), QuantError> {
         for (i, part) in parts.iter().enumerate() {
             tape.put(self.key(0, i, parts.len()), &self.model.embed(self.device, &part.batch.ids))?;
         }
@@ -163,7 +163,7 @@ impl Survey<'_> {
     }
 
     /// Replaces the stream after the last block by the gradient of the losses; returns the sum of the samples' losses.
-    fn losses(&self, parts: &[Part], tape: &mut Tape<'_>) -> Result<f64, QuantError> {
+    fn losses(&self, parts: &[Part], tape: &mut Tape<'_, '_>) -> Result<f64, QuantError> {
         let mut total = 0.0;
         for (i, part) in parts.iter().enumerate() {
             let key = self.key(self.model.blocks.len(), i, parts.len());
@@ -188,7 +188,7 @@ impl Survey<'_> {
     }
 
     /// All blocks from the last to the first, each over all samples.
-    fn backward(&self, parts: &[Part], tape: &mut Tape<'_>, sink: &mut Sink<'_>) -> Result<(), QuantError> {
+    fn backward(&self, parts: &[Part], tape: &mut Tape<'_, '_>, sink: &mut Sink<'_>) -> Result<(), QuantError> {
         for block_idx in (0..self.model.blocks.len()).rev() {
             let stage = self.stage(block_idx);
             let mut stats = BlockStats::new(&stage, block_idx, self.needs);
@@ -210,7 +210,7 @@ impl Survey<'_> {
 
     /// Checks a block's statistics and hands them on.
     fn finish(&self, stats: BlockStats, sink: &mut Sink<'_>) -> Result<(), QuantError> {
-        if let Some(slot) = stats.not_finite() {
+        if let Some(slot) = stats.not_finite(self.device) {
             return Err(QuantError::StatisticsNotFinite { layer: LayerId { block_idx: stats.block_idx, slot } });
         }
         if sink(stats)?.is_break() { Err(QuantError::Interrupted) } else { Ok(()) }

@@ -165,8 +165,8 @@ impl BlockStats {
     }
 
     /// The first linear or input whose statistics hold NaN or infinity.
-    pub(super) fn not_finite(&self) -> Option<Slot> {
-        let bad = |m: &Matrix| m.data().iter().any(|x| !x.is_finite());
+    pub(super) fn not_finite(&self, device: &dyn Device) -> Option<Slot> {
+        let bad = |m: &Matrix| !device.is_finite(m);
         let of_layer = |l: &&LayerGradients| {
             let sums = [&l.sum, &l.absolute, &l.square];
             sums.into_iter().flatten().any(bad)

@@ -12,7 +12,7 @@ pub(super) struct Streams<'a, 's> {
     model: &'a Model,
     /// The prompts that hold tokens, in their order.
     pub batches: Vec<Batch>,
-    tape: Tape<'s>,
+    tape: Tape<'a, 's>,
 }
 
 impl<'a, 's> Streams<'a, 's> {
@@ -30,7 +30,7 @@ impl<'a, 's> Streams<'a, 's> {
         if batches.is_empty() {
             return Err(QuantError::NoCalibration);
         }
-        let mut streams = Streams { device, model, batches, tape: Tape::new(tape_bytes, spill) };
+        let mut streams = Streams { device, model, batches, tape: Tape::new(device, tape_bytes, spill) };
         for i in 0..streams.batches.len() {
             let residual = model.embed(device, &streams.batches[i].ids);
             streams.tape.put(i, &residual)?;

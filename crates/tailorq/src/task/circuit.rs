@@ -3,8 +3,10 @@
 use crate::error::PipelineError;
 use crate::observer::Observer;
 use crate::task::survey::{ABSOLUTE, SQUARE, SurveyFile};
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use std::ops::Range;
 use tailorq_kernels::Device;
 use tailorq_model::{Block, Model};
 use tailorq_quant::quantize::Rtn;
@@ -12,7 +14,7 @@ use tailorq_quant::survey::Needs;
 use tailorq_quant::{
     CircuitSignal, ElementRow, LayerPlan, LayerSettings, LayerStats, QuantError, Quantizer, TopElements,
 };
-use tailorq_tensor::{LayerId, Matrix, Rng, Slot, Weight};
+use tailorq_tensor::{DenseRows, LayerId, ReadRows, Rng, Slot, Weight};
 
 /// The largest share of weights that may be kept: beyond it more bits for all are cheaper (a kept weight costs 32 bits).
 pub(crate) const MOST_KEPT: f64 = 0.1;
@@ -112,11 +114,7 @@ pub(crate) fn choose_circuit(
             continue;
         }
         let layer = LayerEvidence::gather(device, evidence, circuit, id, reference_block.as_ref())?;
-        let mut scores = vec![0.0f32; layer.weights.cols()];
-        for r in 0..layer.weights.rows() {
-            circuit.signal.score_row(&layer.row(r), &mut rng, &mut scores);
-            top.push(idx, r * scores.len(), &scores);
-        }
+        layer.score(circuit.signal, (idx, &mut top), &mut rng);
         observer.progress(idx as u64 + 1, &id.to_string());
     }
     let named = |(id, kept): (&LayerId, Vec<usize>)| {
@@ -142,55 +140,103 @@ fn linear_weight(model: &Model, id: LayerId) -> &Weight {
     &model.blocks[id.block_idx].linear(id.slot).weight
 }
 
-/// What is known of one layer.
-struct LayerEvidence {
-    weights: Matrix,
-    reference: Matrix,
-    gradient: Matrix,
+/// Rows of a layer that one task scores.
+const TASK_ROWS: usize = 16;
+
+/// Rows whose candidates are in memory before they are taken in.
+const PANEL_ROWS: usize = 512;
+
+/// What is known of one layer, as it is stored.
+struct LayerEvidence<'a> {
+    weights: &'a dyn ReadRows,
+    reference: Option<Weight>,
+    gradient: Option<DenseRows>,
     inputs: Vec<f32>,
 }
 
-impl LayerEvidence {
+impl<'a> LayerEvidence<'a> {
     fn gather(
         device: &dyn Device,
-        evidence: &Evidence<'_>,
+        evidence: &Evidence<'a>,
         circuit: &CircuitSettings,
         id: LayerId,
         reference_block: Option<&Block>,
     ) -> Result<Self, PipelineError> {
-        let (signal, none) = (circuit.signal, || Matrix::zeros(0, 0));
-        let weights = linear_weight(evidence.model, id).to_matrix();
+        let signal = circuit.signal;
         let linear = evidence.model.blocks[id.block_idx].linear(id.slot);
-        let shape = (weights.rows(), weights.cols());
+        let weight = linear_weight(evidence.model, id);
+        let shape = (weight.rows(), weight.cols());
         let survey = || evidence.survey.ok_or_else(|| PipelineError::Settings("the signal needs a survey".into()));
         let gradient = match (signal.reads_absolute(), signal.reads_square()) {
-            (true, _) => survey()?.statistic(ABSOLUTE, &linear.name, shape)?,
-            (_, true) => survey()?.statistic(SQUARE, &linear.name, shape)?,
-            _ => none(),
+            (true, _) => Some(survey()?.stored_statistic(ABSOLUTE, &linear.name, shape)?),
+            (_, true) => Some(survey()?.stored_statistic(SQUARE, &linear.name, shape)?),
+            _ => None,
         };
         let inputs = if signal.reads_inputs() { survey()?.input_energies(evidence.model, id)? } else { Vec::new() };
         let reference = match (signal.reads_reference(), reference_block) {
-            (false, _) => none(),
-            (true, Some(block)) => block.linear(id.slot).weight.to_matrix(),
-            (true, None) => rounded(device, &weights, (evidence.settings_of)(&linear.name))?,
+            (false, _) => None,
+            (true, Some(block)) => Some(block.linear(id.slot).weight.clone()),
+            (true, None) => Some(rounded(device, weight, (evidence.settings_of)(&linear.name))?),
         };
-        Ok(LayerEvidence { weights, reference, gradient, inputs })
+        Ok(LayerEvidence { weights: weight.reader(), reference, gradient, inputs })
     }
 
-    fn row(&self, r: usize) -> ElementRow<'_> {
-        fn of(m: &Matrix, r: usize) -> &[f32] {
-            if m.rows() == 0 { &[] } else { m.row(r) }
+    /// Scores all elements of layer number `idx`. Which are the top ones does not depend on the order in which they come, but
+    /// draws do.
+    fn score(&self, signal: CircuitSignal, (idx, top): (usize, &mut TopElements), rng: &mut Rng) {
+        let n_rows = self.weights.rows();
+        for panel in (0..n_rows).step_by(PANEL_ROWS) {
+            let end = (panel + PANEL_ROWS).min(n_rows);
+            let tasks: Vec<Range<usize>> =
+                (panel..end).step_by(TASK_ROWS).map(|r| r..(r + TASK_ROWS).min(end)).collect();
+            let of = |rows: Range<usize>, rng: &mut Rng| self.candidates(signal, rows, top, rng);
+            let found: Vec<Vec<(f32, u64)>> = if signal == CircuitSignal::Random {
+                tasks.into_iter().map(|rows| of(rows, rng)).collect()
+            } else {
+                tasks.into_par_iter().map(|rows| of(rows, &mut Rng::new(0))).collect()
+            };
+            found.iter().for_each(|candidates| top.take(idx, candidates));
         }
-        ElementRow {
-            weights: self.weights.row(r),
-            reference: of(&self.reference, r),
-            gradient: of(&self.gradient, r),
-            inputs: &self.inputs,
+    }
+
+    fn candidates(
+        &self,
+        signal: CircuitSignal,
+        rows: Range<usize>,
+        top: &TopElements,
+        rng: &mut Rng,
+    ) -> Vec<(f32, u64)> {
+        let cols = self.weights.cols();
+        let read = |from: Option<&dyn ReadRows>| -> Vec<f32> {
+            let Some(from) = from else { return Vec::new() };
+            let mut values = vec![0.0; rows.len() * cols];
+            from.read_rows(rows.start, &mut values);
+            values
+        };
+        let weights = read(Some(self.weights));
+        let reference = read(self.reference.as_ref().map(Weight::reader));
+        let gradient = read(self.gradient.as_ref().map(|g| g as &dyn ReadRows));
+        fn of(values: &[f32], row: Range<usize>) -> &[f32] {
+            if values.is_empty() { values } else { &values[row] }
         }
+        let (mut scores, mut found) = (vec![0.0f32; cols], Vec::new());
+        for (i, r) in rows.enumerate() {
+            let row = || i * cols..(i + 1) * cols;
+            let evidence = ElementRow {
+                weights: &weights[row()],
+                reference: of(&reference, row()),
+                gradient: of(&gradient, row()),
+                inputs: &self.inputs,
+            };
+            signal.score_row(&evidence, rng, &mut scores);
+            top.candidates(r * cols, &scores, &mut found);
+        }
+        found
     }
 }
 
-fn rounded(device: &dyn Device, weights: &Matrix, settings: LayerSettings) -> Result<Matrix, QuantError> {
-    let quantized = Rtn.quantize(device, weights, &LayerStats::default(), &LayerPlan::from(settings))?;
-    Ok(quantized.weight.to_matrix())
+fn rounded(device: &dyn Device, weight: &Weight, settings: LayerSettings) -> Result<Weight, QuantError> {
+    let weights = device.dense_matrix(weight);
+    let quantized = Rtn.quantize(device, &weights, &LayerStats::default(), &LayerPlan::from(settings))?;
+    Ok(quantized.weight.into())
 }

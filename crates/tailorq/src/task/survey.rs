@@ -21,7 +21,7 @@ use tailorq_model::{Model, OpenedModel};
 use tailorq_quant::quantize::Rtn;
 use tailorq_quant::survey::{BlockStats, Loss, Needs, Survey, SurveySample};
 use tailorq_quant::{LayerPlan, LayerSettings, LayerStats, QuantError, Quantizer};
-use tailorq_tensor::{DType, InputGroup, LayerId, Matrix, Slot};
+use tailorq_tensor::{DType, DenseRows, InputGroup, LayerId, Matrix, ReadRows, Slot};
 
 /// Schema of survey files.
 const SURVEY_SCHEMA: &str = "1";
@@ -32,9 +32,9 @@ const ANSWER_TOKENS: usize = 64;
 /// Block inputs and gradients held in memory; what is beyond goes to a file beside the survey.
 pub(crate) const TAPE_BYTES: usize = 1 << 30;
 
-/// [`TAPE_BYTES`], or what a device with a memory of its own has room for.
+/// [`TAPE_BYTES`], or of what a device with a memory of its own has room for as much as leaves the rest to weights.
 pub(crate) fn tape_bytes(device: &dyn Device) -> usize {
-    device.resident().map_or(TAPE_BYTES, |resident| resident.room())
+    device.resident().map_or(TAPE_BYTES, |resident| resident.room() / 3 * 2)
 }
 
 /// The sum over samples of `|dL/dW|` (TACQ).
@@ -196,21 +196,20 @@ pub(crate) fn write_survey(
     observer.note(&format!("the survey will have {:.1} MiB: {}", bytes as f64 / f64::from(1 << 20), path.display()));
     observer.stage("surveying the task", n_blocks as u64);
     let metadata = [("tailorq_survey", SURVEY_SCHEMA), ("tailorq", &recipe.tailorq), ("origin", &origin(recipe)?)];
-    let mut file = SafetensorsWriter::create(path, &specs, &metadata)?;
+    let file = SafetensorsWriter::create(path, &specs, &metadata)?;
     let dir = path.parent().unwrap_or(Path::new("."));
     let mut spill = SpillFile::create(dir).map_err(|e| crate::error::output_error(dir, &e))?;
     let survey = Survey { device, model, loss, needs, tape_bytes: tape_bytes(device) };
-    let (mut failed, mut n_done) = (None, 0);
-    let summary = survey.run(&survey_samples, Some(&mut spill), &mut |stats| {
-        failed = write_block(&mut file, model, &stats).err();
-        n_done += 1;
-        observer.progress(n_done, &format!("block {}", stats.block_idx));
-        let stop = failed.is_some() || observer.cancelled();
-        Ok(if stop { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
-    });
-    if let Some(error) = failed {
-        return Err(error);
-    }
+    let mut n_done = 0;
+    let (mut file, summary) = while_writing(file, |hand_over| {
+        survey.run(&survey_samples, Some(&mut spill), &mut |stats| {
+            let goes_on = hand_over(tensors_of_block(device, model, &stats));
+            n_done += 1;
+            observer.progress(n_done, &format!("block {}", stats.block_idx));
+            let stop = !goes_on || observer.cancelled();
+            Ok(if stop { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
+        })
+    })?;
     let summary = match summary {
         Err(QuantError::Interrupted) => return Err(PipelineError::Cancelled),
         other => other?,
@@ -282,29 +281,49 @@ fn rounded_model(
     Ok(model)
 }
 
-fn write_block(
-    file: &mut SafetensorsWriter<AtomicFile>,
-    model: &Model,
-    stats: &BlockStats,
-) -> Result<(), PipelineError> {
+/// Names and bytes of tensors, in the order of the file.
+type Tensors = Vec<(String, Vec<u8>)>;
+
+/// Writes to `file` on a thread of its own what `work` hands over, which waits when it is more than one block ahead. Handing over
+/// says `false` once writing has failed; that error is the result.
+fn while_writing<T>(
+    mut file: SafetensorsWriter<AtomicFile>,
+    work: impl FnOnce(&mut dyn FnMut(Tensors) -> bool) -> T,
+) -> Result<(SafetensorsWriter<AtomicFile>, T), PipelineError> {
+    let (sender, receiver) = std::sync::mpsc::sync_channel::<Tensors>(1);
+    std::thread::scope(|scope| {
+        let writer = scope.spawn(move || {
+            for (name, bytes) in receiver.into_iter().flatten() {
+                file.write(&name, &bytes)?;
+                file.sync()?;
+            }
+            Ok::<_, PipelineError>(file)
+        });
+        let done = work(&mut |tensors| sender.send(tensors).is_ok());
+        drop(sender);
+        let file = writer.join().expect("writing returns its errors")?;
+        Ok((file, done))
+    })
+}
+
+fn tensors_of_block(device: &dyn Device, model: &Model, stats: &BlockStats) -> Tensors {
     let block = &model.blocks[stats.block_idx];
+    let mut tensors = Vec::new();
     for layer in &stats.layers {
         let name = &block.linear(layer.slot).name;
         for (kind, sums) in [(ABSOLUTE, &layer.absolute), (SQUARE, &layer.square)] {
-            if let Some(sums) = sums {
-                file.write(&format!("{kind}.{name}"), &DType::BF16.encode(sums.data()))?;
-            }
+            tensors.extend(sums.as_ref().map(|sums| (format!("{kind}.{name}"), device.encode_bf16(sums))));
         }
         if !layer.token_energies.is_empty() {
-            file.write(&format!("{TOKEN_ENERGY}.{name}"), &DType::F32.encode(&layer.token_energies))?;
+            tensors.push((format!("{TOKEN_ENERGY}.{name}"), DType::F32.encode(&layer.token_energies)));
         }
     }
     for group in stats.groups.iter().filter(|g| !g.input_energies.is_empty()) {
         let name = &block.linear(group.group.slots()[0]).name;
         let energies: Vec<f32> = group.input_energies.iter().map(|&e| e as f32).collect();
-        file.write(&format!("{INPUT_ENERGY}.{name}"), &DType::F32.encode(&energies))?;
+        tensors.push((format!("{INPUT_ENERGY}.{name}"), DType::F32.encode(&energies)));
     }
-    Ok(())
+    tensors
 }
 
 /// A finished survey.
@@ -353,11 +372,22 @@ impl SurveyFile {
         name: &str,
         (rows, cols): (usize, usize),
     ) -> Result<Matrix, PipelineError> {
+        let stored = self.stored_statistic(kind, name, (rows, cols))?;
+        let mut values = Matrix::zeros(rows, cols);
+        stored.read_rows(0, values.data_mut());
+        Ok(values)
+    }
+
+    /// The same as it lies in the file.
+    pub(crate) fn stored_statistic(
+        &self,
+        kind: &str,
+        name: &str,
+        (rows, cols): (usize, usize),
+    ) -> Result<DenseRows, PipelineError> {
         let tensor = self.require(&format!("{kind}.{name}"))?;
         tensor.expect(DType::BF16.into(), &[rows, cols])?;
-        let mut values = Matrix::zeros(rows, cols);
-        DType::BF16.decode(&tensor.bytes, values.data_mut());
-        Ok(values)
+        Ok(DenseRows::new(rows, cols, DType::BF16, tensor.bytes).expect("a tensor of this shape has these bytes"))
     }
 
     /// The token energies of one linear, brought to a mean of 1.
