@@ -222,3 +222,38 @@ fn fresh(shape: AttentionShape, [q, k, v]: [u64; 3], rows: &Range<usize>) -> (Se
     let kv = (rows.start * shape.kv_heads * shape.head_dim) as u64 * FLOAT;
     (Sequence { q: q + offset, k: k + kv, v: v + kv, n: rows.len(), past: 0 }, offset)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every head is in one batch, with the key head that it reads; where sums go to key heads, each comes once a batch.
+    #[test]
+    fn batches_hold_every_head_once() {
+        for (heads, kv_heads) in [(1, 1), (4, 4), (4, 2), (6, 2), (14, 2), (9, 3), (8, 1), (32, 8), (32, 32), (12, 6)] {
+            let z = Sizes::of(AttentionShape { heads, kv_heads, head_dim: 16, window: None });
+            for (batches, spread) in [(z.batches().collect::<Vec<_>>(), false), (z.across_keys().collect(), true)] {
+                let mut seen = vec![0; heads];
+                for b in batches {
+                    let of = |i: usize| (b.first + i * b.step, b.key + i * b.key_step);
+                    let mut keys: Vec<usize> = (0..b.n).map(|i| of(i).1).collect();
+                    for (head, key) in (0..b.n).map(of) {
+                        assert_eq!(key, head / z.group, "{heads} heads, {kv_heads} of keys");
+                        seen[head] += 1;
+                    }
+                    keys.dedup();
+                    assert!(!spread || keys.len() == b.n);
+                    // Where the operands of the second head begin.
+                    let (head, key) = of(1);
+                    let second = |o: Operand, at: usize| assert_eq!(o.ptr / FLOAT + o.step as u64, at as u64);
+                    if b.n > 1 {
+                        second(b.of_queries(&z, 0), head * 16);
+                        second(b.of_keys(&z, 0), key * 16);
+                        second(b.of_scores(0, 5, 7), head * 35);
+                    }
+                }
+                assert_eq!(seen, vec![1; heads]);
+            }
+        }
+    }
+}

@@ -294,6 +294,8 @@ impl Work<'_> {
                 return Err(QuantError::Interrupted);
             }
         }
+        // Other inputs follow, whose Hessians need the memory.
+        group.slots().iter().filter_map(|&slot| stats(slot).shared).for_each(|shared| shared.work.clear());
         Ok(())
     }
 

@@ -3,7 +3,7 @@
 
 use super::drift::{Drift, DriftCorrection, DriftSums};
 use super::tokens::{TokenWeight, add_hessian};
-use crate::quantize::{HeldOut, LayerStats, Note};
+use crate::quantize::{HeldOut, LayerStats, Note, OfHessian, SharedWork};
 use std::ops::Range;
 use tailorq_kernels::Device;
 use tailorq_tensor::{Matrix, Slot};
@@ -25,6 +25,8 @@ pub(super) struct OneHessian {
     /// One a token of the whole calibration.
     energies: Option<Vec<f32>>,
     hessian: Matrix,
+    /// Of the Hessian, once it is summed.
+    work: SharedWork,
     more: Option<MoreHessians>,
     drift: Option<DriftSums>,
 }
@@ -61,7 +63,7 @@ impl OneHessian {
     pub(super) fn new(width: usize, (slots, energies): (Vec<Slot>, Option<Vec<f32>>), wants_more: bool) -> Self {
         let square = || Matrix::zeros(width, width);
         let more = wants_more.then(|| MoreHessians { held_out: square(), n_held: 0, normalised: square() });
-        OneHessian { slots, energies, hessian: square(), more, drift: None }
+        OneHessian { slots, energies, hessian: square(), work: SharedWork::default(), more, drift: None }
     }
 
     /// Takes in a micro-batch whose first sequence is number `first` of `n_sequences`.
@@ -98,6 +100,7 @@ impl OneHessian {
         let more = self.more.as_ref().filter(|m| m.n_held > 0);
         LayerStats {
             hessian: Some(&self.hessian),
+            shared: (self.slots.len() > 1).then_some(OfHessian { hessian: &self.hessian, work: &self.work }),
             n_tokens: n_tokens - more.map_or(0, |m| m.n_held),
             held_out: more.map(|m| HeldOut { hessian: &m.held_out, n_tokens: m.n_held }),
             normalised: more.map(|m| &m.normalised),

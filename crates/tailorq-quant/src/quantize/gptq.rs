@@ -12,7 +12,7 @@ use super::levels::Levels;
 use super::on_device::round_on_device;
 use super::rotated::in_rotation;
 use super::rows::{Rows, at_group, check_mask, codebook, corrected, fit_without, kept_within, quantize_rows};
-use super::{LayerStats, Needs, Quantized, Quantizer, Rtn, check_settings};
+use super::{LayerStats, Needs, Quantized, Quantizer, Rtn, check_settings, shared};
 use crate::{Clip, ElementMask, LayerPlan, LayerSettings, QuantError};
 use half::f16;
 use std::ops::Range;
@@ -55,7 +55,7 @@ impl Quantizer for Gptq {
         assert_eq!((hessian.rows(), hessian.cols()), (cols, cols), "the Hessian belongs to another input");
         check_hessian_on(device, hessian)?;
         let mut notes = Vec::new();
-        let Some(factor) = Factor::new(device, hessian, settings, &mut notes) else {
+        let Some(factor) = shared::factor(device, (hessian, stats.shared), settings, &mut notes) else {
             let mut rounded = Rtn.quantize(device, weights, stats, plan)?;
             rounded.notes.splice(0..0, notes);
             return Ok(rounded);

@@ -18,6 +18,7 @@ mod pb_llm;
 mod rotated;
 mod rows;
 mod rtn;
+mod shared;
 mod simulated;
 mod slim_llm;
 mod spqr;
@@ -35,6 +36,7 @@ pub use levels::Levels;
 pub use loss::proxy_loss;
 pub use pb_llm::PbLlm;
 pub use rtn::Rtn;
+pub use shared::{OfHessian, SharedWork};
 pub use slim_llm::SlimLlm;
 pub use spqr::SpQr;
 pub use squeezellm::SqueezeLlm;
@@ -133,6 +135,8 @@ pub struct LayerStats<'a> {
     pub normalised: Option<&'a Matrix>,
     /// Which linear of its block it is, where that is known.
     pub slot: Option<Slot>,
+    /// What was made of the Hessian for another linear that reads the same input.
+    pub shared: Option<OfHessian<'a>>,
 }
 
 /// A quantized layer.

@@ -14,7 +14,7 @@
 use super::feedback::check_hessian;
 use super::rows::{check_finite, check_mask};
 use super::stored::relative_error;
-use super::{LayerStats, Note, Quantized, QuantizedWeight, proxy_loss};
+use super::{LayerStats, Note, OfHessian, Quantized, QuantizedWeight, SharedWork, proxy_loss, shared};
 use crate::{LayerPlan, LayerSettings, QuantError, TransformSettings};
 use half::f16;
 use rayon::prelude::*;
@@ -39,15 +39,13 @@ pub(super) fn in_rotation(
     check_mask(weights, plan)?;
     check_finite(weights, 0, weights.rows())?;
     let transform = InputTransform::new(cols, settings.spec(cols))?;
-    let (mut notes, mut complete) = (Vec::new(), None);
-    if let Some(hessian) = stats.hessian.filter(|_| reads_hessian) {
-        assert_eq!((hessian.rows(), hessian.cols()), (cols, cols), "the Hessian belongs to another input");
-        check_hessian(hessian)?;
-        complete = Some(completed(hessian, &mut notes));
-    }
-    let rotated_hessian = complete.as_ref().map(|h| rotate_both(&transform, h));
+    let rotation = match stats.hessian.filter(|_| reads_hessian) {
+        Some(hessian) => Some(shared::rotation((hessian, stats.shared), &transform)?),
+        None => None,
+    };
     let rotated_stats = LayerStats {
-        hessian: rotated_hessian.as_ref(),
+        hessian: rotation.as_ref().map(|r| &r.rotated),
+        shared: rotation.as_ref().map(|r| OfHessian { hessian: &r.rotated, work: &r.work }),
         n_tokens: stats.n_tokens,
         slot: stats.slot,
         ..LayerStats::default()
@@ -55,18 +53,41 @@ pub(super) fn in_rotation(
     let rotated_plan = LayerPlan::from(LayerSettings { transform: None, ..plan.settings });
     let rotated = rotated_rest(&transform, weights, plan);
     let mut quantized = quantize(&rotated, &rotated_stats, &rotated_plan)?;
-    drop((rotated, rotated_hessian));
+    drop(rotated);
     let QuantizedWeight::Packed(base) = quantized.weight else {
         return Err(QuantError::Settings(
             "an input transform needs a method with a packed base: use rtn or gptq".into(),
         ));
     };
-    let matrix = with_kept(base.with_transform(transform)?, weights, plan, complete.as_ref())?;
+    let matrix = with_kept(base.with_transform(transform)?, weights, plan, rotation.as_ref().map(|r| &r.complete))?;
     quantized.relative_error = relative_error(weights, &matrix);
     quantized.proxy_loss = stats.hessian.map(|h| proxy_loss(device, weights, &matrix, h, stats.n_tokens));
     quantized.weight = matrix.into();
-    quantized.notes.splice(0..0, notes);
+    quantized.notes.splice(0..0, rotation.iter().flat_map(|r| r.notes.iter().cloned()));
     Ok(quantized)
+}
+
+/// A Hessian in both domains.
+pub(super) struct Rotation {
+    /// All of it, in the original domain.
+    complete: Matrix,
+    rotated: Matrix,
+    notes: Vec<Note>,
+    /// What is made of the rotated one.
+    work: SharedWork,
+}
+
+impl Rotation {
+    /// Of a lower triangle.
+    pub(super) fn new(hessian: &Matrix, transform: &InputTransform) -> Result<Self, QuantError> {
+        let cols = transform.width();
+        assert_eq!((hessian.rows(), hessian.cols()), (cols, cols), "the Hessian belongs to another input");
+        check_hessian(hessian)?;
+        let mut notes = Vec::new();
+        let complete = completed(hessian, &mut notes);
+        let rotated = rotate_both(transform, &complete);
+        Ok(Rotation { complete, rotated, notes, work: SharedWork::default() })
+    }
 }
 
 /// The whole Hessian of its lower triangle. Inputs that were never active get the mean of the others' diagonals, so that their
