@@ -12,10 +12,11 @@ use crate::error::EvalError;
 use crate::generation::{Question, asked};
 use crate::items::ItemRecord;
 use crate::metric::{Metric, ratio_and_stderr};
-use crate::scored::{check_tokens, target_nlls};
+use crate::scored::{Scoring, all_target_nlls, check_tokens, tokens_at_once};
 use crate::task::{Progress, Subject, Task, TaskOption, TaskOptions, TaskResult};
 use regex::Regex;
 use serde_json::{Map, Value, json};
+use std::collections::VecDeque;
 use std::path::Path;
 use std::sync::LazyLock;
 use tailorq_model::ChatMessage;
@@ -66,29 +67,51 @@ pub(crate) struct MeanNll {
     pub(crate) items: usize,
 }
 
-/// Scores one item: `completion` after the turns `before`. `item` is what a failure is told with.
-pub(crate) fn completion_nll(
-    subject: &Subject<'_>,
-    before: &[ChatMessage],
-    completion: &str,
-    item: usize,
-) -> Result<CompletionNll, EvalError> {
-    let scored = scored_completion(subject, before, completion)?;
-    let (context, tokens) = (subject.model.config.max_positions, scored.completion.len());
-    if tokens == 0 || scored.prompt.is_empty() {
-        return Err(EvalError::TextTooShort { tokens: scored.prompt.len() + tokens });
+/// An item as the model reads it.
+struct Tokens {
+    inputs: Vec<u32>,
+    /// How many of the inputs are followed by no target.
+    first: usize,
+    targets: Vec<u32>,
+    cut_tokens: usize,
+}
+
+impl Tokens {
+    /// `completion` after the turns `before`.
+    fn read(subject: &Subject<'_>, before: &[ChatMessage], completion: &str) -> Result<Self, EvalError> {
+        let scored = scored_completion(subject, before, completion)?;
+        let (context, n_targets) = (subject.model.config.max_positions, scored.completion.len());
+        if n_targets == 0 || scored.prompt.is_empty() {
+            return Err(EvalError::TextTooShort { tokens: scored.prompt.len() + n_targets });
+        }
+        let mut inputs = scored.prompt;
+        inputs.extend_from_slice(&scored.completion[..n_targets - 1]);
+        check_tokens(subject, &inputs)?;
+        check_tokens(subject, &scored.completion[n_targets - 1..])?;
+        // As in the harness: what does not fit is lost at the start, and a completion longer than the context with it.
+        let cut_tokens = inputs.len().saturating_sub(context);
+        let inputs = inputs.split_off(cut_tokens);
+        let targets = scored.completion[n_targets.saturating_sub(inputs.len())..].to_vec();
+        Ok(Tokens { first: inputs.len() - targets.len(), inputs, targets, cut_tokens })
     }
-    let mut inputs = scored.prompt;
-    inputs.extend_from_slice(&scored.completion[..tokens - 1]);
-    check_tokens(subject, &inputs)?;
-    check_tokens(subject, &scored.completion[tokens - 1..])?;
-    // As in the harness: what does not fit is lost at the start, and a completion longer than the context with it.
-    let cut_tokens = inputs.len().saturating_sub(context);
-    let inputs = &inputs[cut_tokens..];
-    let targets = &scored.completion[tokens.saturating_sub(inputs.len())..];
-    let first = inputs.len() - targets.len();
-    let nlls = target_nlls(subject, inputs, first, targets, item)?;
-    Ok(CompletionNll { nll: nlls.iter().sum(), tokens: targets.len(), cut_tokens })
+}
+
+/// Scores items that are read together; `first_item` is the place of the first, which a failure is told with.
+fn score_all(subject: &Subject<'_>, items: &[Tokens], first_item: usize) -> Result<Vec<CompletionNll>, EvalError> {
+    let texts: Vec<Scoring<'_>> = (items.iter().enumerate())
+        .map(|(at, Tokens { inputs, first, targets, .. })| Scoring {
+            inputs,
+            first: *first,
+            targets,
+            part: first_item + at,
+        })
+        .collect();
+    let share = |(item, nlls): (&Tokens, Vec<f64>)| CompletionNll {
+        nll: nlls.iter().sum(),
+        tokens: nlls.len(),
+        cut_tokens: item.cut_tokens,
+    };
+    Ok(items.iter().zip(all_target_nlls(subject, &texts)?).map(share).collect())
 }
 
 /// The mean over items, or `None` without items.
@@ -224,14 +247,40 @@ impl NllTask {
         pairs.iter().for_each(|pair| contents.add(&json!(pair)));
         let mut finished = Finished::open(self.name, options, whose, contents)?;
         let mut shares = Vec::with_capacity(n);
-        for (index, (turns, completion)) in pairs.iter().enumerate() {
-            crate::perplexity::report(progress, before + index, total)?;
-            let share = match finished.get(index, CompletionNll::read)? {
-                Some(share) => share,
-                None => completion_nll(subject, turns, completion, index)?,
+        let mut read: VecDeque<Tokens> = VecDeque::new();
+        // On the CPU an item is read alone.
+        let most = tokens_at_once(subject, 0);
+        while shares.len() < n {
+            crate::perplexity::report(progress, before + shares.len(), total)?;
+            // Groups depend on the items alone, not on which are finished, and are computed whole: the same bits in every run.
+            let (start, mut group, mut tokens) = (shares.len(), Vec::new(), 0);
+            for (turns, completion) in &pairs[start..] {
+                let next = match read.pop_front() {
+                    Some(next) => next,
+                    None => Tokens::read(subject, turns, completion)?,
+                };
+                tokens += next.inputs.len();
+                if !group.is_empty() && tokens > most {
+                    read.push_front(next);
+                    break;
+                }
+                group.push(next);
+            }
+            let places = start..start + group.len();
+            let known: Option<Vec<CompletionNll>> = match places.clone().all(|index| finished.has(index)) {
+                true => {
+                    places.clone().map(|index| finished.get(index, CompletionNll::read)).collect::<Result<_, _>>()?
+                }
+                false => None,
             };
-            finished.keep(index, share.written())?;
-            shares.push(share);
+            if let Some(known) = known {
+                shares.extend(known);
+                continue;
+            }
+            for (index, share) in places.zip(score_all(subject, &group, start)?) {
+                finished.keep(index, share.written())?;
+                shares.push(share);
+            }
         }
         crate::perplexity::report(progress, before + n, total)?;
         Ok((shares, finished.served()))
@@ -280,13 +329,16 @@ mod tests {
             };
             (first..ids.len()).map(at).sum()
         };
-        let check = |template: Option<&ChatTemplate>, question: &str, whole: &str, tokens: usize, cut: usize| {
+        let check = |template: Option<&ChatTemplate>, question: &str, whole: &str, n_tokens: usize, cut: usize| {
             let subject =
                 Subject { name: "tiny", model: &model, tokenizer: &tokenizer, template, device: device.as_ref() };
-            let found = completion_nll(&subject, &[user(question)], "It is 4.", 0).unwrap();
+            let tokens = |question: &str| Tokens::read(&subject, &[user(question)], "It is 4.").unwrap();
+            let found = score_all(&subject, &[tokens(question)], 0).unwrap()[0];
+            let together = score_all(&subject, &[tokens("another?"), tokens(question), tokens("?")], 0).unwrap();
+            assert!((together[1].nll / found.nll - 1.0).abs() < 1e-6, "read with others: {together:?} {found:?}");
             let ids = tokenizer.encode(whole, false).unwrap();
-            let expected = nll(&ids[cut..], ids.len() - cut - tokens);
-            assert_eq!((found.tokens, found.cut_tokens), (tokens, cut), "{whole}");
+            let expected = nll(&ids[cut..], ids.len() - cut - n_tokens);
+            assert_eq!((found.tokens, found.cut_tokens), (n_tokens, cut), "{whole}");
             assert!((found.nll / expected - 1.0).abs() < 1e-5, "{} {expected}", found.nll);
         };
         let template = opened.template.take().unwrap();

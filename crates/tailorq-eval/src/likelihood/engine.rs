@@ -4,6 +4,7 @@ use super::rows::{Asked, Place, Rows};
 use super::{Likelihood, PreparedItem};
 use crate::cache::{Finished, exact, read_exact};
 use crate::error::EvalError;
+use crate::scored::tokens_at_once;
 use crate::task::{Progress, Subject};
 use serde_json::{Map, Value};
 use std::ops::Range;
@@ -11,7 +12,7 @@ use tailorq_model::{Batch, KvCache};
 use tailorq_runtime::PREFIX_CHUNK;
 use tailorq_tensor::Matrix;
 
-/// New tokens that are put through the model together, unless a single item has more.
+/// New tokens that the CPU puts through the model together, unless a single item has more.
 const GROUP_TOKENS: usize = 512;
 /// Bytes of keys and values that a group may hold, unless a single item holds more.
 const GROUP_BYTES: usize = 1 << 30;
@@ -150,6 +151,7 @@ fn reusable(tokens: &[u32], item: &PreparedItem) -> usize {
 fn next_group(subject: &Subject<'_>, items: &[PreparedItem], order: &[usize], given: &[u32]) -> Vec<usize> {
     let config = &subject.model.config;
     let token_bytes = 2 * size_of::<f32>() * config.n_blocks * config.n_kv_heads * config.head_dim;
+    let most_tokens = tokens_at_once(subject, GROUP_TOKENS);
     let (mut group, mut tokens, mut bytes) = (Vec::new(), 0, 0);
     let mut before: Option<&PreparedItem> = None;
     for item in order.iter().map(|&i| &items[i]) {
@@ -157,7 +159,7 @@ fn next_group(subject: &Subject<'_>, items: &[PreparedItem], order: &[usize], gi
         tokens += item.n_inputs() - kept;
         bytes += token_bytes * (item.n_inputs() + item.branches.len() * item.shared.len());
         let waits = before.is_some_and(|before| reusable(&before.shared, item) > kept);
-        if before.is_some() && (waits || tokens > GROUP_TOKENS || bytes > GROUP_BYTES) {
+        if before.is_some() && (waits || tokens > most_tokens || bytes > GROUP_BYTES) {
             break;
         }
         group.push(kept);
