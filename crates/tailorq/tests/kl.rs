@@ -131,6 +131,17 @@ fn token_weights_need_the_calibration_s_own_completions() {
     quantize(&request).unwrap();
 }
 
+/// Items whose completion is cut off have no energies, which is said before anything is surveyed.
+#[test]
+fn token_weights_need_completions_within_the_sequence() {
+    let bench = Bench::new();
+    let mut request = bench.request("pairs.jsonl", "out");
+    (request.settings.loss, request.settings.token_weight) = (LossKind::Completion, TokenWeight::Gradient);
+    request.calibration.as_mut().unwrap().sequence_length = Some(8);
+    let refused = quantize(&request).unwrap_err().to_string();
+    assert!(refused.contains("--sequence-length") && refused.contains("--loss full"), "{refused}");
+}
+
 /// Remembers notes.
 #[derive(Default)]
 struct Notes(Mutex<Vec<String>>);

@@ -17,7 +17,7 @@ use std::ops::ControlFlow;
 use std::path::Path;
 use tailorq_format::{AtomicFile, SafetensorsFile, SafetensorsWriter, TensorSpec};
 use tailorq_kernels::Device;
-use tailorq_model::{Model, OpenedModel};
+use tailorq_model::{Model, OpenedModel, next_token_targets};
 use tailorq_quant::quantize::Rtn;
 use tailorq_quant::survey::{BlockStats, Loss, Needs, Survey, SurveySample};
 use tailorq_quant::{LayerPlan, LayerSettings, LayerStats, QuantError, Quantizer};
@@ -190,6 +190,9 @@ pub(crate) fn write_survey(
         (original, Loss::CrossEntropy)
     };
     let survey_samples = survey_samples((device, opened), samples, recipe.quantize.loss, observer)?;
+    if needs.token_energies {
+        check_targets(&survey_samples)?;
+    }
     let n_blocks = model.blocks.len();
     let specs = specs(model, needs, samples.tokens());
     let bytes: usize = specs.iter().filter_map(TensorSpec::bytes).sum();
@@ -214,17 +217,22 @@ pub(crate) fn write_survey(
         Err(QuantError::Interrupted) => return Err(PipelineError::Cancelled),
         other => other?,
     };
-    if needs.token_energies && summary.n_samples < survey_samples.len() {
-        let n = survey_samples.len() - summary.n_samples;
-        return Err(PipelineError::Settings(format!(
-            "{n} calibration items have no completion within the sequence length: raise --sequence-length, or use --loss full"
-        )));
-    }
     if let Some(loss) = summary.mean_loss {
         file.write(LOSS, &DType::F32.encode(&[loss as f32]))?;
     }
     file.commit()?;
     Ok(summary.mean_loss)
+}
+
+/// Energies of tokens are those of all calibration tokens: each item must have a token that the loss counts, or it is passed over.
+fn check_targets(samples: &[SurveySample]) -> Result<(), PipelineError> {
+    let has_none = |s: &&SurveySample| next_token_targets(&s.ids, s.scored.as_deref(), 0).is_empty();
+    match samples.iter().filter(has_none).count() {
+        0 => Ok(()),
+        n => Err(PipelineError::Settings(format!(
+            "{n} calibration items have no completion within the sequence length: raise --sequence-length, or use --loss full"
+        ))),
+    }
 }
 
 /// The samples with the flags of the tokens that the loss counts; for a divergence those without a completion get the
