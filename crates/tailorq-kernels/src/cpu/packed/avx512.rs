@@ -19,9 +19,6 @@ use tailorq_tensor::{Bits, TILE, TileBits};
 /// little more than half of what the memory gives.
 const AHEAD: usize = 4096;
 
-/// Bytes of a row from which on rows are taken one by one: what several share is little then, and they are in order.
-const LONG_ROW: usize = 1024;
-
 /// Whether this processor has what the kernels use.
 pub(super) fn available() -> bool {
     is_x86_feature_detected!("avx512f")
@@ -57,6 +54,8 @@ pub(super) trait Codes {
     const HIGHS: bool = false;
     /// The planes; those past [`Codes::PLANES`] are of no meaning. `highs` are the sixteen u16 of the high plane, if there is one.
     unsafe fn planes(words: __m512i, highs: __m512i) -> [__m512i; 4];
+    /// The same of eight words.
+    unsafe fn half_planes(words: __m256i, highs: __m256i) -> [__m256i; 4];
 }
 
 pub(super) struct Two;
@@ -77,6 +76,19 @@ impl Codes for Two {
                 _mm512_and_si512(_mm512_srli_epi16::<2>(words), mask),
                 _mm512_and_si512(_mm512_srli_epi16::<4>(words), mask),
                 _mm512_and_si512(_mm512_srli_epi16::<6>(words), mask),
+            ]
+        }
+    }
+    #[inline(always)]
+    unsafe fn half_planes(words: __m256i, _: __m256i) -> [__m256i; 4] {
+        // SAFETY: inlined into a function with the features; so below.
+        unsafe {
+            let mask = _mm256_set1_epi8(3);
+            [
+                _mm256_and_si256(words, mask),
+                _mm256_and_si256(_mm256_srli_epi16::<2>(words), mask),
+                _mm256_and_si256(_mm256_srli_epi16::<4>(words), mask),
+                _mm256_and_si256(_mm256_srli_epi16::<6>(words), mask),
             ]
         }
     }
@@ -103,6 +115,24 @@ impl Codes for Three {
             ]
         }
     }
+    #[inline(always)]
+    unsafe fn half_planes(words: __m256i, highs: __m256i) -> [__m256i; 4] {
+        // SAFETY: see `Two`.
+        unsafe {
+            // Byte `b` of a lane gets the high bits of its four codes, that of plane `p` at bit `p + 2`.
+            let at = _mm256_set1_epi64x(i64::from_le_bytes([62, 2, 6, 10, 30, 34, 38, 42]));
+            let h = _mm256_multishift_epi64_epi8(at, highs);
+            let high = _mm256_set1_epi8(4);
+            let [a, b, c, d] = Two::half_planes(words, highs);
+            // a | (b & c)
+            [
+                _mm256_ternarylogic_epi32::<0xF8>(a, h, high),
+                _mm256_ternarylogic_epi32::<0xF8>(b, _mm256_srli_epi16::<1>(h), high),
+                _mm256_ternarylogic_epi32::<0xF8>(c, _mm256_srli_epi16::<2>(h), high),
+                _mm256_ternarylogic_epi32::<0xF8>(d, _mm256_srli_epi16::<3>(h), high),
+            ]
+        }
+    }
 }
 
 impl Codes for Four {
@@ -114,6 +144,16 @@ impl Codes for Four {
             let mask = _mm512_set1_epi8(15);
             let low = _mm512_and_si512(words, mask);
             let high = _mm512_and_si512(_mm512_srli_epi16::<4>(words), mask);
+            [low, high, low, high]
+        }
+    }
+    #[inline(always)]
+    unsafe fn half_planes(words: __m256i, _: __m256i) -> [__m256i; 4] {
+        // SAFETY: see `Two`.
+        unsafe {
+            let mask = _mm256_set1_epi8(15);
+            let low = _mm256_and_si256(words, mask);
+            let high = _mm256_and_si256(_mm256_srli_epi16::<4>(words), mask);
             [low, high, low, high]
         }
     }
@@ -137,6 +177,21 @@ impl Codes for Six {
             [a, b, a, b]
         }
     }
+    #[inline(always)]
+    unsafe fn half_planes(words: __m256i, highs: __m256i) -> [__m256i; 4] {
+        // SAFETY: see `Two`.
+        unsafe {
+            // Byte `b` of a lane gets the high bits of its two codes at bits 4 and 6.
+            let at = _mm256_set1_epi64x(i64::from_le_bytes([60, 0, 4, 8, 28, 32, 36, 40]));
+            let h = _mm256_multishift_epi64_epi8(at, highs);
+            let high = _mm256_set1_epi8(0x30);
+            let [a, b, ..] = Four::half_planes(words, highs);
+            // a | (b & c)
+            let a = _mm256_ternarylogic_epi32::<0xF8>(a, h, high);
+            let b = _mm256_ternarylogic_epi32::<0xF8>(b, _mm256_srli_epi16::<2>(h), high);
+            [a, b, a, b]
+        }
+    }
 }
 
 impl Codes for Eight {
@@ -145,9 +200,13 @@ impl Codes for Eight {
     unsafe fn planes(words: __m512i, _: __m512i) -> [__m512i; 4] {
         [words; 4]
     }
+    #[inline(always)]
+    unsafe fn half_planes(words: __m256i, _: __m256i) -> [__m256i; 4] {
+        [words; 4]
+    }
 }
 
-/// All rows of `y`: four at a time (or one, if they are long) with one token, two at a time with several.
+/// All rows of `y`: four at a time with one token, two at a time with several.
 #[inline(always)]
 unsafe fn all<C: Codes>(base: &Base<'_>, x: &Quantized, first: usize, y: &mut Tile<'_>) {
     // Divisions here, not once a block: a block of short rows takes no longer than a few of them.
@@ -163,12 +222,6 @@ unsafe fn all<C: Codes>(base: &Base<'_>, x: &Quantized, first: usize, y: &mut Ti
     let (n_tokens, n_rows) = (y.rows(), y.cols());
     // SAFETY: rows and tokens exist.
     unsafe {
-        if n_tokens == 1 && 4 * base.words_per_row >= LONG_ROW {
-            for i in 0..n_rows {
-                kernel.block::<C, 1, 1>([first + i], 0).store(i, 0, y);
-            }
-            return;
-        }
         if n_tokens == 1 {
             for i in (0..n_rows).step_by(4) {
                 // The last block repeats its last row.
@@ -205,7 +258,7 @@ struct Kernel<'a> {
     steps: usize,
     /// Steps that read the same sixteen scales.
     per_chunk: usize,
-    /// Bytes from a block's first row to what it fetches: blocks of four rows, or more than one of fewer.
+    /// Bytes from a block's first row to what it fetches: whole blocks of four rows.
     ahead: usize,
 }
 
@@ -244,7 +297,9 @@ impl Kernel<'_> {
                 for s in begin..end.min(whole) {
                     from.add_step::<C, true>(s, u16::MAX, self.lane_groups(s), &scales, &mut sums);
                 }
-                if end > whole {
+                if end > whole && base.words_per_row % LANES <= LANES / 2 {
+                    from.add_half_step::<C>(whole, rest as u8, self.lane_groups(whole), &scales, &mut sums);
+                } else if end > whole {
                     from.add_step::<C, false>(whole, rest, self.lane_groups(whole), &scales, &mut sums);
                 }
             }
@@ -334,16 +389,55 @@ impl<const R: usize, const N: usize> Sources<R, N> {
                 let scale = _mm512_permutexvar_ps(lane_groups, scales[r]);
                 for (t, sum) in sums[r].iter_mut().enumerate() {
                     let codes = self.codes[t].add(s * C::PLANES);
-                    // Two chains of additions, so that the processor has less to wait for.
+                    // Two chains of additions where nothing else fills the time that one waits; with more sums they
+                    // cost registers.
+                    let is_alone = R * N < 4 && C::PLANES > 1;
                     let mut dots = [_mm512_setzero_si512(); 2];
                     for (p, plane) in planes.iter().enumerate().take(C::PLANES) {
                         let x = _mm512_load_si512(codes.add(p).cast());
-                        dots[p % 2] = _mm512_dpbusd_epi32(dots[p % 2], *plane, x);
+                        let dots = &mut dots[if is_alone { p % 2 } else { 0 }];
+                        *dots = _mm512_dpbusd_epi32(*dots, *plane, x);
                     }
-                    let dots = if C::PLANES > 1 { _mm512_add_epi32(dots[0], dots[1]) } else { dots[0] };
+                    let dots = if is_alone { _mm512_add_epi32(dots[0], dots[1]) } else { dots[0] };
                     let x_scale = _mm512_load_ps(self.scales[t].add(s).cast());
                     let values = _mm512_mul_ps(_mm512_cvtepi32_ps(dots), x_scale);
                     *sum = _mm512_fmadd_ps(values, scale, *sum);
+                }
+            }
+        }
+    }
+
+    /// Adds step `s`, of which the rows have at most eight words, marked by `mask`: with registers of half the width, which
+    /// take half the time where a processor does wide instructions in two turns. The sums are those of [`Self::add_step`].
+    #[inline(always)]
+    unsafe fn add_half_step<C: Codes>(
+        &self,
+        s: usize,
+        mask: u8,
+        lane_groups: __m512i,
+        scales: &[__m512; R],
+        sums: &mut [[__m512; N]; R],
+    ) {
+        // SAFETY: inlined into a function with the features; the rows have the marked words, the tokens have the step.
+        unsafe {
+            for r in 0..R {
+                _mm_prefetch::<_MM_HINT_T0>(self.ahead.wrapping_add((s * R + r) * size_of::<Plane>()));
+                let (words, highs) = (self.words[r].add(s * LANES), self.highs[r].wrapping_add(s * LANES));
+                let high = match C::HIGHS {
+                    false => _mm256_setzero_si256(),
+                    true => _mm256_cvtepu16_epi32(_mm_maskz_loadu_epi16(mask, highs.cast())),
+                };
+                let planes = C::half_planes(_mm256_maskz_loadu_epi32(mask, words.cast()), high);
+                let scale = _mm512_permutexvar_ps(lane_groups, scales[r]);
+                for (t, sum) in sums[r].iter_mut().enumerate() {
+                    let codes = self.codes[t].add(s * C::PLANES);
+                    let mut dots = _mm256_setzero_si256();
+                    for (p, plane) in planes.iter().enumerate().take(C::PLANES) {
+                        dots = _mm256_dpbusd_epi32(dots, *plane, _mm256_load_si256(codes.add(p).cast()));
+                    }
+                    let x_scale = _mm256_load_ps(self.scales[t].add(s).cast());
+                    let values = _mm256_mul_ps(_mm256_cvtepi32_ps(dots), x_scale);
+                    *sum = _mm512_fmadd_ps(_mm512_zextps256_ps512(values), scale, *sum);
                 }
             }
         }
