@@ -225,7 +225,8 @@ pub(super) fn paired_difference(a: &ItemValues, b: &ItemValues) -> Option<(f64, 
 /// `hub` is a place of its own, unless a folder beside the experiment is called so.
 fn locate_data(experiment: &Experiment, data: &Path) -> PathBuf {
     let folder = experiment.locate(data);
-    if data == Path::new("hub") && !folder.exists() { data.to_path_buf() } else { folder }
+    let is_hub = data == Path::new("hub") || data.to_str().is_some_and(|d| d.starts_with("hub:"));
+    if is_hub && !folder.exists() { data.to_path_buf() } else { folder }
 }
 
 /// The numbers of a result: those in the harness' notation with what stands beside them, or else its value.
@@ -239,11 +240,8 @@ fn metrics_of(task: &str, result: &TaskResult) -> Vec<Metric> {
         }
         let stderr = number(details, &format!("{name}_stderr,{filter}"));
         let value = value.as_f64()?;
-        let interval = details.get(&format!("{name}_interval95,{filter}")).and_then(|i| {
-            let bounds: Option<Vec<f64>> = i.as_array()?.iter().map(Value::as_f64).collect();
-            bounds?.try_into().ok()
-        });
-        let interval95 = interval.or(stderr.map(|s| [value - Z95 * s, value + Z95 * s]));
+        let own = details.get(&format!("{name}_interval95,{filter}")).and_then(interval);
+        let interval95 = own.or(stderr.map(|s| [value - Z95 * s, value + Z95 * s]));
         let metric = Metric { task: task.into(), metric: key.clone(), value, stderr, interval95, items };
         Some(rounded_metric(metric))
     };
@@ -251,8 +249,18 @@ fn metrics_of(task: &str, result: &TaskResult) -> Vec<Metric> {
     if !named.is_empty() {
         return named;
     }
+    // A task of one number may still know how sure it is, under the number's own name.
+    let beside = |suffix: &str| details.iter().find(|(key, _)| key.ends_with(suffix)).map(|(_, value)| value);
+    let stderr = beside("_stderr,none").and_then(Value::as_f64);
+    let interval95 = beside("_interval95,none").and_then(interval);
     let (value, metric) = (result.value, "value".to_owned());
-    vec![rounded_metric(Metric { task: task.into(), metric, value, stderr: None, interval95: None, items })]
+    vec![rounded_metric(Metric { task: task.into(), metric, value, stderr, interval95, items })]
+}
+
+/// Both bounds.
+fn interval(value: &Value) -> Option<[f64; 2]> {
+    let bounds: Option<Vec<f64>> = value.as_array()?.iter().map(Value::as_f64).collect();
+    bounds?.try_into().ok()
 }
 
 fn number(details: &Map<String, Value>, key: &str) -> Option<f64> {
