@@ -52,6 +52,18 @@ fn the_one_liner_is_score_plan_and_quantize() {
 }
 
 #[test]
+fn a_survey_of_the_same_grid_serves_a_rotated_circuit() {
+    let place = Place::new();
+    let json = |line: &str| place.json(&words(line));
+    let data = "--task-data task.jsonl --samples 4 --loss kl --group 32 --bits 2";
+    json(&format!("survey model --transform hadamard --transform-seed 5 {data} --output kl.survey"));
+    let run = format!("quantize model --method tacq-hadamard {data} --survey kl.survey");
+    place.fails(1, &words(&format!("{run} --output other")), &["another grid"]);
+    let written = json(&format!("{run} --transform hadamard --transform-seed 5 --output out"));
+    assert_eq!(written["status"], "written");
+}
+
+#[test]
 fn command_lines_that_cannot_work_are_refused() {
     let place = Place::new();
     let fails = |code, line: &str, said| place.fails(code, &words(line), &[said]);
@@ -67,4 +79,13 @@ fn command_lines_that_cannot_work_are_refused() {
     fails(2, "score model --output s.json", "--calibration");
     fails(1, "plan --scores nothing.json --bits-per-weight 3 --output p", "nothing.json");
     fails(2, &to("--plan p --allocate damage"), "cannot be used with");
+    fails(2, &to("--bits 6"), "2, 3, 4 or 8");
+    fails(2, &to("--method tacq --tile-share 5%"), "no salient tiles");
+    fails(2, &to("--salient corrections"), "no salient tiles");
+    fails(2, &to("--circuit-seed 3"), "--signal random");
+    fails(2, &to("--method spqr --bits-per-weight 2.5"), "one size for each width");
+    fails(2, "quantize --recipe r.toml --output out --general-data task.jsonl", "cannot be used with");
+    fails(2, "quantize --recipe r.toml --output out --general-data task.jsonl --mix 0.5", "cannot be used with");
+    fails(2, "survey model --task-data task.jsonl --output s --transform hadamard", "--loss kl");
+    fails(2, "survey model --task-data task.jsonl --output s --loss kl --damp 0.1", "--bits, --group");
 }

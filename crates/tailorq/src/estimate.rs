@@ -6,7 +6,7 @@ use crate::task::allocation::{AllocationSettings, AllocationSignal};
 use crate::task::scores::units_of;
 use crate::task::survey::TAPE_BYTES;
 use crate::task::survey_needs;
-use crate::task::uniform::{circuit_bytes, n_weights, shapes};
+use crate::task::uniform::{circuit_bytes, n_weights, uniform_bytes};
 use serde::Serialize;
 use std::time::Instant;
 use tailorq_kernels::Device;
@@ -66,7 +66,7 @@ pub(crate) struct PredictedSize {
 /// Predicts the size: exact but for the container's header, and for widths that an allocation spreads.
 pub(crate) fn predicted_size(model: &Model, recipe: &Recipe) -> PredictedSize {
     let settings = &recipe.quantize;
-    let mut linear_bytes = linear_bytes(model, settings);
+    let mut linear_bytes = uniform_bytes(model, settings);
     if let Some(budget) = recipe.allocation.as_ref().and_then(|a| a.rule.bits_per_weight) {
         // A plan comes close to its budget, but for less than one unit.
         linear_bytes = (budget * n_weights(model) as f64 / 8.0) as u64;
@@ -89,7 +89,7 @@ fn unbudgeted_bytes(model: &Model, settings: &QuantizeSettings, allocation: &All
     };
     let wide = n_wide.min(n_units) as f64 / n_units.max(1) as f64;
     let at = |width: Option<&u32>| match width.map(|&w| Bits::try_from(w)) {
-        Some(Ok(bits)) => linear_bytes(model, &QuantizeSettings { bits, ..settings.clone() }),
+        Some(Ok(bits)) => uniform_bytes(model, &QuantizeSettings { bits, ..settings.clone() }),
         _ => 2 * n_weights(model),
     };
     let widths = &allocation.score.widths;
@@ -109,19 +109,6 @@ fn scored_tokens(model: &Model, recipe: &Recipe, tokens: usize) -> f64 {
         _ => half_of(units_of(model, score.unit).len()) * score.widths.len() as f64,
     };
     looked_at * (1.0 + passes)
-}
-
-fn linear_bytes(model: &Model, settings: &QuantizeSettings) -> u64 {
-    let layout = settings.layout();
-    let stores_half = tailorq_quant::find(&settings.method).is_some_and(|q| q.stores_half());
-    let of = |(r, c): (usize, usize)| {
-        if stores_half {
-            2 * r * c
-        } else {
-            layout.bytes(r, c) + settings.level_bytes() + settings.aligned.map_or(0, |a| a.bytes(layout, r, c))
-        }
-    };
-    shapes(model).map(of).sum::<usize>() as u64
 }
 
 /// Bytes of one table (embedding or head) in its layout, or at 16 bits.

@@ -36,7 +36,7 @@ pub struct QuantizeRequest {
     /// A plan made before, in place of an allocation.
     pub plan: Option<PathBuf>,
     /// Without an allocation or a plan: bits of the linears, counted from bytes of the file. Settles width and group, or
-    /// width and the share of kept weights where there is a circuit.
+    /// width and the share of kept weights where there is a circuit, of salient tiles where there are some.
     pub bits_per_weight: Option<f64>,
     /// Hashes that the inputs must have (model, calibration), when a recipe is repeated.
     pub expected: Option<Recipe>,
@@ -71,13 +71,16 @@ impl QuantizeRequest {
                     .into(),
             );
         }
-        let has_widths = self.plan.is_some() || self.allocation.is_some() || self.bits_per_weight.is_some();
+        let has_widths = self.plan.is_some() || self.allocation.is_some();
         if has_widths && !ALLOCATED_METHODS.contains(&self.settings.method.as_str()) {
             return fail(format!(
-                "method {} has a width of its own for all linears: allocations, plans and budgets are for {}",
+                "method {} has one width for all linears: allocations and plans are for {}",
                 self.settings.method,
-                ALLOCATED_METHODS.join(" and ")
+                ALLOCATED_METHODS.join(", ")
             ));
+        }
+        if let Some(problem) = self.bits_per_weight.and_then(|_| uniform::one_size(&self.settings)) {
+            return fail(format!("{problem}; leave --bits-per-weight out"));
         }
         if self.scores.is_some() && self.allocation.is_none() {
             return fail(

@@ -3,6 +3,7 @@
 use crate::error::PipelineError;
 use crate::task::allocation::AllocationSettings;
 use crate::task::circuit::CircuitSettings;
+use crate::task::uniform::LINEAR_WIDTHS;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::io::Read;
@@ -196,12 +197,6 @@ impl QuantizeSettings {
         Layout { bits: self.bits, group: self.group, symmetric }
     }
 
-    /// Bytes of the codebook of one linear, 0 without one.
-    pub(crate) fn level_bytes(&self) -> usize {
-        let has_levels = self.grid == GridKind::Codebook && self.bits <= Bits::Four;
-        if has_levels { Layout::level_bytes(self.bits) } else { 0 }
-    }
-
     /// Both drift corrections.
     pub fn drift(&self) -> DriftCorrection {
         DriftCorrection { inputs: self.drift_inputs, residual: self.drift_residual }
@@ -230,6 +225,9 @@ impl QuantizeSettings {
             let names: Vec<_> = tailorq_quant::quantize::ALL.iter().map(|q| q.name()).collect();
             return fail(format!("there is no method '{}': use one of {}", self.method, names.join(", ")));
         };
+        if !LINEAR_WIDTHS.contains(&self.bits) {
+            return fail(format!("no linear has {} bits: use 2, 3, 4 or 8", self.bits.count()));
+        }
         match self.transform {
             Some(_) if !method.rotates() => {
                 return fail(format!("{} knows no input transform: leave it out, or use rtn or gptq", self.method));
@@ -489,6 +487,7 @@ mod tests {
             |s| s.damping = f64::NAN,
             |s| s.damping = -1.0,
             |s| s.head_bits = 5,
+            |s| s.bits = Bits::Six,
             |s| (s.method, s.grid) = ("awq".into(), GridKind::Codebook),
             |s| (s.method, s.transform) = ("awq".into(), Some(TransformSettings::hadamard(0))),
             |s| s.transform = Some(TransformSettings::hadamard(u64::MAX)),

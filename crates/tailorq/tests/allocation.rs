@@ -7,9 +7,9 @@ mod inputs;
 use inputs::{Bench, StopAfter, assert_same, files, items};
 use std::path::Path;
 use tailorq::{
-    AllocationSettings, AllocationSignal, CalibrationRequest, CircuitSettings, Group, MeasureKind, Outcome, OutputMode,
-    PRESETS, PipelineError, Preset, QuantizeRequest, Recipe, Report, Rule, RuleSettings, ScoreRequest, ScoreSettings,
-    Scores, Silent, Span, UnitKind,
+    AllocationSettings, AllocationSignal, CalibrationRequest, CircuitSettings, GridKind, Group, MeasureKind, Outcome,
+    OutputMode, PRESETS, PipelineError, Preset, QuantizeRequest, Recipe, Report, Rule, RuleSettings, ScoreRequest,
+    ScoreSettings, Scores, Silent, Span, UnitKind,
 };
 use tailorq_format::SafetensorsFile;
 use tailorq_model::testing::TinyModel;
@@ -167,14 +167,18 @@ fn budgets_are_kept_by_every_unit_rule_and_method() {
         }
         assert!(damages.windows(2).all(|d| d[1] <= d[0]), "{damages:?}");
     }
-    for (preset, budget) in [("gptq", 2.5), ("gptq", 4.4), ("rtn", 3.0), ("tacq", 2.9), ("tacq", 4.0)] {
+    let settled = [("gptq", 2.5), ("gptq", 4.4), ("rtn", 3.0), ("best", 3.0), ("tacq", 2.9), ("tacq", 4.0)];
+    for (preset, budget) in settled.into_iter().chain([("aligned", 2.9), ("aligned", 4.2), ("aligned-true8-50", 5.3)]) {
         let request = bench.budget(preset, &format!("{preset}-{budget}"), budget);
         let report = quantize(&request).unwrap();
         let bits = bits_in_file(&request.output, &report);
-        // Few layouts there are, but many elements.
-        let room = if preset == "tacq" { 0.01 } else { 1.0 };
+        // Few layouts there are, but many elements and tiles.
+        let room = if preset == "tacq" || preset.starts_with("aligned") { 0.02 } else { 1.0 };
         assert!(bits <= budget && bits > budget - room, "{preset} {budget}: {bits}");
         assert!(preset != "tacq" || report.recipe.circuit.unwrap().keep > 0.0);
+        assert!(report.recipe.quantize.aligned.is_none_or(|a| a.share > 0.01), "{:?}", report.recipe.quantize);
+        let width = if preset == "aligned" && budget > 4.0 { 3 } else { 2 };
+        assert!(!preset.starts_with("aligned") || report.recipe.quantize.bits.count() == width, "{preset} {budget}");
     }
     // A circuit beside an allocation is paid from the same budget.
     let mut request = bench.budget("taqo", "both", 3.3);
@@ -182,6 +186,30 @@ fn budgets_are_kept_by_every_unit_rule_and_method() {
     let report = quantize(&request).unwrap();
     let bits = bits_in_file(&request.output, &report);
     assert!(bits <= 3.3 && report.layers.iter().any(|l| !l.corrections.is_none()), "{bits}");
+}
+
+#[test]
+fn codebooks_are_paid_from_the_budget() {
+    let bench = Bench::new("llama", 4);
+    // Between what all linears take at 2 bits with and without codebooks lies a budget that cannot be met; above it one can.
+    let request = |output: &str, budget: f64| {
+        let mut request = bench.budget("taqo", output, budget);
+        request.settings.grid = GridKind::Codebook;
+        request.settings.group = Group::Row;
+        request.allocation.as_mut().unwrap().score.unit = UnitKind::Layer;
+        request
+    };
+    for budget in [3.0, 3.5, 4.01] {
+        let request = request(&format!("at-{budget}"), budget);
+        let report = quantize(&request).unwrap();
+        let bits = bits_in_file(&request.output, &report);
+        assert!(bits <= budget && bits > budget - 0.2, "{budget}: {bits}");
+    }
+    let error = quantize(&request("least", 1.0)).unwrap_err().to_string();
+    let least = error.split("least possible is ").nth(1).unwrap().split(' ').next().unwrap().parse::<f64>().unwrap();
+    let request = request("least", least);
+    let report = quantize(&request).unwrap();
+    assert!((least - 0.001..=least).contains(&bits_in_file(&request.output, &report)), "{least}");
 }
 
 #[test]
@@ -250,8 +278,20 @@ fn what_cannot_be_is_refused_with_what_could() {
     let error = quantize(&bench.budget("gptq", "tight", 1.5)).unwrap_err().to_string();
     assert!(error.contains("least possible is"), "{error}");
     // Widths are for methods whose bytes follow from a layout.
-    let error = quantize(&bench.budget("half", "half", 3.0)).unwrap_err().to_string();
-    assert!(error.contains("rtn and gptq"), "{error}");
+    let mut request = bench.request("taqo", "awq");
+    request.settings.method = "awq".into();
+    let error = quantize(&request).unwrap_err().to_string();
+    assert!(error.contains("rtn, gptq, best"), "{error}");
+    // Who has one size says which.
+    for (preset, words) in [
+        ("half", "one size, about 16.00 bits"),
+        ("billm", "one size, about 3.00 bits"),
+        ("awq", "one size for each width, about 3.6"),
+        ("aligned-paper-50", "one size, about 3.0"),
+    ] {
+        let error = quantize(&bench.budget(preset, "one-size", 3.0)).unwrap_err().to_string();
+        assert!(error.contains(words), "{preset}: {error}");
+    }
     // Answers need completions.
     std::fs::write(bench.path("calibration.jsonl"), "{\"text\": \"nothing but text\"}\n").unwrap();
     let error = quantize(&bench.request("taqo-paper", "no-labels")).unwrap_err().to_string();

@@ -58,7 +58,7 @@ pub struct QuantizeArgs {
     #[command(flatten)]
     retain: RetainArgs,
     /// Repeat the run of this recipe.toml, byte for byte; refuses inputs that are not the recipe's
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["method", "GridArgs", "samples", "sequence_length", "seed", "drop_calculator_marks", "TileArgs", "CircuitArgs", "AllocationArgs", "ScoreArgs"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["method", "GridArgs", "samples", "sequence_length", "seed", "drop_calculator_marks", "general_data", "mix", "TileArgs", "CircuitArgs", "AllocationArgs", "ScoreArgs"])]
     recipe: Option<PathBuf>,
     /// Go on with a stopped run (an empty directory starts afresh, a finished run is left alone)
     #[arg(long, conflicts_with = "overwrite")]
@@ -239,18 +239,26 @@ struct TileArgs {
 }
 
 impl TileArgs {
-    fn apply(&self, settings: &mut QuantizeSettings) {
-        let mut aligned = settings.aligned.unwrap_or_default();
+    fn apply(&self, settings: &mut QuantizeSettings) -> anyhow::Result<()> {
+        let TileArgs { tile_share, tile_bits, tile_scope, tile_saliency, salient, salient_unit } = self;
+        let is_given = tile_share.is_some()
+            || tile_bits.is_some()
+            || tile_scope.is_some()
+            || tile_saliency.is_some()
+            || salient.is_some()
+            || salient_unit.is_some();
+        let Some(aligned) = &mut settings.aligned else {
+            let problem =
+                "the method has no salient tiles: leave --tile-share and the like out, or use --method aligned";
+            return if is_given { Err(wrong_settings(problem)) } else { Ok(()) };
+        };
         aligned.share = self.tile_share.unwrap_or(aligned.share);
         aligned.tile_bits = self.tile_bits.unwrap_or(aligned.tile_bits);
         aligned.scope = self.tile_scope.unwrap_or(aligned.scope);
         aligned.saliency = self.tile_saliency.unwrap_or(aligned.saliency);
         aligned.salient = self.salient.unwrap_or(aligned.salient);
         aligned.unit = self.salient_unit.unwrap_or(aligned.unit);
-        // A method without tiles has no settings of them, unless some were given: then it says that it cannot have them.
-        if settings.aligned.is_some() || aligned != tailorq::AlignedSettings::default() {
-            settings.aligned = Some(aligned);
-        }
+        Ok(())
     }
 }
 
@@ -280,12 +288,13 @@ struct CircuitArgs {
 }
 
 impl CircuitArgs {
-    fn apply(&self, method: &mut Method) {
+    fn apply(&self, method: &mut Method) -> anyhow::Result<()> {
         if let Some(loss) = self.loss {
             method.quantize.loss = loss;
         }
         if self.keep.is_none() && self.signal.is_none() && self.reference.is_none() && method.circuit.is_none() {
-            return;
+            let problem = "no weights are kept: leave --circuit-seed out, or use --keep 0.35% --signal random";
+            return if self.circuit_seed.is_some() { Err(wrong_settings(problem)) } else { Ok(()) };
         }
         let mut circuit = method.circuit.unwrap_or_default();
         circuit.keep = self.keep.unwrap_or(circuit.keep);
@@ -293,6 +302,7 @@ impl CircuitArgs {
         circuit.reference = self.reference.unwrap_or(circuit.reference);
         circuit.seed = self.circuit_seed.unwrap_or(circuit.seed);
         method.circuit = Some(circuit);
+        Ok(())
     }
 }
 
@@ -300,8 +310,8 @@ impl CircuitArgs {
 #[derive(Args, Debug)]
 struct AllocationArgs {
     /// Bits a weight of the linears may take in the file, scales, zeros and kept weights included. Methods with widths for
-    /// each block spread them; rtn and gptq get the widest codes and smallest groups that fit, tacq the widest codes
-    /// and as many kept weights as fit beside them [taq, taqo, ...: 3]
+    /// each block spread them; rtn, gptq and best get the widest codes and smallest groups that fit, tacq the widest codes
+    /// and as many kept weights as fit beside them, aligned as many salient tiles [taq, taqo, ...: 3]
     #[arg(long, value_name = "X", conflicts_with = "bits")]
     bits_per_weight: Option<f64>,
     /// Spread bits by this signal: taq-is, taq-kl, taqo, damage, depth or random
@@ -367,8 +377,12 @@ fn preset_names() -> clap::builder::PossibleValuesParser {
     PRESETS.iter().map(|p| clap::builder::PossibleValue::new(p.name).help(p.about)).collect::<Vec<_>>().into()
 }
 
-pub(super) fn parse_bits(s: &str) -> Result<tailorq::Bits, String> {
-    s.parse::<u32>().map_err(|e| e.to_string())?.try_into()
+fn parse_bits(s: &str) -> Result<tailorq::Bits, String> {
+    let bits = s.parse::<u32>().map_err(|e| e.to_string())?.try_into()?;
+    match bits {
+        tailorq::Bits::Six => Err("linears have 2, 3, 4 or 8 bits; 6 are for --embedding-bits and --head-bits".into()),
+        bits => Ok(bits),
+    }
 }
 
 /// A transform as asked for: one, or none at all.
@@ -453,8 +467,8 @@ impl QuantizeArgs {
     fn method(&self) -> anyhow::Result<(Method, Option<f64>)> {
         let mut method = Preset::find(&self.method).expect("clap knows the names").method();
         self.grid.apply(&mut method.quantize);
-        self.tiles.apply(&mut method.quantize);
-        self.circuit.apply(&mut method);
+        self.tiles.apply(&mut method.quantize)?;
+        self.circuit.apply(&mut method)?;
         let budget = self.allocation.apply(self.grid.bits, &mut method)?;
         if self.allocation.plan.is_some() && self.grid.bits.is_some() {
             return Err(wrong_settings("a plan says the bits of every linear: leave --bits out"));

@@ -1,6 +1,6 @@
 //! `tailorq survey`: what a task's data and gradients say of every weight, gathered once for many plans.
 
-use super::quantize::{DataArgs, parse_bits};
+use super::quantize::{DataArgs, GridArgs};
 use super::wrong_settings;
 use crate::console::Console;
 use crate::observer::ConsoleObserver;
@@ -9,7 +9,7 @@ use clap::Args;
 use serde_json::json;
 use std::path::PathBuf;
 use std::time::Instant;
-use tailorq::{Bits, Clip, Group, LossKind, Needs, QuantizeSettings, SurveyRequest};
+use tailorq::{LossKind, Needs, QuantizeSettings, SurveyRequest};
 
 /// Run a task's data forward and backward through a model once, for many quantizations
 ///
@@ -20,7 +20,9 @@ use tailorq::{Bits, Clip, Group, LossKind, Needs, QuantizeSettings, SurveyReques
 #[command(after_help = "Examples:
   tailorq survey model.gguf --task-data task.jsonl --output task.survey
   tailorq quantize model.gguf --method tacq --bits 2 --task-data task.jsonl --survey task.survey --output q2
-  tailorq quantize model.gguf --method tacq --bits 2 --keep 1% --task-data task.jsonl --survey task.survey --output q2k")]
+  tailorq quantize model.gguf --method tacq --bits 2 --keep 1% --task-data task.jsonl --survey task.survey --output q2k
+  tailorq survey model.gguf --loss kl --bits 2 --transform hadamard --task-data task.jsonl --output kl.survey
+  tailorq quantize model.gguf --method tacq-hadamard --loss kl --bits 2 --task-data task.jsonl --survey kl.survey --output q2h")]
 pub struct SurveyArgs {
     /// Directory, GGUF file or hub id
     model: String,
@@ -36,40 +38,35 @@ pub struct SurveyArgs {
     gather: Vec<String>,
     /// What is differentiated: the loss of the completions' tokens, of all tokens (full), or without labels the divergence from
     /// the original's predictions (kl), measured at the model rounded to nearest, because at the original it has no
-    /// gradient; items without a completion get the original's own greedy answer of up to 64 tokens
+    /// gradient; items without a completion get the original's own greedy answer of up to 64 tokens. The grid (bits, group, ...)
+    /// must then be that of the quantization that reads the survey
     #[arg(long, value_name = "completion|full|kl", default_value = "completion")]
     loss: LossKind,
-    /// For --loss kl: bits of the rounded model, as of the quantization that will read the survey [default: 3]
-    #[arg(short, long, value_name = "N", value_parser = parse_bits)]
-    bits: Option<Bits>,
-    /// For --loss kl: inputs that share a scale, likewise [default: 128]
-    #[arg(short, long, value_name = "32|64|128|row", visible_alias = "group-size")]
-    group: Option<Group>,
-    /// For --loss kl: how each group's range is found, likewise [default: magnitude]
-    #[arg(long, value_name = "none|magnitude|hessian")]
-    clip: Option<Clip>,
-    /// For --loss kl: a symmetric grid, likewise
-    #[arg(long)]
-    sym: bool,
+    #[command(flatten)]
+    grid: GridArgs,
 }
 
 impl SurveyArgs {
+    /// Of the grid a survey reads what rounding to nearest does, and that only to diverge from.
     fn settings(&self) -> anyhow::Result<QuantizeSettings> {
-        let has_grid = self.bits.is_some() || self.group.is_some() || self.clip.is_some() || self.sym;
-        if has_grid && self.loss != LossKind::Kl {
-            let problem =
-                "gradients of labels are those of the original: --bits, --group, --clip and --sym belong to --loss kl";
-            return Err(wrong_settings(problem));
+        let usual = QuantizeSettings { loss: self.loss, ..QuantizeSettings::default() };
+        let mut settings = usual.clone();
+        self.grid.apply(&mut settings);
+        let QuantizeSettings { bits, group, symmetric, clip, grid, transform, .. } = settings.clone();
+        let rounding = QuantizeSettings { bits, group, symmetric, clip, grid, transform, ..usual.clone() };
+        if settings != rounding {
+            return Err(wrong_settings(
+                "a survey rounds linears to nearest: of the grid only --bits, --group, --sym, --clip, --grid and --transform \
+                 matter, give the others to quantize",
+            ));
         }
-        let usual = QuantizeSettings::default();
-        Ok(QuantizeSettings {
-            loss: self.loss,
-            bits: self.bits.unwrap_or(usual.bits),
-            group: self.group.unwrap_or(usual.group),
-            clip: self.clip.unwrap_or(usual.clip),
-            symmetric: self.sym,
-            ..usual
-        })
+        if self.loss != LossKind::Kl && rounding != usual {
+            return Err(wrong_settings(
+                "gradients of labels are those of the original: --bits, --group, --clip, --sym, --grid and --transform belong to \
+                 --loss kl",
+            ));
+        }
+        Ok(settings)
     }
 }
 

@@ -38,11 +38,10 @@ use crate::{Clip, ElementMask, LayerPlan, LayerSettings, QuantError};
 use columns::{BYTE_MAX, FactorBlock, RUN, Rounding, RowBlock, scale_for};
 use half::f16;
 use rayon::prelude::*;
+use settings::share_of;
 use std::ops::Range;
 use tailorq_kernels::{Device, Strided, StridedMut};
-use tailorq_tensor::{
-    CorrectionSpec, Group, Matrix, MeanTile, PackedMatrix, PackedSpec, TILE, TileBits, TileCorrection, TileCorrections,
-};
+use tailorq_tensor::{Group, Matrix, MeanTile, PackedMatrix, TILE, TileBits, TileCorrection, TileCorrections};
 
 /// By how much the range of 8-bit values exceeds the largest of them.
 const BYTE_HEADROOM: f32 = 1.25;
@@ -61,6 +60,12 @@ impl Quantizer for Aligned {
 
     fn needs(&self) -> Needs {
         Needs { hessian: true, square: self.by_task, ..Needs::default() }
+    }
+
+    /// With the units that the share comes to.
+    fn counted_bits(&self, (rows, cols): (usize, usize), settings: &LayerSettings) -> Option<u64> {
+        let aligned = settings.aligned.unwrap_or_default();
+        aligned.counted_bits(settings.layout, (rows, cols), (aligned.n_salient(rows, cols), None))
     }
 
     fn quantize(
@@ -481,29 +486,9 @@ impl<'a> Job<'a> {
             }
         };
         let (quantized, loss) = assemble(self.weights, self.plan, notes, rows, finish)?;
-        Ok((Quantized { counted_bits: self.counted_bits(n_salient), ..quantized }, loss))
-    }
-
-    /// What the forms that lie in the file with some waste would take in a format of their own: one bit a unit that says
-    /// which are salient, these at 8 bits instead of their codes in the base, and one scale of theirs a row and group.
-    /// Kept elements come on top as they are.
-    fn counted_bits(&self, n_salient: usize) -> Option<u64> {
-        let (rows, cols, layout) = (self.weights.rows(), self.weights.cols(), self.settings.layout);
-        let unit = self.aligned.unit;
-        let is_stored = match self.aligned.salient {
-            Salient::Corrections => true,
-            Salient::Mean4 => unit == Unit::Tile,
-            Salient::EightBit => false,
-        };
-        if is_stored || self.aligned.share == 0.0 {
-            return None;
-        }
-        let elements = self.kept.map(ElementMask::len);
-        let corrections = CorrectionSpec { elements, ..CorrectionSpec::default() };
-        let base = 8 * PackedSpec { corrections, ..PackedSpec::base(rows, cols, layout) }.bytes();
-        let bitmap = 8 * rows * cols.div_ceil(unit.weights()).div_ceil(8);
-        let finer = n_salient * unit.weights() * (8 - layout.bits.count() as usize);
-        Some((base + bitmap + finer + 16 * rows * layout.group.count(cols)) as u64)
+        let (shape, kept) = ((self.weights.rows(), self.weights.cols()), self.kept.map(ElementMask::len));
+        let counted_bits = self.aligned.counted_bits(self.settings.layout, shape, (n_salient, kept));
+        Ok((Quantized { counted_bits, ..quantized }, loss))
     }
 }
 
@@ -521,7 +506,7 @@ fn byte_scale(salient: Salient, weights: impl Iterator<Item = f32>) -> Result<f1
 
 /// Marks the `share` of `scores` that is largest; of equals the first.
 fn top(scores: &[f32], share: f64) -> Vec<bool> {
-    let n = (share * scores.len() as f64).round() as usize;
+    let n = share_of(share, scores.len());
     let mut order: Vec<usize> = (0..scores.len()).collect();
     let mut marked = vec![false; scores.len()];
     if n > 0 && n < order.len() {

@@ -14,7 +14,7 @@ use super::simulated::{as_half, check_simulated, simulate_rows};
 use super::stored::stored_at_half;
 use super::{LayerStats, Needs, Note, Quantized, Quantizer, proxy_loss};
 use crate::simd::round_within;
-use crate::{Clip, LayerPlan, QuantError};
+use crate::{Clip, LayerPlan, LayerSettings, QuantError};
 use tailorq_kernels::{Device, Strided, StridedMut};
 use tailorq_tensor::{Matrix, Slot};
 
@@ -40,7 +40,11 @@ impl Quantizer for Awq {
         true
     }
 
-    /// Counted bits: the packed layout of the settings, and a scale of 16 bits an input.
+    /// The packed layout of the settings, and a scale of 16 bits an input.
+    fn counted_bits(&self, (rows, cols): (usize, usize), settings: &LayerSettings) -> Option<u64> {
+        Some(8 * settings.layout.bytes(rows, cols) as u64 + 16 * cols as u64)
+    }
+
     fn quantize(
         &self,
         device: &dyn Device,
@@ -71,8 +75,7 @@ impl Quantizer for Awq {
         let values = Job { device, weights, hessian, rule, group_len, scales, clips }.run()?;
         let n_dead = sizes.iter().filter(|s| **s == 0.0).count();
         let notes = if n_dead > 0 { vec![Note::DeadColumns { count: n_dead }] } else { Vec::new() };
-        let counted = 8 * layout.bytes(rows, cols) as u64 + 16 * cols as u64;
-        stored_at_half(device, weights, &values, stats, (notes, Some(counted)))
+        stored_at_half(device, weights, &values, stats, (notes, self.counted_bits((rows, cols), &plan.settings)))
     }
 }
 

@@ -7,7 +7,7 @@
 //! their errors go to later blocks only. Inputs that were never active keep their weights (the code zeroes them), and
 //! parameters are f16.
 
-use super::feedback::{Feedback, FeedbackRows};
+use super::feedback::{BLOCK, Feedback, FeedbackRows};
 use super::rows::ROWS_PER_TASK;
 use super::simulated::{as_half, check_simulated, factored, rounded_instead};
 use super::stored::stored_at_half;
@@ -42,8 +42,12 @@ impl Quantizer for BiLlm {
         true
     }
 
-    /// Counted bits: a sign for each weight, a second one in salient columns, in the others a bit for their part; a bitmap of
+    /// A sign for each weight, a second one in salient columns, in the others a bit for their part; a bitmap of
     /// salient columns; and 8 parameters of 16 bits for each row and block. About 3 a weight.
+    fn counted_bits(&self, (rows, cols): (usize, usize), _: &LayerSettings) -> Option<u64> {
+        Some((2 * rows * cols + cols + PARAMETER_BITS * rows * cols.div_ceil(BLOCK)) as u64)
+    }
+
     fn quantize(
         &self,
         device: &dyn Device,
@@ -69,9 +73,8 @@ impl Quantizer for BiLlm {
             tasks.par_iter_mut().for_each(|task| task.binarize(&feedback, &block, &parts));
         }
         let values = tasks.into_iter().flat_map(|t| t.values).collect();
-        // A sign, and then a second sign or a part: two for each weight, whatever its column.
-        let counted = 2 * rows * cols + cols + PARAMETER_BITS * rows * feedback.blocks().count();
-        stored_at_half(device, weights, &Matrix::from_vec(rows, cols, values), stats, (notes, Some(counted as u64)))
+        let counted = self.counted_bits((rows, cols), &plan.settings);
+        stored_at_half(device, weights, &Matrix::from_vec(rows, cols, values), stats, (notes, counted))
     }
 }
 

@@ -87,6 +87,13 @@ pub trait Quantizer: Sync {
         false
     }
 
+    /// Of methods with a format of their own that is not stored: [`Quantized::counted_bits`] of a `[rows, cols]` matrix, known
+    /// before there is one. Exact but for what only the data decides, where it is the usual: SpQR's outliers, and how the widths
+    /// of SliM-LLM lie at a matrix's last columns.
+    fn counted_bits(&self, _shape: (usize, usize), _settings: &LayerSettings) -> Option<u64> {
+        None
+    }
+
     /// Quantizes `weights` `[out, in]`. Elements that the plan keeps end with their value at 16 bits and have no say in the
     /// grid of the others. Statistics that [`Quantizer::needs`] names are present, or it is an error.
     /// Whatever it does beyond the settings (raised damping, a fallback) is in the notes. The result does not depend on

@@ -13,7 +13,7 @@ use super::simulated::{as_half, check_simulated, factored, rounded_instead, simu
 use super::stored::stored_at_half;
 use super::{LayerStats, Needs, Quantized, Quantizer};
 use crate::simd::round_within;
-use crate::{LayerPlan, QuantError};
+use crate::{LayerPlan, LayerSettings, QuantError};
 use tailorq_kernels::Device;
 use tailorq_tensor::{Bits, Matrix};
 
@@ -37,8 +37,15 @@ impl Quantizer for PbLlm {
         true
     }
 
-    /// Counted bits: a bitmap, 8 bits a salient weight and 1 any other, mean and size (16 bits each) for each row and group,
-    /// and scale (16) and zero (8) of the 8-bit grid for each row.
+    /// A bitmap, 8 bits a salient weight and 1 any other, mean and size (16 bits each) for each row and group, and scale
+    /// (16) and zero (8) of the 8-bit grid for each row.
+    fn counted_bits(&self, (rows, cols): (usize, usize), settings: &LayerSettings) -> Option<u64> {
+        let (group_len, n_groups) = (settings.layout.group.len(cols), settings.layout.group.count(cols));
+        let widths = (0..cols).step_by(group_len.max(1)).map(|start| group_len.min(cols - start));
+        let n_salient: usize = widths.map(|width| n_salient(rows * width)).sum();
+        Some((2 * rows * cols + 7 * n_salient + rows * (32 * n_groups + 24)) as u64)
+    }
+
     fn quantize(
         &self,
         device: &dyn Device,
@@ -47,20 +54,22 @@ impl Quantizer for PbLlm {
         plan: &LayerPlan,
     ) -> Result<Quantized, QuantError> {
         check_simulated(self.name(), weights, plan)?;
-        let (mut notes, settings) = (Vec::new(), crate::LayerSettings { act_order: false, ..plan.settings });
+        let (mut notes, settings) = (Vec::new(), LayerSettings { act_order: false, ..plan.settings });
         let (_, factor) = factored(device, self.name(), (weights, stats, &settings), &mut notes)?;
         let Some(factor) = factor else { return rounded_instead(device, (weights, stats, plan), notes) };
         let (rows, cols) = (weights.rows(), weights.cols());
         let group_len = settings.layout.group.len(cols);
         let salient = salient(weights, &factor, group_len);
-        let n_salient = salient.iter().filter(|s| **s).count();
         let feedback = Feedback::new(device, weights, &factor);
         let job = Job { feedback, weights, salient: &salient, group_len };
         let (values, _) = simulate_rows(weights, |first, n| Ok((job.rows(first, n)?, 0)))?;
-        let n_groups = settings.layout.group.count(cols);
-        let counted = (rows * cols) + 8 * n_salient + (rows * cols - n_salient) + rows * (32 * n_groups + 24);
-        stored_at_half(device, weights, &values, stats, (notes, Some(counted as u64)))
+        stored_at_half(device, weights, &values, stats, (notes, self.counted_bits((rows, cols), &settings)))
     }
+}
+
+/// Of so many weights.
+fn n_salient(n: usize) -> usize {
+    (SALIENT * n as f64).floor() as usize
 }
 
 /// `[out, in]`: the tenth of every group of columns with the largest `w^2 / U_jj^2`, ties to the first.
@@ -76,7 +85,7 @@ fn salient(weights: &Matrix, factor: &Factor, group_len: usize) -> Vec<bool> {
                 (weights.row(r)[c] * factor.inverse_diagonal[c]).abs()
             })
             .collect();
-        let count = (SALIENT * scores.len() as f64).floor() as usize;
+        let count = n_salient(scores.len());
         if count == 0 {
             continue;
         }

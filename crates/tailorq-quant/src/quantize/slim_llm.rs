@@ -44,8 +44,15 @@ impl Quantizer for SlimLlm {
         true
     }
 
-    /// Counted bits, block by block: its width for each weight, a scale of 16 bits and a zero of that width for each row (mean
-    /// and size of 16 bits at one bit), and two bits for the width.
+    /// Block by block: its width for each weight, a scale of 16 bits and a zero of that width for each row (mean and size of 16
+    /// bits at one bit), and two bits for the width. As many blocks are narrower as are wider, so all count with the mean.
+    fn counted_bits(&self, (rows, cols): (usize, usize), settings: &LayerSettings) -> Option<u64> {
+        let bits = settings.layout.bits.count() as usize;
+        let n_blocks = cols.div_ceil(BLOCK);
+        Some((rows * (cols * bits + n_blocks * (16 + bits)) + 2 * n_blocks) as u64)
+    }
+
+    /// Counted bits as predicted, with the widths that the blocks have got.
     fn quantize(
         &self,
         device: &dyn Device,

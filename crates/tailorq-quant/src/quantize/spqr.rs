@@ -16,7 +16,7 @@ use super::simulated::{as_half, check_simulated, factored, rounded_instead, simu
 use super::stored::stored_at_half;
 use super::{LayerStats, Needs, Quantized, Quantizer};
 use crate::simd::round_within;
-use crate::{LayerPlan, QuantError};
+use crate::{LayerPlan, LayerSettings, QuantError};
 use std::ops::Range;
 use tailorq_kernels::Device;
 use tailorq_tensor::{ElementCorrections, Matrix};
@@ -27,6 +27,8 @@ const GROUP: usize = 16;
 const STATISTIC_BITS: u32 = 3;
 /// The authors' outlier threshold.
 const THRESHOLD: f64 = 0.2;
+/// The share of outliers that the authors' threshold comes to.
+const USUAL_OUTLIERS: f64 = 0.01;
 /// A range below this share of its distance from 0 is stretched to 0: its zero would be too large to store.
 const NARROW: f32 = 0.05;
 /// A scale below this counts as this.
@@ -49,8 +51,13 @@ impl Quantizer for SpQr {
         true
     }
 
-    /// Counted bits: a code for each weight, 3 + 3 bits for each row and group, four 16-bit numbers for each 16 rows and group,
-    /// the outliers with their columns, and the columns' order where it is not the natural one.
+    /// A code for each weight, 3 + 3 bits for each row and group, four 16-bit numbers for each 16 rows and group, the outliers
+    /// with their columns, and the columns' order where it is not the natural one.
+    fn counted_bits(&self, shape: (usize, usize), settings: &LayerSettings) -> Option<u64> {
+        let n_outliers = (USUAL_OUTLIERS * (shape.0 * shape.1) as f64) as u64;
+        Some(counted_bits(shape, settings, n_outliers))
+    }
+
     fn quantize(
         &self,
         device: &dyn Device,
@@ -62,17 +69,22 @@ impl Quantizer for SpQr {
         let (mut notes, settings) = (Vec::new(), &plan.settings);
         let (_, factor) = factored(device, self.name(), (weights, stats, settings), &mut notes)?;
         let Some(factor) = factor else { return rounded_instead(device, (weights, stats, plan), notes) };
-        let (rows, cols, bits) = (weights.rows(), weights.cols(), settings.layout.bits.count());
+        let cols = weights.cols();
         let feedback = Feedback::new(device, weights, &factor);
         let threshold = threshold(weights, &feedback);
         let job = Job { feedback, cols, threshold, max_code: f32::from(settings.layout.bits.max_code()) };
         let (values, n_outliers) = simulate_rows(weights, |first, n| job.rows(first, n))?;
-        let n_groups = cols.div_ceil(GROUP);
-        let statistics = 2 * STATISTIC_BITS as usize * rows * n_groups + 64 * rows.div_ceil(GROUP) * n_groups;
-        let order = if settings.act_order { 8 * ElementCorrections::index_bytes(cols) * cols } else { 0 };
-        let counted = (rows * cols * bits as usize + statistics + order) as u64 + sparse_bits(rows, cols, n_outliers);
+        let counted = counted_bits((weights.rows(), cols), settings, n_outliers);
         stored_at_half(device, weights, &values, stats, (notes, Some(counted)))
     }
+}
+
+fn counted_bits((rows, cols): (usize, usize), settings: &LayerSettings, n_outliers: u64) -> u64 {
+    let n_groups = cols.div_ceil(GROUP);
+    let codes = rows * cols * settings.layout.bits.count() as usize;
+    let statistics = 2 * STATISTIC_BITS as usize * rows * n_groups + 64 * rows.div_ceil(GROUP) * n_groups;
+    let order = if settings.act_order { 8 * ElementCorrections::index_bytes(cols) * cols } else { 0 };
+    (codes + statistics + order) as u64 + sparse_bits(rows, cols, n_outliers)
 }
 
 /// What a rounding may add to the objective before it makes an outlier; infinite where nothing tells rows apart.

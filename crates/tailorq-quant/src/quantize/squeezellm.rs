@@ -9,7 +9,7 @@
 use super::simulated::{as_half, check_simulated, simulate_rows, sparse_bits};
 use super::stored::stored_at_half;
 use super::{LayerStats, Needs, Quantized, Quantizer};
-use crate::{LayerPlan, QuantError};
+use crate::{LayerPlan, LayerSettings, QuantError};
 use std::cmp::Ordering;
 use tailorq_kernels::Device;
 use tailorq_tensor::Matrix;
@@ -36,7 +36,13 @@ impl Quantizer for SqueezeLlm {
         true
     }
 
-    /// Counted bits: a code for each weight, `2^bits` levels of 16 bits a row, and the outliers with their columns.
+    /// A code for each weight, `2^bits` levels of 16 bits a row, and the outliers with their columns.
+    fn counted_bits(&self, (rows, cols): (usize, usize), settings: &LayerSettings) -> Option<u64> {
+        let (n, bits) = (rows * cols, u64::from(settings.layout.bits.count()));
+        let n_outliers = share_of(SENSITIVE, n) + share_of(LARGE, n);
+        Some(n as u64 * bits + 16 * (rows as u64) * (1 << bits) + sparse_bits(rows, cols, n_outliers as u64))
+    }
+
     fn quantize(
         &self,
         device: &dyn Device,
@@ -55,23 +61,25 @@ impl Quantizer for SqueezeLlm {
         }
         let bits = plan.settings.layout.bits.count();
         let is_outlier = outliers(weights, fisher);
-        let n_outliers = is_outlier.iter().filter(|o| **o).count() as u64;
         let (values, _) = simulate_rows(weights, |first, n| {
             let rows = (first..first + n)
                 .map(|r| quantize_row(weights.row(r), fisher.row(r), &is_outlier[r * cols..(r + 1) * cols], 1 << bits));
             Ok((rows.flatten().collect(), 0))
         })?;
-        let codes = (rows * cols) as u64 * u64::from(bits);
-        let counted = codes + 16 * (rows as u64) * (1 << bits) + sparse_bits(rows, cols, n_outliers);
-        stored_at_half(device, weights, &values, stats, (Vec::new(), Some(counted)))
+        let counted = self.counted_bits((rows, cols), &plan.settings);
+        stored_at_half(device, weights, &values, stats, (Vec::new(), counted))
     }
+}
+
+/// So many of `n`.
+fn share_of(share: f64, n: usize) -> usize {
+    (share * n as f64).floor() as usize
 }
 
 /// The weights that stay at 16 bits: those of the largest Fisher information, then the largest of the others.
 fn outliers(weights: &Matrix, fisher: &Matrix) -> Vec<bool> {
     let n = weights.data().len();
     let mut is_outlier = vec![false; n];
-    let share = |share: f64| (share * n as f64).floor() as usize;
     let mark = |flags: &mut Vec<bool>, values: &[f32], count: usize| {
         let mut rest: Vec<usize> = (0..n).filter(|&i| !flags[i]).collect();
         let falling = |a: &usize, b: &usize| values[*b].abs().total_cmp(&values[*a].abs()).then(a.cmp(b));
@@ -80,8 +88,8 @@ fn outliers(weights: &Matrix, fisher: &Matrix) -> Vec<bool> {
             rest[..count].iter().for_each(|&i| flags[i] = true);
         }
     };
-    mark(&mut is_outlier, fisher.data(), share(SENSITIVE));
-    mark(&mut is_outlier, weights.data(), share(LARGE));
+    mark(&mut is_outlier, fisher.data(), share_of(SENSITIVE, n));
+    mark(&mut is_outlier, weights.data(), share_of(LARGE, n));
     is_outlier
 }
 

@@ -8,13 +8,12 @@ use crate::inputs::{QuantizeRequest, recipe_of};
 use crate::observer::Silent;
 use crate::output::OutputMode;
 use crate::presets::Method;
-use crate::recipe::{Recipe, hex};
-use crate::task::allocation::ALLOCATED_METHODS;
-use crate::task::uniform::{layout_bytes, n_weights};
+use crate::recipe::{QuantizeSettings, Recipe, hex};
+use crate::task::uniform::{n_weights, one_size, uniform_bytes};
 use sha2::{Digest, Sha256};
 use std::path::PathBuf;
 use tailorq_model::{Model, OpenedModel};
-use tailorq_tensor::{Bits, Layout};
+use tailorq_tensor::Bits;
 
 /// A recipe to be quantized and measured.
 #[derive(Clone, Debug)]
@@ -103,7 +102,8 @@ impl<'a> Planner<'a> {
             for budget in self.budgets(table.fixes_size() || !settings.has_budget()) {
                 let Some((method, bits_per_weight)) = at_budget(&self.opened.model, settings.clone(), budget) else {
                     let (name, budget) = (table.label(), budget.label());
-                    self.arms.notes.push(format!("{name} has no form of {budget}: it is left out there"));
+                    let why = one_size(&settings.quantize).map_or(String::new(), |why| format!(" ({why})"));
+                    self.arms.notes.push(format!("{name} has no form of {budget}: it is left out there{why}"));
                     continue;
                 };
                 self.method(table, budget, &method, bits_per_weight)?;
@@ -236,8 +236,7 @@ fn at_budget(model: &Model, mut method: Method, budget: Budget) -> Option<(Metho
     match (budget, allocation) {
         (Budget::Own, _) => Some((method, None)),
         (Budget::Bits(bits), Some(allocation)) => {
-            let layout = Layout { bits, ..method.quantize.layout() };
-            let bytes = layout_bytes(model, layout) as f64;
+            let bytes = uniform_bytes(model, &QuantizeSettings { bits, ..method.quantize.clone() }) as f64;
             // Up to the next millionth, lest rounding takes the last byte away.
             let budget = (bytes * 8.0 / n_weights(model) as f64 * 1e6).ceil() / 1e6;
             allocation.rule.bits_per_weight = Some(budget);
@@ -251,9 +250,7 @@ fn at_budget(model: &Model, mut method: Method, budget: Budget) -> Option<(Metho
             method.quantize.bits = bits;
             method.quantize.check().is_ok().then_some((method, None))
         }
-        (Budget::BitsPerWeight(budget), None) => {
-            ALLOCATED_METHODS.contains(&method.quantize.method.as_str()).then_some((method, Some(budget)))
-        }
+        (Budget::BitsPerWeight(budget), None) => one_size(&method.quantize).is_none().then_some((method, Some(budget))),
     }
 }
 

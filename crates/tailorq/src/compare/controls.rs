@@ -9,10 +9,10 @@ use crate::presets::Method;
 use crate::recipe::{LossKind, QuantizeSettings, Recipe};
 use crate::task::allocation::ALLOCATED_METHODS;
 use crate::task::circuit::{CircuitSettings, Reference};
-use crate::task::uniform::{LINEAR_WIDTHS, groups, layout_bytes};
+use crate::task::uniform::{LINEAR_WIDTHS, counted_bytes, groups, uniform_bytes};
 use tailorq_model::Model;
 use tailorq_quant::{CircuitSignal, Clip};
-use tailorq_tensor::Layout;
+use tailorq_tensor::{Group, Layout};
 
 /// The dampings at which GPTQ stands beside every method.
 const DAMPINGS: [f64; 3] = [0.01, 0.1, 1.0];
@@ -36,17 +36,17 @@ pub(super) fn controls(model: &Model, recipe: &Recipe, general: bool) -> Vec<Var
         return Vec::new();
     }
     let bytes = bytes_of(model, recipe);
-    let uniform = uniform_layouts(model, own, bytes);
+    let base = base_settings(own);
+    let uniform = uniform_settings(model, &base, (bytes, own.group));
     let layout = match &recipe.allocation {
-        Some(_) => uniform.first().copied().unwrap_or_else(|| own.layout()),
+        Some(_) => uniform.first().map_or_else(|| own.layout(), QuantizeSettings::layout),
         None => own.layout(),
     };
     let mut all = Vec::new();
     let mut add = |name: String, settings: Method| all.push(Variant { name, settings: Some(settings) });
-    let base = base_settings(own);
-    for at in uniform {
-        let quantize = QuantizeSettings { bits: at.bits, group: at.group, ..base.clone() };
-        let name = format!("{} {} bits group {} (near equal bytes)", base.method, at.bits.count(), at.group);
+    for quantize in uniform {
+        let name =
+            format!("{} {} bits group {} (near equal bytes)", base.method, quantize.bits.count(), quantize.group);
         add(name, Method { quantize, ..Method::default() });
     }
     let plain = |method: &str, damping: f64| QuantizeSettings {
@@ -79,26 +79,23 @@ pub(super) fn controls(model: &Model, recipe: &Recipe, general: bool) -> Vec<Var
     all
 }
 
-/// Bytes of the linears; those of its layout for a method whose own format is not stored, since nobody knows them before.
+/// Bytes of the linears; what its own format would take for a method whose values are stored in a larger one.
 fn bytes_of(model: &Model, recipe: &Recipe) -> u64 {
-    let stores_half = tailorq_quant::find(&recipe.quantize.method).is_some_and(|q| q.stores_half());
-    if stores_half { layout_bytes(model, recipe.quantize.layout()) } else { predicted_size(model, recipe).linear_bytes }
+    counted_bytes(model, &recipe.quantize).unwrap_or_else(|| predicted_size(model, recipe).linear_bytes)
 }
 
-/// The uniform layout with the most bytes that are not more than these, and the one with the least that are more, if near.
-fn uniform_layouts(model: &Model, own: &QuantizeSettings, bytes: u64) -> Vec<Layout> {
-    let layouts = LINEAR_WIDTHS.into_iter().flat_map(|bits| groups().map(move |group| (bits, group)));
-    let sized: Vec<(u64, Layout)> = layouts
-        .map(|(bits, group)| Layout { bits, group, symmetric: own.symmetric })
-        .map(|layout| (layout_bytes(model, layout), layout))
-        .collect();
+/// The width and group with the most bytes that are not more than these, and those with the least that are more, if near.
+fn uniform_settings(model: &Model, base: &QuantizeSettings, (bytes, own_group): (u64, Group)) -> Vec<QuantizeSettings> {
+    let at = |(bits, group)| QuantizeSettings { bits, group, ..base.clone() };
+    let all = LINEAR_WIDTHS.into_iter().flat_map(|bits| groups().map(move |group| (bits, group)));
+    let sized: Vec<(u64, QuantizeSettings)> = all.map(at).map(|s| (uniform_bytes(model, &s), s)).collect();
     // Of equal ones (short rows are one group of any size) the method's own group.
-    let below = sized.iter().filter(|(b, _)| *b <= bytes).max_by_key(|(b, layout)| (*b, layout.group == own.group));
+    let below = sized.iter().filter(|(b, _)| *b <= bytes).max_by_key(|(b, s)| (*b, s.group == own_group));
     let near = |b: u64| b > bytes && b as f64 <= NEAR_ABOVE * bytes as f64;
     // Where one is exactly as large there is nothing to bracket.
     let above = sized.iter().filter(|(b, _)| near(*b)).min_by_key(|(b, _)| *b);
     let above = above.filter(|_| below.is_none_or(|(b, _)| *b < bytes));
-    below.into_iter().chain(above).map(|(_, layout)| *layout).collect()
+    below.into_iter().chain(above).map(|(_, s)| s.clone()).collect()
 }
 
 /// The method's own quantizer without what is special about it, or GPTQ for one that has widths of its own.

@@ -10,7 +10,10 @@ use tailorq_tensor::Bits;
 pub(crate) const HALF: u32 = 16;
 
 /// The methods that take another width for each linear: what a linear costs must follow from its layout alone.
-pub(crate) const ALLOCATED_METHODS: [&str; 2] = ["rtn", "gptq"];
+pub(crate) const ALLOCATED_METHODS: [&str; 3] = ["rtn", "gptq", "best"];
+
+/// The methods that weights are tried with: [`DamageSurvey`](tailorq_quant::survey::DamageSurvey) has no statistics for others.
+const PROBES: [&str; 2] = ["rtn", "gptq"];
 
 /// The `[allocation]` of a recipe: every linear its own width.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -264,7 +267,8 @@ impl ScoreSettings {
         if self.widths.len() < 2 || self.widths.windows(2).any(|w| w[0] >= w[1]) {
             return fail(format!("the widths are {:?}: list at least two, ascending, such as 2,3,4,8", self.widths));
         }
-        if let Some(width) = self.widths.iter().find(|&&w| w != HALF && Bits::try_from(w).is_err()) {
+        let is_width = |w: u32| w == HALF || LINEAR_WIDTHS.map(Bits::count).contains(&w);
+        if let Some(width) = self.widths.iter().find(|&&w| !is_width(w)) {
             return fail(format!("no linear has {width} bits: use widths of 2, 3, 4, 8 and 16"));
         }
         if self.prompts == 0 && self.reads_data() {
@@ -276,7 +280,7 @@ impl ScoreSettings {
         if !self.is_measured() {
             return Ok(());
         }
-        if !ALLOCATED_METHODS.contains(&self.probe.as_str()) {
+        if !PROBES.contains(&self.probe.as_str()) {
             return fail(format!("there is no method '{}' to try weights with: use rtn or gptq", self.probe));
         }
         match (self.measure, self.span) {
@@ -328,7 +332,7 @@ mod tests {
             AllocationSettings { rule: RuleSettings::budget(Rule::Knapsack, 2.5), score: ScoreSettings::default() };
         good.check().unwrap();
         type Change = fn(&mut AllocationSettings);
-        let bad: [(Change, &str); 11] = [
+        let bad: [(Change, &str); 12] = [
             (|a| a.rule.bits_per_weight = None, "--bits-per-weight"),
             (|a| a.rule.bits_per_weight = Some(f64::NAN), "NaN"),
             (|a| a.rule.bits_per_weight = Some(-1.0), "-1"),
@@ -337,6 +341,7 @@ mod tests {
             (|a| a.rule.name = Rule::TopShare, "knows no budget"),
             (|a| a.score.widths = vec![4, 2], "ascending"),
             (|a| a.score.widths = vec![4, 5], "no linear has 5 bits"),
+            (|a| a.score.widths = vec![4, 6], "no linear has 6 bits"),
             (|a| a.score.prompts = 0, "--prompts"),
             (|a| a.score.probe = "magic".into(), "magic"),
             (|a| a.score.measure = MeasureKind::Answers, "--span completion"),

@@ -11,6 +11,7 @@ use crate::task::answers::AnswerMetric;
 use crate::task::continuations::continue_prompts;
 use crate::task::scores::{SCORES_SCHEMA, ScoredCandidate, ScoredUnit, Scores, at_width, units_of};
 use crate::task::survey::tape_bytes;
+use crate::task::uniform::linear_bytes;
 use std::ops::ControlFlow;
 use std::path::Path;
 use tailorq_kernels::Device;
@@ -85,9 +86,8 @@ impl Scoring<'_> {
         let weights = |slots: &[Slot]| slots.iter().map(shape).map(|(r, c)| r * c).sum::<usize>() as f64;
         let share = weights(&raw.slots) / weights(&Slot::ALL);
         let candidate = |(i, &bits): (usize, &u32)| {
-            let layout = at_width(self.base, bits).layout;
-            let of = |(r, c)| if bits == HALF { 2 * r * c } else { layout.bytes(r, c) };
-            let bytes = raw.slots.iter().map(shape).map(|s| of(s) as u64).sum();
+            let settings = at_width(self.base, bits);
+            let bytes = raw.slots.iter().map(|slot| linear_bytes(&settings, shape(slot))).sum();
             let damage = match &raw.damages {
                 _ if bits == HALF => 0.0,
                 Some(measured) => measured[i],

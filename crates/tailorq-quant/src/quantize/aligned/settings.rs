@@ -1,9 +1,10 @@
 //! What the memory-aligned scheme leaves open, each choice named in recipes and on the command line.
 
+use super::super::feedback::BLOCK;
 use crate::QuantError;
 use serde::{Deserialize, Serialize};
 use std::str::FromStr;
-use tailorq_tensor::{Bits, Layout, TILE, TileBits};
+use tailorq_tensor::{Bits, CorrectionSpec, Layout, PackedSpec, TILE, TileBits, TileSpec};
 
 /// Which units are ranked against each other.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -115,25 +116,57 @@ impl AlignedSettings {
         Ok(())
     }
 
+    /// Units that are salient in a `[rows, cols]` matrix: the share of every block of columns, or of the matrix.
+    pub fn n_salient(&self, rows: usize, cols: usize) -> usize {
+        let units = |cols: usize| share_of(self.share, rows * cols.div_ceil(self.unit.weights()));
+        match self.scope {
+            Scope::Block => (0..cols).step_by(BLOCK).map(|start| units(BLOCK.min(cols - start))).sum(),
+            Scope::Matrix => units(cols),
+        }
+    }
+
     /// Bytes that this adds to a `[rows, cols]` matrix with a base of `layout`.
     pub fn bytes(&self, layout: Layout, rows: usize, cols: usize) -> usize {
-        use tailorq_tensor::{CorrectionSpec, PackedSpec, TileSpec};
-        let tiles = rows * cols.div_ceil(TILE);
-        let count = |units: usize| (self.share * units as f64).round() as usize;
-        let tile_spec = |bits| Some(TileSpec { bits, count: count(tiles) });
+        let count = self.n_salient(rows, cols);
+        let tiles = |bits| CorrectionSpec { tiles: Some(TileSpec { bits, count }), ..CorrectionSpec::default() };
         let corrections = match (self.unit, self.salient) {
             _ if self.share == 0.0 => CorrectionSpec::default(),
-            (Unit::Weight, _) => CorrectionSpec { elements: Some(count(rows * cols)), ..CorrectionSpec::default() },
-            (Unit::Tile, Salient::Mean4) => CorrectionSpec { mean4: Some(count(tiles)), ..CorrectionSpec::default() },
-            (Unit::Tile, Salient::Corrections) => {
-                CorrectionSpec { tiles: tile_spec(self.tile_bits), ..CorrectionSpec::default() }
-            }
-            (Unit::Tile, Salient::EightBit) => {
-                CorrectionSpec { tiles: tile_spec(TileBits::Eight), ..CorrectionSpec::default() }
-            }
+            (Unit::Weight, _) => CorrectionSpec { elements: Some(count), ..CorrectionSpec::default() },
+            (Unit::Tile, Salient::Mean4) => CorrectionSpec { mean4: Some(count), ..CorrectionSpec::default() },
+            (Unit::Tile, Salient::Corrections) => tiles(self.tile_bits),
+            (Unit::Tile, Salient::EightBit) => tiles(TileBits::Eight),
         };
         PackedSpec { corrections, ..PackedSpec::base(rows, cols, layout) }.bytes() - layout.bytes(rows, cols)
     }
+
+    /// What the forms that lie in the file with some waste would take in a format of their own: one bit a unit that says
+    /// which are salient, these at 8 bits instead of their codes in the base, and one scale of theirs a row and group.
+    /// Kept elements come on top as they are. `None` for forms that lie there without.
+    pub(crate) fn counted_bits(
+        &self,
+        layout: Layout,
+        (rows, cols): (usize, usize),
+        (n_salient, kept): (usize, Option<usize>),
+    ) -> Option<u64> {
+        let is_stored = match self.salient {
+            Salient::Corrections => true,
+            Salient::Mean4 => self.unit == Unit::Tile,
+            Salient::EightBit => false,
+        };
+        if is_stored || self.share == 0.0 {
+            return None;
+        }
+        let corrections = CorrectionSpec { elements: kept, ..CorrectionSpec::default() };
+        let base = 8 * PackedSpec { corrections, ..PackedSpec::base(rows, cols, layout) }.bytes();
+        let bitmap = 8 * rows * cols.div_ceil(self.unit.weights()).div_ceil(8);
+        let finer = n_salient * self.unit.weights() * (8 - layout.bits.count() as usize);
+        Some((base + bitmap + finer + 16 * rows * layout.group.count(cols)) as u64)
+    }
+}
+
+/// As many of `n` units as a share comes to.
+pub(super) fn share_of(share: f64, n: usize) -> usize {
+    (share * n as f64).round() as usize
 }
 
 /// Gives a choice its names: [`FromStr`], `ALL` and `name`.
@@ -195,8 +228,10 @@ mod tests {
     fn bytes_by_hand() {
         let layout = Layout { bits: Bits::Two, group: Group::Inputs(128), symmetric: false };
         let of = |settings: AlignedSettings| settings.bytes(layout, 64, 1024);
-        // 64 x 64 tiles: the bitmap has 512 bytes, 5 % are 205 tiles of 8 bytes and a scale of 2.
-        assert_eq!(of(AlignedSettings::default()), 512 + 205 * 10);
+        // 64 x 64 tiles: the bitmap has 512 bytes, 5 % of each of 8 blocks are 26 tiles of 8 bytes and a scale of 2; of the
+        // matrix 205.
+        assert_eq!(of(AlignedSettings::default()), 512 + 8 * 26 * 10);
+        assert_eq!(of(AlignedSettings { scope: Scope::Matrix, ..AlignedSettings::default() }), 512 + 205 * 10);
         // Means take the words of the base and add a scale for each of 8 groups.
         assert_eq!(of(AlignedSettings::paper(50, Salient::Mean4)), 512 + 64 * 8 * 2);
         assert_eq!(of(AlignedSettings::paper(100, Salient::EightBit)), 512 + 3200 * 18);
