@@ -86,6 +86,8 @@ fn command_lines_that_cannot_work_are_refused() {
     fails(2, &to("--method spqr --bits-per-weight 2.5"), "one size for each width");
     fails(2, "quantize --recipe r.toml --output out --general-data task.jsonl", "cannot be used with");
     fails(2, "quantize --recipe r.toml --output out --general-data task.jsonl --mix 0.5", "cannot be used with");
+    fails(2, &to("--own-answers"), "--loss kl");
+    fails(2, &to("--tile-seed 3"), "no salient tiles");
     fails(2, "survey model --task-data task.jsonl --output s --transform hadamard", "--loss kl");
     fails(2, "survey model --task-data task.jsonl --output s --loss kl --damp 0.1", "--bits, --group");
 }

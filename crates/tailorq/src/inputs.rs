@@ -161,7 +161,7 @@ impl QuantizeRequest {
 }
 
 /// Calibration as asked for.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct CalibrationRequest {
     /// Text file or JSONL.
     pub file: PathBuf,
@@ -203,18 +203,7 @@ pub(crate) fn recipe_of(
     observer: &dyn Observer,
 ) -> Result<Recipe, PipelineError> {
     let calibration = match &request.calibration {
-        Some(asked) if request.needs_calibration() => Some(CalibrationInput {
-            file: asked.file.clone(),
-            sha256: hash_of(&asked.file)?,
-            samples: asked.samples,
-            sequence_length: asked.sequence_length.unwrap_or(opened.model.config.max_positions.min(2048)),
-            seed: asked.seed,
-            drop_calculator_marks: asked.drop_calculator_marks,
-            general: match &asked.general {
-                Some((file, mix)) => Some(GeneralInput { file: file.clone(), sha256: hash_of(file)?, mix: *mix }),
-                None => None,
-            },
-        }),
+        Some(asked) if request.needs_calibration() => Some(calibration_input(opened, asked)?),
         _ => None,
     };
     let (mut quantize, mut circuit) = (request.settings.clone(), request.circuit);
@@ -241,6 +230,25 @@ pub(crate) fn recipe_of(
         recipe.check_inputs(expected)?;
     }
     Ok(recipe)
+}
+
+/// A calibration with its files hashed and its lengths settled.
+pub(crate) fn calibration_input(
+    opened: &OpenedModel,
+    asked: &CalibrationRequest,
+) -> Result<CalibrationInput, PipelineError> {
+    Ok(CalibrationInput {
+        file: asked.file.clone(),
+        sha256: hash_of(&asked.file)?,
+        samples: asked.samples,
+        sequence_length: asked.sequence_length.unwrap_or(opened.model.config.max_positions.min(2048)),
+        seed: asked.seed,
+        drop_calculator_marks: asked.drop_calculator_marks,
+        general: match &asked.general {
+            Some((file, mix)) => Some(GeneralInput { file: file.clone(), sha256: hash_of(file)?, mix: *mix }),
+            None => None,
+        },
+    })
 }
 
 fn plan_input(file: &Path) -> Result<PlanInput, PipelineError> {

@@ -75,6 +75,11 @@ pub const PRESETS: &[Preset] = &[
         settings: || aligned("aligned-task", AlignedSettings::default()),
     },
     Preset {
+        name: "aligned-paper",
+        about: "the memory-aligned paper as written: another name of aligned-paper-50",
+        settings: || aligned("aligned", AlignedSettings::paper(50, Salient::Mean4)),
+    },
+    Preset {
         name: "aligned-paper-50",
         about: "the memory-aligned paper as written: means of four in 50 of 128 columns' worth of tiles",
         settings: || aligned("aligned", AlignedSettings::paper(50, Salient::Mean4)),
@@ -221,16 +226,21 @@ fn tacq() -> Method {
     Method { circuit: Some(CircuitSettings::default()), ..Method::default() }
 }
 
+/// Embedding and head at 16 bits, which these authors do not quantize.
+fn whole_tables(quantize: QuantizeSettings) -> QuantizeSettings {
+    QuantizeSettings { embedding_bits: 16, head_bits: 16, ..quantize }
+}
+
 /// One grid a row, clip search, the loss of prompt and answer, and a full run of GPTQ as the reference
 /// (The-Inscrutable-X/TACQ, `evaluate_llama3_8b.sh`).
 fn tacq_paper() -> Method {
     Method {
-        quantize: QuantizeSettings {
+        quantize: whole_tables(QuantizeSettings {
             group: Group::Row,
             clip: Clip::Magnitude,
             loss: LossKind::Full,
             ..QuantizeSettings::default()
-        },
+        }),
         circuit: Some(CircuitSettings {
             keep: 0.0035,
             signal: CircuitSignal::Tacq,
@@ -252,7 +262,8 @@ fn budgeted(signal: AllocationSignal) -> Method {
 /// Rounding to nearest, extremes as they are, groups of 128, two widths (LeVi et al. 2025, arXiv 2511.06516, and their script).
 /// Their zero points are not rounded, which no packed layout can store: here they are codes.
 fn paper(rule: RuleSettings, score: ScoreSettings) -> Method {
-    let quantize = QuantizeSettings { method: "rtn".into(), clip: Clip::None, ..QuantizeSettings::default() };
+    let quantize =
+        whole_tables(QuantizeSettings { method: "rtn".into(), clip: Clip::None, ..QuantizeSettings::default() });
     let score = ScoreSettings { without_sinks: false, ..score };
     Method { quantize, allocation: Some(AllocationSettings { rule, score }), ..Method::default() }
 }

@@ -77,7 +77,7 @@ pub enum LossKind {
     Full,
     /// No label at all: how far the predictions of the model, rounded to nearest on the grid of these settings, are from the
     /// original's (Kullback-Leibler), for each token of a completion, or of the original's own greedy answer to an item
-    /// without one. At the original itself this has no gradient; at the rounded model, `gradient * (rounded - original)` sums
+    /// without one (to any item, with [`QuantizeSettings::own_answers`]). At the original itself this has no gradient; at the rounded model, `gradient * (rounded - original)` sums
     /// to twice the divergence, to second order.
     Kl,
 }
@@ -130,6 +130,9 @@ pub struct QuantizeSettings {
     pub token_weight: TokenWeight,
     /// Which tokens the loss of a gradient counts, where one is read.
     pub loss: LossKind,
+    /// For [`LossKind::Kl`]: the original's own greedy answers take the place of completions, also where items have some.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub own_answers: bool,
     /// How much weights make up for what quantized predecessors did to their inputs, 0 to 1.
     #[serde(default)]
     pub drift_inputs: f64,
@@ -175,6 +178,7 @@ impl Default for QuantizeSettings {
             act_order: false,
             token_weight: TokenWeight::default(),
             loss: LossKind::default(),
+            own_answers: false,
             drift_inputs: 0.0,
             drift_residual: 0.0,
             shrink: 0.0,
@@ -249,6 +253,9 @@ impl QuantizeSettings {
             }
             Some(aligned) => aligned.check(self.layout()).map_err(|e| PipelineError::Settings(e.to_string()))?,
             None => {}
+        }
+        if self.own_answers && self.loss != LossKind::Kl {
+            return fail("the model's own answers are no labels: use --own-answers with --loss kl".into());
         }
         for (what, share) in [("inputs", self.drift_inputs), ("residual", self.drift_residual)] {
             if !(0.0..=1.0).contains(&share) {
@@ -488,6 +495,7 @@ mod tests {
             |s| s.damping = -1.0,
             |s| s.head_bits = 5,
             |s| s.bits = Bits::Six,
+            |s| s.own_answers = true,
             |s| (s.method, s.grid) = ("awq".into(), GridKind::Codebook),
             |s| (s.method, s.transform) = ("awq".into(), Some(TransformSettings::hadamard(0))),
             |s| s.transform = Some(TransformSettings::hadamard(u64::MAX)),

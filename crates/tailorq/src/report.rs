@@ -7,6 +7,7 @@ use crate::samples::Samples;
 use crate::task::retention::RetentionReport;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use std::collections::BTreeMap;
 use tailorq_eval::CalibrationItems;
 use tailorq_model::OpenedModel;
 use tailorq_model::arch::{EMBEDDING, HEAD};
@@ -119,6 +120,17 @@ impl Report {
     /// All notes, each with its layer's name.
     pub fn notes(&self) -> impl Iterator<Item = String> + '_ {
         self.layers.iter().flat_map(LayerReport::named_notes)
+    }
+
+    /// By kind of linear (`q_proj`): the squared error of its weights over their own energy, in the mean over blocks.
+    pub fn squared_errors(&self) -> BTreeMap<String, f64> {
+        let mut sums: BTreeMap<String, (f64, usize)> = BTreeMap::new();
+        for layer in self.layers.iter().filter(|l| l.name != EMBEDDING && l.name != HEAD) {
+            let kind = layer.name.rsplit('.').next().unwrap_or(&layer.name);
+            let (sum, n) = sums.entry(kind.into()).or_default();
+            (*sum, *n) = (*sum + layer.relative_error.powi(2), *n + 1);
+        }
+        sums.into_iter().map(|(kind, (sum, n))| (kind, sum / n as f64)).collect()
     }
 
     /// Mean relative error of the layers' weights.

@@ -8,7 +8,7 @@ use inputs::{Bench, StopAfter, items};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use tailorq::compare::{Arms, CompareError, Experiment, compare, plan};
-use tailorq::{CircuitSignal, Silent};
+use tailorq::{CircuitSignal, Saliency, Silent};
 use tailorq_model::testing::TinyModel;
 
 const EXPERIMENT: &str = r#"
@@ -104,6 +104,71 @@ fn arms_are_methods_and_controls_each_recipe_once() {
 }
 
 #[test]
+fn each_idea_stands_beside_chance() {
+    let bench = Bench::new();
+    let text = EXPERIMENT
+        .replace("[calib", "seeds = [0, 3]\n[calib")
+        .replace("preset = \"gptq\"\nquantize = { group = 64 }", "preset = \"taqo\"\nallocation = { score = { unit = \"layer\" } }")
+        .replace("preset = \"tacq\"\nquantize = { group = 64 }\ncircuit = { keep = 0.01 }", "preset = \"aligned\"")
+        .replace(
+            "[evaluation]",
+            "[[methods]]\npreset = \"gptq-codebook\"\n[[methods]]\npreset = \"tacq-hadamard\"\n[[methods]]\npreset = \"awq\"\n\
+             [[methods]]\npreset = \"taq-paper\"\n[evaluation]",
+        )
+        .replace("samples = 4\nsequence_length = 32\n", "")
+        .replace("bits = [2, 3]", "bits = [2]");
+    let arms = plan(&bench.experiment(&text).unwrap()).unwrap().arms;
+    let of = |name: &str, beside: &str| {
+        let is = |r: &&tailorq::compare::Row| r.method == name && r.control_of.as_deref() == Some(beside);
+        let rows: Vec<String> = arms.rows.iter().map(|r| format!("{} < {:?}", r.method, r.control_of)).collect();
+        arms.rows
+            .iter()
+            .find(is)
+            .map(|r| &arms.arms[*r.arms.last().unwrap()])
+            .unwrap_or_else(|| panic!("{name}: {rows:#?}"))
+    };
+    let method = |name: &str| {
+        let row = arms.rows.iter().find(|r| r.method == name && r.control_of.is_none()).unwrap();
+        &arms.arms[row.arms[0]]
+    };
+    for name in ["random widths", "depth widths"] {
+        let (control, own) = (of(name, "taqo").recipe.allocation.clone().unwrap(), method("taqo"));
+        let of_own = own.recipe.allocation.clone().unwrap();
+        assert_eq!(control.rule.bits_per_weight, of_own.rule.bits_per_weight);
+        assert_eq!((control.score.unit, &control.score.widths), (of_own.score.unit, &of_own.score.widths));
+        assert_eq!(of(name, "taqo").predicted_bytes, own.predicted_bytes);
+        assert_eq!(of(name, "taq-paper").predicted_bytes, method("taq-paper").predicted_bytes);
+    }
+    let drawn = of("random tiles of 5 %, group 128", "aligned");
+    let tiles = drawn.recipe.quantize.aligned.unwrap();
+    assert_eq!((tiles.saliency, tiles.seed), (Saliency::Random, 3));
+    assert_eq!(drawn.predicted_bytes, method("aligned").predicted_bytes);
+    // Grid and rotation are part of an idea, unless there is another.
+    let plain = |beside: &str| {
+        let is = |r: &&tailorq::compare::Row| {
+            r.method.contains("equal bytes")
+                && r.control_of.as_deref() == Some(beside)
+                && arms.arms[r.arms[0]].recipe.quantize.transform.is_none()
+        };
+        arms.rows.iter().find(is).is_some()
+    };
+    assert!(plain("gptq-codebook"));
+    let rotated = arms.rows.iter().filter(|r| r.control_of.as_deref() == Some("tacq-hadamard"));
+    assert!(rotated.clone().any(|r| r.method.starts_with("gptq rotated")), "{:?}", rotated.collect::<Vec<_>>());
+    // A simulated method stands at its own size, not at that of its file.
+    let near = arms.rows.iter().find(|r| r.method.contains("equal bytes") && r.control_of.as_deref() == Some("awq"));
+    assert!(near.is_none_or(|r| arms.arms[r.arms[0]].predicted_bits_per_weight < 4.0), "{near:?}");
+    // General text of as many tokens.
+    let calibration = of("aligned on general text", "aligned").recipe.calibration.clone().unwrap();
+    let tokens = calibration.samples * calibration.sequence_length;
+    assert!((100..600).contains(&tokens) && calibration.samples == 6, "{calibration:?}");
+    assert!(arms.notes.is_empty(), "{:?}", arms.notes);
+    let without = text.replace("[general]\nfile = \"general.txt\"\n", "");
+    let arms = plan(&bench.experiment(&without).unwrap()).unwrap().arms;
+    assert!(arms.notes.iter().any(|n| n.contains("[general]")), "{:?}", arms.notes);
+}
+
+#[test]
 fn seeds_and_budgets_concern_those_that_read_them() {
     let bench = Bench::new();
     let text = EXPERIMENT.replace("[calib", "seeds = [0, 1]\ncontrols = false\n[calib").replace(
@@ -181,6 +246,11 @@ fn results_have_every_arm_with_its_numbers() {
         let difference = arm["metrics"][0]["value"].as_f64().unwrap() - original[0]["value"].as_f64().unwrap();
         assert!((arm["metrics"][0]["difference"].as_f64().unwrap() - difference).abs() < 1e-3);
         assert!(arm["size"]["artifact_bytes"].as_u64().unwrap() > 0);
+        let errors = arm["squared_errors"].as_object().unwrap();
+        assert!(errors.len() == 7 && errors["q_proj"].as_f64().unwrap() > 0.0, "{errors:?}");
+        let report = bench.path("out/arms").join(arm["key"].as_str().unwrap()).join("report.json");
+        let report: serde_json::Value = serde_json::from_slice(&std::fs::read(report).unwrap()).unwrap();
+        assert!(report["layers"].as_array().unwrap().len() > 7);
         let key = arm["key"].as_str().unwrap();
         assert!(bench.path("out/arms").join(key).join("model/config.json").exists(), "{key}");
     }

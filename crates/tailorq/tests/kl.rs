@@ -120,6 +120,26 @@ fn prompts_alone_are_enough_and_a_survey_is_of_one_grid() {
 }
 
 #[test]
+fn own_answers_take_the_place_of_completions() {
+    let bench = Bench::new();
+    let from_prompts = bench.survey(&bench.request("prompts.jsonl", "out"), "prompts.survey").unwrap();
+    let mut request = bench.request("pairs.jsonl", "out");
+    let labelled = bench.survey(&request, "pairs.survey").unwrap();
+    request.settings.own_answers = true;
+    // The pairs are the prompts with answers, which nobody reads now.
+    assert_eq!(bench.survey(&request, "own.survey").unwrap(), from_prompts);
+    assert_ne!(labelled, from_prompts);
+    request.survey = Some(bench.path("pairs.survey"));
+    let refused = quantize(&request).unwrap_err().to_string();
+    assert!(refused.contains("was made from another"), "{refused}");
+    (request.survey, request.output) = (Some(bench.path("own.survey")), bench.path("given"));
+    quantize(&request).unwrap();
+    request.settings.loss = LossKind::Completion;
+    let refused = quantize(&request).unwrap_err().to_string();
+    assert!(refused.contains("--own-answers with --loss kl"), "{refused}");
+}
+
+#[test]
 fn token_weights_need_the_calibration_s_own_completions() {
     let bench = Bench::new();
     let mut request = bench.request("prompts.jsonl", "out");

@@ -104,10 +104,10 @@ pub(super) struct GridArgs {
     /// Added to the Hessian's diagonal, as a share of its mean [default: 0.01]
     #[arg(long, value_name = "SHARE", visible_alias = "damp-percent")]
     damp: Option<f64>,
-    /// How much each calibration token counts in the Hessian: all alike (uniform), as if all inputs were of one length
-    /// (inverse-norm), by the gradient of the task's loss at the layer's output (gradient), or both together
+    /// How much each calibration token counts in the Hessian: all alike (uniform), all but the first of each sequence, the
+    /// attention sink (without-first), as if all inputs were of one length (inverse-norm), by the gradient of the task's loss at the layer's output (gradient), or both together
     /// [default: uniform]
-    #[arg(long, value_name = "uniform|inverse-norm|gradient|gradient-inverse-norm")]
+    #[arg(long, value_name = "uniform|without-first|inverse-norm|gradient|gradient-inverse-norm")]
     token_weight: Option<tailorq::TokenWeight>,
     /// Quantize columns in the order of falling activation energy (groups stay where they are; nothing extra is stored)
     #[arg(long, visible_alias = "desc-act")]
@@ -120,7 +120,7 @@ pub(super) struct GridArgs {
     /// models that shall also do what the set does not show [default: 0]
     #[arg(long, value_name = "SHARE")]
     shrink: Option<f64>,
-    /// Bits of the embedding: 4, 6, 8 or 16 [default: 8]
+    /// Bits of the embedding: 4, 6, 8 or 16 [default: 8; tacq-paper and those of TAQ: 16]
     #[arg(long, value_name = "N")]
     embedding_bits: Option<u32>,
     /// Inputs that share a scale in the embedding: 32, 64, 128 or row [default: 32 at 4 bits, 64 at 6, 128 at 8]
@@ -227,8 +227,9 @@ struct TileArgs {
     /// Tiles that are ranked against each other: those of a block of 128 columns, or all of a matrix [default: block]
     #[arg(long, value_name = "block|matrix")]
     tile_scope: Option<tailorq::Scope>,
-    /// What makes a tile salient: its weights' cost of removal (hessian), or what its correction gains (gain)
-    #[arg(long, value_name = "hessian|gain")]
+    /// What makes a tile salient: its weights' cost of removal (hessian), what its correction gains (gain), or chance (random,
+    /// a control)
+    #[arg(long, value_name = "hessian|gain|random")]
     tile_saliency: Option<tailorq::Saliency>,
     /// What a salient tile holds: the base and corrections, four means (mean4), or sixteen values at 8 bits (eight-bit)
     #[arg(long, value_name = "corrections|mean4|eight-bit")]
@@ -236,17 +237,21 @@ struct TileArgs {
     /// What is salient as a whole: a tile, or a single weight (the paper's ablation without grouping) [default: tile]
     #[arg(long, value_name = "tile|weight")]
     salient_unit: Option<tailorq::Unit>,
+    /// For --tile-saliency random
+    #[arg(long, value_name = "N")]
+    tile_seed: Option<u64>,
 }
 
 impl TileArgs {
     fn apply(&self, settings: &mut QuantizeSettings) -> anyhow::Result<()> {
-        let TileArgs { tile_share, tile_bits, tile_scope, tile_saliency, salient, salient_unit } = self;
+        let TileArgs { tile_share, tile_bits, tile_scope, tile_saliency, salient, salient_unit, tile_seed } = self;
         let is_given = tile_share.is_some()
             || tile_bits.is_some()
             || tile_scope.is_some()
             || tile_saliency.is_some()
             || salient.is_some()
-            || salient_unit.is_some();
+            || salient_unit.is_some()
+            || tile_seed.is_some();
         let Some(aligned) = &mut settings.aligned else {
             let problem =
                 "the method has no salient tiles: leave --tile-share and the like out, or use --method aligned";
@@ -258,6 +263,7 @@ impl TileArgs {
         aligned.saliency = self.tile_saliency.unwrap_or(aligned.saliency);
         aligned.salient = self.salient.unwrap_or(aligned.salient);
         aligned.unit = self.salient_unit.unwrap_or(aligned.unit);
+        aligned.seed = self.tile_seed.unwrap_or(aligned.seed);
         Ok(())
     }
 }
@@ -279,6 +285,9 @@ struct CircuitArgs {
     /// the rounded model from the original, on the original's own answers where items have none (kl) [default: completion]
     #[arg(long, value_name = "completion|full|kl")]
     loss: Option<tailorq::LossKind>,
+    /// With --loss kl, take the original's own answers also for items that have completions
+    #[arg(long)]
+    own_answers: bool,
     /// For --signal random
     #[arg(long, value_name = "N")]
     circuit_seed: Option<u64>,
@@ -292,6 +301,7 @@ impl CircuitArgs {
         if let Some(loss) = self.loss {
             method.quantize.loss = loss;
         }
+        method.quantize.own_answers |= self.own_answers;
         if self.keep.is_none() && self.signal.is_none() && self.reference.is_none() && method.circuit.is_none() {
             let problem = "no weights are kept: leave --circuit-seed out, or use --keep 0.35% --signal random";
             return if self.circuit_seed.is_some() { Err(wrong_settings(problem)) } else { Ok(()) };

@@ -42,6 +42,9 @@ pub struct SurveyArgs {
     /// must then be that of the quantization that reads the survey
     #[arg(long, value_name = "completion|full|kl", default_value = "completion")]
     loss: LossKind,
+    /// With --loss kl, take the original's own answers also for items that have completions
+    #[arg(long)]
+    own_answers: bool,
     #[command(flatten)]
     grid: GridArgs,
 }
@@ -49,7 +52,7 @@ pub struct SurveyArgs {
 impl SurveyArgs {
     /// Of the grid a survey reads what rounding to nearest does, and that only to diverge from.
     fn settings(&self) -> anyhow::Result<QuantizeSettings> {
-        let usual = QuantizeSettings { loss: self.loss, ..QuantizeSettings::default() };
+        let usual = QuantizeSettings { loss: self.loss, own_answers: self.own_answers, ..QuantizeSettings::default() };
         let mut settings = usual.clone();
         self.grid.apply(&mut settings);
         let QuantizeSettings { bits, group, symmetric, clip, grid, transform, .. } = settings.clone();

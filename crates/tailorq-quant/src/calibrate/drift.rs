@@ -167,6 +167,7 @@ mod tests {
         for (kind, spans) in [
             (TokenWeight::Uniform, vec![0..3, 3..tokens]),
             (TokenWeight::InverseNorm, vec![0..7, 7..tokens]),
+            (TokenWeight::WithoutFirst, vec![0..7, 7..tokens]),
             (TokenWeight::Uniform, vec![0..tokens / 2, tokens / 2..tokens]),
         ] {
             let mut hessian = Matrix::zeros(cols, cols);

@@ -13,6 +13,8 @@ pub enum TokenWeight {
     /// All tokens alike: the Hessian of GPTQ.
     #[default]
     Uniform,
+    /// The first token of each sequence counts nothing, all others alike: it is where massive activations are.
+    WithoutFirst,
     /// `1 / |x_t|^2`: tokens of massive activations count like any other.
     InverseNorm,
     /// The mean of the squared gradients of the layer's outputs (GuidedQuant, Kim et al. 2025, with one group).
@@ -23,13 +25,19 @@ pub enum TokenWeight {
 
 impl TokenWeight {
     /// Every kind.
-    pub const ALL: [TokenWeight; 4] =
-        [TokenWeight::Uniform, TokenWeight::InverseNorm, TokenWeight::Gradient, TokenWeight::GradientInverseNorm];
+    pub const ALL: [TokenWeight; 5] = [
+        TokenWeight::Uniform,
+        TokenWeight::WithoutFirst,
+        TokenWeight::InverseNorm,
+        TokenWeight::Gradient,
+        TokenWeight::GradientInverseNorm,
+    ];
 
     /// As in recipes and on the command line.
     pub fn name(self) -> &'static str {
         match self {
             TokenWeight::Uniform => "uniform",
+            TokenWeight::WithoutFirst => "without-first",
             TokenWeight::InverseNorm => "inverse-norm",
             TokenWeight::Gradient => "gradient",
             TokenWeight::GradientInverseNorm => "gradient-inverse-norm",
@@ -41,11 +49,11 @@ impl TokenWeight {
         matches!(self, TokenWeight::Gradient | TokenWeight::GradientInverseNorm)
     }
 
-    /// The weight of a token whose input has the squares `size`; `energy` is what kinds that read gradients multiply with.
+    /// The weight of a token (not a first one, of kinds that leave those out) whose input has the squares `size`; `energy` is what kinds that read gradients multiply with.
     fn weight(self, size: f64, energy: f32) -> f64 {
         let inverse = if size > 0.0 { 1.0 / size } else { 0.0 };
         match self {
-            TokenWeight::Uniform => 1.0,
+            TokenWeight::Uniform | TokenWeight::WithoutFirst => 1.0,
             TokenWeight::InverseNorm => inverse,
             TokenWeight::Gradient => f64::from(energy),
             TokenWeight::GradientInverseNorm => f64::from(energy) * inverse,
@@ -76,6 +84,7 @@ pub(crate) fn add_hessian(
     (kind, without_first, spans): (TokenWeight, bool, &[Range<usize>]),
     hessian: &mut Matrix,
 ) {
+    let without_first = without_first || kind == TokenWeight::WithoutFirst;
     if kind == TokenWeight::Uniform && !without_first {
         device.gram_matrix(x, hessian);
         return;
@@ -92,7 +101,7 @@ pub(crate) fn add_hessian(
     device.gram_matrix(&device.scale_rows(x, &factors), hessian);
 }
 
-/// The weight of each token of `x`, 0 for rows of no span.
+/// The weight of each token of `x`, 0 for rows of no span and for first ones that are left out.
 pub(super) fn token_weights(
     device: &dyn Device,
     kind: TokenWeight,
@@ -102,7 +111,8 @@ pub(super) fn token_weights(
 ) -> Vec<f32> {
     let mut weights = vec![0.0; x.rows()];
     let sizes = device.row_squares(x);
-    for t in spans.iter().flat_map(Range::clone) {
+    let from = |span: &Range<usize>| span.start + usize::from(kind == TokenWeight::WithoutFirst);
+    for t in spans.iter().flat_map(|span| from(span)..span.end) {
         weights[t] = kind.weight(sizes[t], energies.map_or(0.0, |e| e[t])) as f32;
     }
     weights

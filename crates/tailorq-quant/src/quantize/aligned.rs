@@ -41,7 +41,7 @@ use rayon::prelude::*;
 use settings::share_of;
 use std::ops::Range;
 use tailorq_kernels::{Device, Strided, StridedMut};
-use tailorq_tensor::{Group, Matrix, MeanTile, PackedMatrix, TILE, TileBits, TileCorrection, TileCorrections};
+use tailorq_tensor::{Group, Matrix, MeanTile, PackedMatrix, Rng, TILE, TileBits, TileCorrection, TileCorrections};
 
 /// By how much the range of 8-bit values exceeds the largest of them.
 const BYTE_HEADROOM: f32 = 1.25;
@@ -211,7 +211,7 @@ impl<'a> Job<'a> {
         let mut scores = Vec::new();
         self.each_block(|block| {
             scores.extend(self.scores(&tasks, block)?);
-            if self.aligned.saliency != Saliency::Hessian {
+            if self.aligned.saliency == Saliency::Gain {
                 self.block(&mut tasks, block, &vec![false; self.weights.rows() * block.units(self.aligned.unit)])?;
             }
             Ok(())
@@ -280,6 +280,11 @@ impl<'a> Job<'a> {
         let of_task = |task: &Task| -> Result<Vec<f32>, QuantError> {
             let mut scores = Vec::with_capacity(task.n * block.units(self.aligned.unit));
             for r in 0..task.n {
+                if self.aligned.saliency == Saliency::Random {
+                    let mut rng = self.draw(task.first + r, block.cols.start);
+                    scores.extend((0..block.units(self.aligned.unit)).map(|_| rng.uniform() as f32));
+                    continue;
+                }
                 let weights = self.weight_scores(task, r, block)?;
                 let units = weights[..block.len()].chunks(self.aligned.unit.weights());
                 scores.extend(units.map(|unit| unit.iter().sum::<f32>()));
@@ -287,6 +292,16 @@ impl<'a> Job<'a> {
             Ok(scores)
         };
         Ok(first_error(tasks.par_iter().map(of_task).collect())?.concat())
+    }
+
+    /// Where the draws of one row's part of a block begin: another place in each layer, as its weights are others.
+    fn draw(&self, row: usize, first_col: usize) -> Rng {
+        let of_layer = self
+            .weights
+            .row(0)
+            .iter()
+            .fold(self.aligned.seed, |hash, w| Rng::new(hash ^ u64::from(w.to_bits())).next_u64());
+        Rng::new(Rng::new(of_layer ^ ((row as u64) << 32 | first_col as u64)).next_u64())
     }
 
     /// The saliency of every weight of one row's part of a block.

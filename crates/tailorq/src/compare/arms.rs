@@ -3,6 +3,7 @@
 use super::controls::{Variant, controls};
 use super::error::CompareError;
 use super::experiment::{CalibrationTable, Experiment, MethodTable};
+use super::general::GeneralText;
 use crate::estimate::{PredictedSize, predicted_size};
 use crate::inputs::{QuantizeRequest, recipe_of};
 use crate::observer::Silent;
@@ -13,6 +14,7 @@ use crate::task::uniform::{n_weights, one_size, uniform_bytes};
 use sha2::{Digest, Sha256};
 use std::path::PathBuf;
 use tailorq_model::{Model, OpenedModel};
+use tailorq_quant::quantize::Saliency;
 use tailorq_tensor::Bits;
 
 /// A recipe to be quantized and measured.
@@ -88,11 +90,12 @@ pub(super) struct Planner<'a> {
     opened: &'a OpenedModel,
     model_sha256: &'a str,
     arms: Arms,
+    texts: GeneralText,
 }
 
 impl<'a> Planner<'a> {
     pub(super) fn new(experiment: &'a Experiment, opened: &'a OpenedModel, model_sha256: &'a str) -> Self {
-        Planner { experiment, opened, model_sha256, arms: Arms::default() }
+        Planner { experiment, opened, model_sha256, arms: Arms::default(), texts: GeneralText::default() }
     }
 
     /// All arms: methods in the order of the file, budgets, seeds, each followed by its controls.
@@ -108,6 +111,12 @@ impl<'a> Planner<'a> {
                 };
                 self.method(table, budget, &method, bits_per_weight)?;
             }
+        }
+        let reads_data = self.arms.arms.iter().any(|arm| arm.recipe.calibration.is_some());
+        let has_controls = self.arms.rows.iter().any(|row| row.control_of.is_some());
+        if self.experiment.general.is_none() && reads_data && has_controls {
+            let note = "no method stands beside itself on general text: name one, such as C4, in [general]";
+            self.arms.notes.push(note.into());
         }
         Ok(self.arms)
     }
@@ -182,11 +191,20 @@ impl<'a> Planner<'a> {
     fn arm(&mut self, wanted: &Wanted<'_>, name: &str, budget: Budget) -> Result<usize, CompareError> {
         let comma = if matches!(budget, Budget::Own) { "" } else { ", " };
         let title = format!("{name}{comma}{}", budget.label());
-        let about = |e: crate::PipelineError| self.bad(format!("methods: {title}: {e}"));
+        let path = self.experiment.path().to_path_buf();
+        let about = |e: crate::PipelineError| CompareError::Experiment {
+            path: path.clone(),
+            problem: format!("methods: {title}: {e}"),
+        };
         let Wanted { method, calibration, bits_per_weight, general, seed } = wanted;
+        let mut data = self.experiment.calibration(*calibration, *seed);
+        if let (true, Some(text)) = (*general, &self.experiment.general) {
+            let file = self.experiment.locate(&text.file);
+            data = self.texts.in_place_of(self.opened, &data, (text, file)).map_err(about)?;
+        }
         let mut request = QuantizeRequest {
             settings: method.quantize.clone(),
-            calibration: Some(self.experiment.calibration(*calibration, *general, *seed)),
+            calibration: Some(data),
             circuit: method.circuit,
             allocation: method.allocation.clone(),
             bits_per_weight: *bits_per_weight,
@@ -195,6 +213,9 @@ impl<'a> Planner<'a> {
         };
         if let Some(circuit) = &mut request.circuit {
             circuit.seed = *seed;
+        }
+        if let Some(aligned) = request.settings.aligned.as_mut().filter(|a| a.saliency == Saliency::Random) {
+            aligned.seed = *seed;
         }
         if let Some(allocation) = &mut request.allocation {
             allocation.score.seed = *seed;

@@ -103,7 +103,7 @@ pub struct CalibrationTable {
     pub mix: f64,
 }
 
-/// `[general]`: what is not given is as in `[calibration]`.
+/// `[general]`: what is not given is so that there are about as many tokens as in `[calibration]`.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct GeneralTable {
@@ -299,28 +299,17 @@ impl Experiment {
     }
 
     /// The data that an arm is calibrated on: the method's own, if it has any, or else everybody's.
-    pub(super) fn calibration(&self, own: Option<&CalibrationTable>, general: bool, seed: u64) -> CalibrationRequest {
+    pub(super) fn calibration(&self, own: Option<&CalibrationTable>, seed: u64) -> CalibrationRequest {
         let table = own.unwrap_or(&self.calibration);
         let CalibrationTable { file, samples, sequence_length, drop_calculator_marks, mix } = table;
         let blended = self.general.as_ref().filter(|_| *mix > 0.0);
-        let task = CalibrationRequest {
+        CalibrationRequest {
             file: self.locate(file),
             samples: *samples,
             sequence_length: *sequence_length,
             seed,
             drop_calculator_marks: *drop_calculator_marks,
             general: blended.map(|text| (self.locate(&text.file), *mix)),
-        };
-        match self.general.as_ref().filter(|_| general) {
-            None => task,
-            Some(text) => CalibrationRequest {
-                file: self.locate(&text.file),
-                samples: text.samples.unwrap_or(task.samples),
-                sequence_length: text.sequence_length.or(task.sequence_length),
-                drop_calculator_marks: false,
-                general: None,
-                ..task
-            },
         }
     }
 

@@ -16,6 +16,7 @@ mod controls;
 mod error;
 mod evaluate;
 mod experiment;
+mod general;
 mod progress;
 mod results;
 mod run;

@@ -5,6 +5,7 @@ use super::evaluate::{ItemValues, Metric, eight_digits, paired_difference};
 use crate::recipe::Recipe;
 use crate::report::SizeReport;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 
 /// The model that all arms were made from.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -33,6 +34,9 @@ pub struct ArmResult {
     pub size: SizeReport,
     /// Mean relative error of the layers' weights.
     pub mean_relative_error: f64,
+    /// By kind of linear: the squared error of its weights over their own energy, in the mean over blocks.
+    #[serde(default)]
+    pub squared_errors: BTreeMap<String, f64>,
     /// Raised dampings, fallbacks and the like.
     pub notes: Vec<String>,
     /// What was measured.
@@ -62,6 +66,8 @@ pub struct MeasuredArm {
     pub size: SizeReport,
     /// Mean relative error of the layers' weights.
     pub mean_relative_error: f64,
+    /// By kind of linear: the squared error of its weights over their own energy, in the mean over blocks.
+    pub squared_errors: BTreeMap<String, f64>,
     /// Raised dampings, fallbacks and the like.
     pub notes: Vec<String>,
     /// What was measured.
@@ -166,6 +172,7 @@ impl Results {
                 recipe: planned.recipe.clone(),
                 size: result.size,
                 mean_relative_error: result.mean_relative_error,
+                squared_errors: result.squared_errors,
                 notes: result.notes,
                 metrics: result.metrics.into_iter().map(|m| compared(m, &original)).collect(),
             })

@@ -169,10 +169,13 @@ impl Run<'_> {
             evaluation: self.evaluated.clone(),
             notes: report.notes().collect(),
             mean_relative_error: eight_digits(report.mean_relative_error()),
-            size: rounded_size(report.size),
+            squared_errors: report.squared_errors().into_iter().map(|(k, e)| (k, eight_digits(e))).collect(),
+            size: rounded_size(report.size.clone()),
             metrics,
         };
         write_json(&folder.join("timing.json"), &timing)?;
+        // What every tensor lost stays when the artifact goes.
+        write_json(&folder.join("report.json"), &report)?;
         write_json(&folder.join(ITEMS), &items)?;
         write_json(&folder.join(RESULT), &result)?;
         if self.experiment.keep_artifacts {

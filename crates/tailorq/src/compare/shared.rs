@@ -27,9 +27,9 @@ pub(super) struct Shared<'a> {
 }
 
 /// What decides a survey, beside what it gathers.
-fn data_of(arm: &Arm) -> (Option<CalibrationInput>, LossKind, Option<LayerSettings>) {
+fn data_of(arm: &Arm) -> (Option<CalibrationInput>, LossKind, Option<(LayerSettings, bool)>) {
     let (quantize, calibration) = (&arm.recipe.quantize, arm.recipe.calibration.as_ref());
-    let rounded = (quantize.loss == LossKind::Kl).then(|| rounding(quantize));
+    let rounded = (quantize.loss == LossKind::Kl).then(|| (rounding(quantize), quantize.own_answers));
     (calibration.map(CalibrationInput::without_paths), quantize.loss, rounded)
 }
 

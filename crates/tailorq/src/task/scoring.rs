@@ -6,7 +6,7 @@ use crate::recipe::Recipe;
 use crate::report::rounded;
 use crate::samples::Samples;
 use crate::spill::SpillFile;
-use crate::task::allocation::{AllocationSignal, HALF, MeasureKind, ScoreSettings, Span};
+use crate::task::allocation::{AllocationSignal, HALF, MeasureKind, ScoreSettings, Span, UnitKind};
 use crate::task::answers::AnswerMetric;
 use crate::task::continuations::continue_prompts;
 use crate::task::scores::{SCORES_SCHEMA, ScoredCandidate, ScoredUnit, Scores, at_width, units_of};
@@ -54,6 +54,7 @@ impl Scoring<'_> {
     /// Scores all units.
     pub(crate) fn run(&self) -> Result<Scores, PipelineError> {
         let units = units_of(&self.opened.model, self.settings.unit);
+        self.notes();
         let raw = match self.settings.signal {
             AllocationSignal::Taqo | AllocationSignal::Damage => self.measured(units)?,
             AllocationSignal::TaqIs => of_blocks(units, &self.stability()?),
@@ -77,6 +78,24 @@ impl Scoring<'_> {
             n_weights: shapes.map(|l| (l.weight.rows() * l.weight.cols()) as u64).sum(),
             units,
         })
+    }
+
+    /// What the settings do not say by themselves.
+    fn notes(&self) {
+        let ScoreSettings { signal, unit, prompts, .. } = self.settings;
+        if matches!(signal, AllocationSignal::TaqIs | AllocationSignal::TaqKl) && *unit != UnitKind::Block {
+            self.observer.note(&format!(
+                "{} looks at blocks: every unit of a block gets the block's score (use --unit block, or the signals taqo or damage, \
+                 which measure each unit)",
+                signal.name()
+            ));
+        }
+        let available = self.samples.map_or(*prompts, |s| s.sequences.len());
+        if self.settings.reads_data() && available < *prompts {
+            self.observer.note(&format!(
+                "scores look at {available} items, not at {prompts}: the calibration has no more (raise --samples)"
+            ));
+        }
     }
 
     /// Bytes and damages of all widths. Numbers are rounded so that they come back from the file as what they were.

@@ -108,6 +108,9 @@ struct Origin<'a> {
     /// Where a divergence is measured: the grid of the rounded model, and the tokens of its own answers.
     #[serde(skip_serializing_if = "Option::is_none")]
     rounded: Option<(LayerSettings, usize)>,
+    /// Whether these answers stand for all completions.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    own_answers: bool,
 }
 
 /// The grid of a recipe for rounding to nearest, which reads nothing of a method's own.
@@ -130,6 +133,7 @@ fn origin(recipe: &Recipe) -> Result<String, PipelineError> {
         general: calibration.general.as_ref().map(|g| (g.sha256.as_str(), g.mix)),
         loss: recipe.quantize.loss,
         rounded: (recipe.quantize.loss == LossKind::Kl).then(|| (rounding(&recipe.quantize), ANSWER_TOKENS)),
+        own_answers: recipe.quantize.own_answers,
     };
     Ok(serde_json::to_string(&origin).expect("plain data"))
 }
@@ -177,9 +181,11 @@ pub(crate) fn write_survey(
 ) -> Result<Option<f64>, PipelineError> {
     let original = &opened.model;
     let is_divergence = recipe.quantize.loss == LossKind::Kl && needs.gradients();
-    if is_divergence && needs.token_energies && samples.completions.iter().any(Option::is_none) {
-        let problem = "with --loss kl, items without a completion are answered by the model itself, and weights of their tokens would \
-                       be those of other sequences than the calibration's: give items with completions, or use --token-weight uniform";
+    let has_own_answers = recipe.quantize.own_answers || samples.completions.iter().any(Option::is_none);
+    if is_divergence && needs.token_energies && has_own_answers {
+        let problem = "with --loss kl, items without a completion (all, with --own-answers) are answered by the model itself, and \
+                       weights of their tokens would be those of other sequences than the calibration's: give items with \
+                       completions, or use --token-weight uniform";
         return Err(PipelineError::Settings(problem.into()));
     }
     let rounded;
@@ -189,7 +195,7 @@ pub(crate) fn write_survey(
     } else {
         (original, Loss::CrossEntropy)
     };
-    let survey_samples = survey_samples((device, opened), samples, recipe.quantize.loss, observer)?;
+    let survey_samples = survey_samples((device, opened), samples, &recipe.quantize, observer)?;
     if needs.token_energies {
         check_targets(&survey_samples)?;
     }
@@ -235,29 +241,36 @@ fn check_targets(samples: &[SurveySample]) -> Result<(), PipelineError> {
     }
 }
 
-/// The samples with the flags of the tokens that the loss counts; for a divergence those without a completion get the
-/// original's own answer.
+/// The samples with the flags of the tokens that the loss counts; for a divergence those without a completion, or all of them,
+/// get the original's own answer.
 fn survey_samples(
     model: (&dyn Device, &OpenedModel),
     samples: &Samples,
-    loss: LossKind,
+    settings: &QuantizeSettings,
     observer: &dyn Observer,
 ) -> Result<Vec<SurveySample>, PipelineError> {
-    let scored = |flags: &Option<Vec<bool>>| flags.clone().filter(|_| loss != LossKind::Full);
+    let scored = |flags: &Option<Vec<bool>>| flags.clone().filter(|_| settings.loss != LossKind::Full);
     let pairs = samples.sequences.iter().zip(&samples.completions);
     let mut found: Vec<SurveySample> =
         pairs.map(|(ids, flags)| SurveySample { ids: ids.clone(), scored: scored(flags) }).collect();
-    let open: Vec<usize> = match loss {
-        LossKind::Kl => (0..found.len()).filter(|&i| found[i].scored.is_none()).collect(),
+    let is_open = |sample: &SurveySample| settings.own_answers || sample.scored.is_none();
+    let open: Vec<usize> = match settings.loss {
+        LossKind::Kl => (0..found.len()).filter(|&i| is_open(&found[i])).collect(),
         LossKind::Completion | LossKind::Full => Vec::new(),
     };
     if !open.is_empty() {
-        observer.note(&format!("{} items have no completion and get the original's own answers", open.len()));
-        let prompts: Vec<Vec<u32>> = open.iter().map(|&i| found[i].ids.clone()).collect();
+        observer.note(&format!("{} items get the original's own answers", open.len()));
+        let prompts: Vec<Vec<u32>> = open.iter().map(|&i| prompt_of(&found[i])).collect();
         let answered = continue_prompts(model, &prompts, ANSWER_TOKENS, observer)?;
         open.into_iter().zip(answered).for_each(|(i, sample)| found[i] = sample);
     }
     Ok(found)
+}
+
+/// What stands before a completion, a token at least; the whole item without one.
+fn prompt_of(sample: &SurveySample) -> Vec<u32> {
+    let n = sample.scored.as_ref().and_then(|flags| flags.iter().position(|&f| f)).unwrap_or(sample.ids.len());
+    sample.ids[..n.max(1)].to_vec()
 }
 
 /// The model with all linears rounded to nearest.

@@ -28,6 +28,8 @@ pub enum Saliency {
     /// errors are those of a trial run of the block; over the whole matrix, of a whole run without salient units.
     #[default]
     Gain,
+    /// A seeded draw: the control, which says what choosing is worth.
+    Random,
 }
 
 /// What a salient unit holds instead of codes of the base.
@@ -80,6 +82,14 @@ pub struct AlignedSettings {
     pub salient: Salient,
     /// What is salient as a whole.
     pub unit: Unit,
+    /// For [`Saliency::Random`].
+    #[serde(skip_serializing_if = "is_zero")]
+    pub seed: u64,
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde asks so")]
+fn is_zero(seed: &u64) -> bool {
+    *seed == 0
 }
 
 impl Default for AlignedSettings {
@@ -92,6 +102,7 @@ impl Default for AlignedSettings {
             saliency: Saliency::default(),
             salient: Salient::default(),
             unit: Unit::default(),
+            seed: 0,
         }
     }
 }
@@ -109,6 +120,9 @@ impl AlignedSettings {
         let fail = |problem: String| Err(QuantError::Settings(problem));
         if !(self.share.is_finite() && (0.0..=1.0).contains(&self.share)) {
             return fail(format!("the share of salient tiles is {}: use 0 to 1", self.share));
+        }
+        if i64::try_from(self.seed).is_err() {
+            return fail(format!("the seed of random tiles is {}: use one below 2^63", self.seed));
         }
         if self.salient == Salient::Mean4 && self.unit == Unit::Tile && layout.bits != Bits::Two {
             return fail(format!("a word of {} bits a weight holds no four means: use 2", layout.bits.count()));
@@ -197,7 +211,7 @@ macro_rules! named {
 }
 
 named!(Scope, "scope", Block = "block", Matrix = "matrix");
-named!(Saliency, "saliency", Hessian = "hessian", Gain = "gain");
+named!(Saliency, "saliency", Hessian = "hessian", Gain = "gain", Random = "random");
 named!(Salient, "form of salient tiles", Corrections = "corrections", Mean4 = "mean4", EightBit = "eight-bit");
 named!(Unit, "unit", Tile = "tile", Weight = "weight");
 
