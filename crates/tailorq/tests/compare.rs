@@ -144,17 +144,13 @@ fn each_idea_stands_beside_chance() {
     assert_eq!((tiles.saliency, tiles.seed), (Saliency::Random, 3));
     assert_eq!(drawn.predicted_bytes, method("aligned").predicted_bytes);
     // Grid and rotation are part of an idea, unless there is another.
-    let plain = |beside: &str| {
-        let is = |r: &&tailorq::compare::Row| {
-            r.method.contains("equal bytes")
-                && r.control_of.as_deref() == Some(beside)
-                && arms.arms[r.arms[0]].recipe.quantize.transform.is_none()
-        };
-        arms.rows.iter().find(is).is_some()
-    };
-    assert!(plain("gptq-codebook"));
     let rotated = arms.rows.iter().filter(|r| r.control_of.as_deref() == Some("tacq-hadamard"));
     assert!(rotated.clone().any(|r| r.method.starts_with("gptq rotated")), "{:?}", rotated.collect::<Vec<_>>());
+    let alone = text[..text.find("[[methods]]").unwrap()].to_owned() + "[[methods]]\npreset = \"gptq-codebook\"\n";
+    let alone = alone + &text[text.find("[evaluation]").unwrap()..];
+    let of_codebook = plan(&bench.experiment(&alone).unwrap()).unwrap().arms;
+    let near: Vec<&str> = of_codebook.rows.iter().map(|r| r.method.as_str()).filter(|m| m.contains("equal")).collect();
+    assert!(near.iter().all(|m| m.starts_with("gptq 2 bits group")) && !near.is_empty(), "{near:?}");
     // A simulated method stands at its own size, not at that of its file.
     let near = arms.rows.iter().find(|r| r.method.contains("equal bytes") && r.control_of.as_deref() == Some("awq"));
     assert!(near.is_none_or(|r| arms.arms[r.arms[0]].predicted_bits_per_weight < 4.0), "{near:?}");
@@ -333,7 +329,7 @@ fn an_arm_that_fails_does_not_keep_others_from_being_run() {
     let error = compare(tailorq::cpu().as_ref(), &bench.experiment(&text).unwrap(), &Silent).unwrap_err();
     assert!(matches!(&error, CompareError::Arms(arms) if arms.len() == 1), "{error}");
     assert!(
-        error.to_string().contains("guided, 2 bits, seed 0: ") && error.to_string().contains("calibration data"),
+        error.to_string().contains("guided, 2 bits, seed 0: ") && error.to_string().contains("no completion"),
         "{error}"
     );
     let files = bench.results("out");

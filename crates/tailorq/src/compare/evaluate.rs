@@ -40,9 +40,10 @@ pub struct Metric {
 impl Metric {
     /// For headings: the task, and the metric where it is not the task's only one.
     pub fn title(&self) -> String {
-        match self.metric.as_str() {
-            "value" | "nll,none" => self.task.clone(),
-            metric => format!("{} {}", self.task, metric.trim_end_matches(",none")),
+        match self.metric.trim_end_matches(",none") {
+            "value" | "nll" => self.task.clone(),
+            metric if self.task.split(' ').next() == Some(metric) => self.task.clone(),
+            metric => format!("{} {metric}", self.task),
         }
     }
 
