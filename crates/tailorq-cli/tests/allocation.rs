@@ -75,6 +75,12 @@ fn command_lines_that_cannot_work_are_refused() {
     fails(2, &to("--method taqo --widths 4,5"), "5 bits");
     fails(2, &to("--method taqo --bits-per-weight 1"), "least possible");
     fails(2, &to("--allocate magic"), "taq-is");
+    for unread in ["--loss full", "--loss kl --own-answers", "--survey nothing.survey", "--signal random --loss full"] {
+        fails(2, &to(&format!("--method gptq {unread}")), "reads no gradients");
+    }
+    for unread in ["--damp 0.1", "--act-order", "--shrink 0.1", "--drift 1,0", "--token-weight inverse-norm"] {
+        fails(2, &to(&format!("--method rtn {unread}")), "reads no Hessian");
+    }
     fails(2, "score model --bits 3 --task-data task.jsonl --output s.json", "--widths");
     fails(2, "score model --output s.json", "--calibration");
     fails(1, "plan --scores nothing.json --bits-per-weight 3 --output p", "nothing.json");

@@ -5,6 +5,7 @@ use crate::task::allocation::{
     AllocationSettings, AllocationSignal, MeasureKind, Rule, RuleSettings, ScoreSettings, Span,
 };
 use crate::task::circuit::{CircuitSettings, Reference};
+use crate::task::needs_of;
 use tailorq_quant::quantize::Salient;
 use tailorq_quant::{AlignedSettings, CircuitSignal, Clip, GridKind, TransformSettings};
 use tailorq_tensor::{Bits, Group};
@@ -28,6 +29,19 @@ pub struct Method {
     pub circuit: Option<CircuitSettings>,
     /// How bits are spread over the linears; all alike without one.
     pub allocation: Option<AllocationSettings>,
+}
+
+impl Method {
+    /// Whether anything in it reads the task's gradients, and with them the loss and a survey.
+    pub fn reads_gradients(&self) -> bool {
+        needs_of(&self.quantize, self.circuit.as_ref()).is_some()
+    }
+
+    /// Whether anything in it may read a Hessian: the quantizer, a reference run of GPTQ, or what measures widths.
+    pub fn reads_hessian(&self) -> bool {
+        let quantizer = tailorq_quant::find(&self.quantize.method);
+        quantizer.is_none_or(|q| q.needs().hessian) || self.circuit.is_some() || self.allocation.is_some()
+    }
 }
 
 /// All methods, quantizers by themselves first.

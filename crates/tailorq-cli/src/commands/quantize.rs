@@ -483,7 +483,30 @@ impl QuantizeArgs {
         if self.allocation.plan.is_some() && self.grid.bits.is_some() {
             return Err(wrong_settings("a plan says the bits of every linear: leave --bits out"));
         }
+        self.refuse_unread(&method)?;
         Ok((method, budget))
+    }
+
+    /// An option that nothing reads is a mistake of whoever gave it.
+    fn refuse_unread(&self, method: &Method) -> anyhow::Result<()> {
+        let CircuitArgs { loss, survey, .. } = &self.circuit;
+        if (loss.is_some() || survey.is_some()) && !method.reads_gradients() {
+            let problem = format!(
+                "{} reads no gradients: leave --loss, --own-answers and --survey out, or use --method tacq or --keep",
+                self.method
+            );
+            return Err(wrong_settings(&problem));
+        }
+        let GridArgs { damp, token_weight, act_order, drift, shrink, .. } = &self.grid;
+        let of_hessian = damp.is_some() || token_weight.is_some() || *act_order || drift.is_some() || shrink.is_some();
+        if of_hessian && self.allocation.plan.is_none() && !method.reads_hessian() {
+            let problem = format!(
+                "{} reads no Hessian: leave --damp, --token-weight, --act-order, --drift and --shrink out, or use --method gptq",
+                self.method
+            );
+            return Err(wrong_settings(&problem));
+        }
+        Ok(())
     }
 }
 

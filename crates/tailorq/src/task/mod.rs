@@ -61,8 +61,13 @@ impl Task {
 
 /// What the survey of a recipe must hold; nothing when it needs none.
 pub(crate) fn survey_needs(recipe: &Recipe) -> Option<Needs> {
-    let of_circuit = recipe.circuit.as_ref().map_or_else(Needs::default, CircuitSettings::needs);
-    let needs = of_circuit.union(&recipe.quantize.survey_needs());
+    needs_of(&recipe.quantize, recipe.circuit.as_ref())
+}
+
+/// The same of settings alone.
+pub(crate) fn needs_of(quantize: &QuantizeSettings, circuit: Option<&CircuitSettings>) -> Option<Needs> {
+    let of_circuit = circuit.map_or_else(Needs::default, CircuitSettings::needs);
+    let needs = of_circuit.union(&quantize.survey_needs());
     (needs != Needs::default()).then_some(needs)
 }
 
