@@ -28,7 +28,7 @@ bits = [2, 3]
 preset = "gptq"
 quantize = { group = 64 }
 [[methods]]
-preset = "tacq"
+preset = "tacq-plain"
 quantize = { group = 64 }
 circuit = { keep = 0.01 }
 [evaluation]
@@ -71,11 +71,11 @@ fn names(arms: &Arms, budget: &str, control_of: Option<&str>) -> Vec<String> {
 fn arms_are_methods_and_controls_each_recipe_once() {
     let bench = Bench::new();
     let arms = plan(&bench.experiment(EXPERIMENT).unwrap()).unwrap().arms;
-    assert_eq!(names(&arms, "2 bits", None), ["gptq", "tacq"]);
+    assert_eq!(names(&arms, "2 bits", None), ["gptq", "tacq-plain"]);
     // The grid at damping 0.01 is the method itself, and so is the uniform width of its bytes.
     let of_gptq = ["rtn group 64", "gptq group 64 damping 0.1", "gptq group 64 damping 1", "gptq on general text"];
     assert_eq!(names(&arms, "2 bits", Some("gptq")), of_gptq);
-    let of_tacq = names(&arms, "2 bits", Some("tacq"));
+    let of_tacq = names(&arms, "2 bits", Some("tacq-plain"));
     for name in ["random mask of 1 %, group 64", "|w|sqrt(H) mask of 1 %, group 64", "tacq on general text"] {
         assert!(of_tacq.iter().any(|n| n == name), "{name}: {of_tacq:?}");
     }
@@ -89,11 +89,11 @@ fn arms_are_methods_and_controls_each_recipe_once() {
     assert_eq!(signal("random mask of 1 %, group 64"), CircuitSignal::Random);
     assert_eq!(signal("|w|sqrt(H) mask of 1 %, group 64"), CircuitSignal::MagnitudeHessian);
     assert_eq!(of("tacq on general text").recipe.calibration.as_ref().unwrap().file, PathBuf::from("general.txt"));
-    assert_eq!(of("random mask of 1 %, group 64").predicted_bytes, of("tacq").predicted_bytes);
+    assert_eq!(of("random mask of 1 %, group 64").predicted_bytes, of("tacq-plain").predicted_bytes);
     // A uniform width "below" takes less than the method, one "above" not much more.
     for row in arms.rows.iter().filter(|r| r.method.contains("equal bytes")) {
         let bits = arms.arms[row.arms[0]].predicted_bits_per_weight;
-        let method = arms.rows.iter().find(|r| r.method == "tacq" && r.budget == row.budget).unwrap();
+        let method = arms.rows.iter().find(|r| r.method == "tacq-plain" && r.budget == row.budget).unwrap();
         assert!(bits <= 1.05 * arms.arms[method.arms[0]].predicted_bits_per_weight, "{row:?}");
     }
     assert!(!bench.path("out").exists(), "planning writes nothing");

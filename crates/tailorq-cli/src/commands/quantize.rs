@@ -88,7 +88,7 @@ pub(super) struct GridArgs {
     #[arg(long, value_name = "affine|codebook")]
     grid: Option<tailorq::GridKind>,
     /// Rotate the inputs of linears before they meet their codes: by a random Hadamard matrix, or not at all
-    /// (rtn, gptq, best, tacq) [default: none; gptq-hadamard and tacq-hadamard: hadamard]
+    /// (rtn, gptq, best, tacq) [default: none; tacq, gptq-hadamard and tacq-hadamard: hadamard]
     #[arg(long, value_name = "none|hadamard", value_parser = parse_transform)]
     transform: Option<Transform>,
     /// Chooses the rotation's signs [default: 0]
