@@ -1,6 +1,8 @@
 //! Matrix times vector on packed weights against the read bandwidth of the same threads in the same run.
 //!
-//! `cargo bench -p tailorq-kernels --bench packed [-- THREADS...]`. For each shape and layout: enough distinct matrices that
+//! `cargo bench -p tailorq-kernels --bench packed [-- THREADS... NAMES... SHAPES...]`: counts of threads, parts of names of
+//! cases, shapes as `896x4864`; `cached` takes one matrix of few rows again and again, and prints the best round: what the
+//! arithmetic takes where memory does not matter. For each shape and layout: enough distinct matrices that
 //! the cache holds none of them, read once each inside one parallel region in which every thread has its share of the rows.
 //! Rounds of all programs alternate; medians are printed.
 #![allow(clippy::print_stdout, reason = "a benchmark is a program")]
@@ -19,6 +21,8 @@ use tailorq_tensor::{
 const WORKING_SET: usize = 192 << 20;
 /// Bytes of the buffer that is read to measure the bandwidth.
 const BUFFER: usize = 512 << 20;
+/// Bytes of the matrix that lies in the second-level cache, and how often a round reads it.
+const CACHED: (usize, usize) = (1 << 20, 40);
 /// Rounds; medians of them are printed.
 const ROUNDS: usize = 9;
 
@@ -115,6 +119,32 @@ fn multiply(device: &dyn Device, all: &[Weight], x: &[f32], y: &mut [f32], threa
     black_box(y);
 }
 
+/// `ROWSxCOLS`.
+fn shape(word: &str) -> Option<(usize, usize)> {
+    let (rows, cols) = word.split_once('x')?;
+    Some((rows.parse().ok()?, cols.parse().ok()?))
+}
+
+/// GB/s of one thread from the second-level cache.
+fn cached(device: &dyn Device, rng: &mut Rng, case: &Case, rows: usize, cols: usize) {
+    let rows = rows.min(CACHED.0 * 4 / cols);
+    let w = matrix(rng, case, rows, cols);
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().expect("a pool");
+    let (x, mut y) = ((0..cols).map(|_| rng.normal()).collect::<Vec<f32>>(), vec![0.0; rows]);
+    let best = pool.install(|| {
+        let round = |_| {
+            let start = Instant::now();
+            for _ in 0..CACHED.1 {
+                device.linear_rows(&x, &w, None, 0..rows, &mut y);
+            }
+            start.elapsed().as_secs_f64()
+        };
+        (0..ROUNDS).map(round).fold(f64::INFINITY, f64::min)
+    });
+    let bytes = (CACHED.1 * w.reader().bytes()) as f64;
+    println!("{:34} {rows:5} x {cols:5}  cached  {:6.1} GB/s", case.name, bytes / best / 1e9);
+}
+
 fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     values[values.len() / 2]
@@ -124,18 +154,28 @@ fn main() {
     // Numbers are counts of threads; a word chooses cases by their names.
     let words: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
     let arguments: Vec<usize> = words.iter().filter_map(|a| a.parse().ok()).collect();
-    let names: Vec<&String> = words.iter().filter(|a| a.parse::<usize>().is_err()).collect();
+    let shapes: Vec<_> = words.iter().filter_map(|a| shape(a)).collect();
+    let names: Vec<&String> =
+        words.iter().filter(|a| !(a.parse::<usize>().is_ok() || shape(a).is_some() || *a == "cached")).collect();
     let chosen = |case: &&Case| names.is_empty() || names.iter().any(|n| case.name.contains(n.as_str()));
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let threads = if arguments.is_empty() { vec![1, cores.min(2)] } else { arguments };
     let (device, mut rng) = (cpu_with(Activations::Int8), Rng::new(1));
+    if words.iter().any(|w| w == "cached") {
+        for case in CASES.iter().filter(chosen) {
+            for (rows, cols) in SHAPES.into_iter().filter(|s| shapes.is_empty() || shapes.contains(s)) {
+                cached(&*device, &mut rng, case, rows, cols);
+            }
+        }
+        return;
+    }
     let buffer: Vec<f32> = (0..BUFFER / size_of::<f32>()).map(|i| i as f32).collect();
     println!(
         "{}; medians of {ROUNDS} rounds; GB/s of bytes stored, and share of the read bandwidth beside it",
         device.name()
     );
     for case in CASES.iter().filter(chosen) {
-        for (rows, cols) in SHAPES {
+        for (rows, cols) in SHAPES.into_iter().filter(|s| shapes.is_empty() || shapes.contains(s)) {
             let first = matrix(&mut rng, case, rows, cols);
             let n = WORKING_SET.div_ceil(first.reader().bytes());
             let all: Vec<Weight> = (1..n).map(|_| matrix(&mut rng, case, rows, cols)).chain([first]).collect();

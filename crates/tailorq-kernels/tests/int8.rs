@@ -9,7 +9,8 @@ use inputs::{corrected, layouts, normal, packed};
 use std::sync::Arc;
 use tailorq_kernels::{Activations, Device, cpu_variants_with};
 use tailorq_tensor::{
-    Bits, Group, InputTransform, Layout, PackedMatrix, Rng, TileBits, TileCorrection, TileCorrections, Weight,
+    Bits, Group, InputTransform, Layout, PackedMatrix, Rng, SharedBytes, TileBits, TileCorrection, TileCorrections,
+    Weight,
 };
 
 /// Activations that share a scale.
@@ -54,9 +55,12 @@ fn expected(x: &[f32], w: &PackedMatrix, bias: Option<&[f32]>, t: usize, r: usiz
         let tile = w.tiles().and_then(|tiles| tiles.get(r, c)).unwrap_or(0.0);
         let correction = f64::from(tile) + f64::from(w.elements().and_then(|e| e.get(r, c)).unwrap_or(0.0));
         sum += base * x_rounded[c] + correction * f64::from(x[t * cols + c]);
-        // The zero is taken off apart from the code, so both count.
-        let largest =
-            f64::from(w.layout().bits.max_code()) * f64::from(w.scales(r)[c / w.layout().group.len(cols)].to_f32());
+        // The zero is taken off apart from the code, so both count; the zero of a codebook is its least level.
+        let range = match w.levels() {
+            Some(levels) => f64::from((levels[levels.len() - 1] - levels[0]).to_f32()),
+            None => f64::from(w.layout().bits.max_code()),
+        };
+        let largest = range * f64::from(w.scales(r)[c / w.layout().group.len(cols)].to_f32());
         size += (largest + correction.abs()) * x_rounded[c].abs();
     }
     (sum, size)
@@ -145,21 +149,52 @@ fn many_groups_and_no_rows() {
     }
 }
 
+/// Levels that are integers of one byte or of two times a power of two.
+fn codebook(bits: Bits, is_wide: bool) -> SharedBytes {
+    let n = usize::from(bits.max_code()) + 1;
+    let level = |i: usize| 3.0 * ((i as f32 + 0.5) / n as f32 - 0.5);
+    let levels: Vec<f16> = (0..n).map(|i| f16::from_f32(level(i) + if is_wide { 0.001 } else { 0.0 })).collect();
+    SharedBytes::from_vec(levels)
+}
+
+#[test]
+fn codebooks_are_integers() {
+    let mut rng = Rng::new(16);
+    for layout in layouts().into_iter().filter(Layout::has_codebooks) {
+        for (is_wide, (rows, cols)) in
+            [(false, (1, 1)), (true, (3, 15)), (false, (5, 17)), (true, (6, 576)), (false, (2, 896)), (true, (5, 1100))]
+        {
+            let w = packed(&mut rng, rows, cols, layout).with_levels(codebook(layout.bits, is_wide)).unwrap();
+            for n in [1, 2, 3, 7, 13, 40] {
+                check(&mut rng, &w, n);
+            }
+            let rotated = w.with_transform(InputTransform::hadamard(cols, 5).unwrap()).unwrap();
+            let fixed = corrected(&mut rng, rotated);
+            check(&mut rng, &fixed, 1);
+        }
+    }
+}
+
 #[test]
 fn a_token_and_a_row_are_the_same_alone_and_among_others() {
     let mut rng = Rng::new(14);
-    let layout = Layout { bits: Bits::Two, group: Group::Inputs(128), symmetric: false };
-    let w: Weight = packed(&mut rng, 37, 896, layout).into();
+    let layout = |symmetric| Layout { bits: Bits::Two, group: Group::Inputs(128), symmetric };
+    let plain = packed(&mut rng, 37, 896, layout(false));
+    let book = packed(&mut rng, 37, 896, layout(true)).with_levels(codebook(Bits::Two, true)).unwrap();
+    let fixed = corrected(&mut rng, plain.clone());
     let x = normal(&mut rng, 12 * 896);
-    for device in devices() {
-        let mut all = vec![0.0; 12 * 37];
-        device.linear(&x, &w, None, &mut all);
-        for n in [1, 2, 5] {
-            for t in 0..12 - n {
-                let mut some = vec![0.0; n * 20];
-                device.linear_rows(&x[t * 896..(t + n) * 896], &w, None, 9..29, &mut some);
-                for (k, row) in some.chunks(20).enumerate() {
-                    assert_eq!(row, &all[(t + k) * 37 + 9..(t + k) * 37 + 29], "{} {n} tokens from {t}", device.name());
+    for w in [plain, fixed, book].map(Weight::from) {
+        for device in devices() {
+            let mut all = vec![0.0; 12 * 37];
+            device.linear(&x, &w, None, &mut all);
+            for n in [1, 2, 5] {
+                for t in 0..12 - n {
+                    let mut some = vec![0.0; n * 20];
+                    device.linear_rows(&x[t * 896..(t + n) * 896], &w, None, 9..29, &mut some);
+                    for (k, row) in some.chunks(20).enumerate() {
+                        let of_all = &all[(t + k) * 37 + 9..(t + k) * 37 + 29];
+                        assert_eq!(row, of_all, "{} {n} tokens from {t} of {w:?}", device.name());
+                    }
                 }
             }
         }

@@ -4,13 +4,13 @@
 
 mod inputs;
 
-use inputs::{Sequence, normal, packed, positive_definite, rope_table};
-use tailorq_kernels::{AttentionShape, Device, cpu_variants};
+use inputs::{Sequence, corrected, normal, packed, positive_definite, rope_table};
+use tailorq_kernels::{Activations, AttentionShape, Device, cpu_variants, cpu_variants_with};
 use tailorq_tensor::{Bits, Group, Layout, Matrix, Rng, Weight};
 
 /// Runs `f` on every device with pools of several sizes and compares the bits.
 fn assert_same_bits(what: &str, f: impl Fn(&dyn Device) -> Vec<f32> + Sync) {
-    for device in cpu_variants() {
+    for device in cpu_variants().into_iter().chain(cpu_variants_with(Activations::Int8)) {
         let bits = |threads| -> Vec<u32> {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
             pool.install(|| f(&*device)).into_iter().map(f32::to_bits).collect()
@@ -29,7 +29,9 @@ fn linears() {
     for (n, rows, cols) in [(1, 3000, 96), (3, 1000, 130), (40, 700, 65), (1100, 600, 33)] {
         let layout = Layout { bits: Bits::Three, group: Group::Inputs(32), symmetric: false };
         let dense: Weight = Matrix::from_vec(rows, cols, normal(&mut rng, rows * cols)).into();
-        for w in [dense, packed(&mut rng, rows, cols, layout).into()] {
+        let plain = packed(&mut rng, rows, cols, layout);
+        let fixed = corrected(&mut rng, plain.clone());
+        for w in [dense, plain.into(), fixed.into()] {
             let (x, bias) = (normal(&mut rng, n * cols), normal(&mut rng, rows));
             assert_same_bits(&format!("linear n={n} {w:?}"), |device| {
                 let mut y = vec![0.0; n * rows];

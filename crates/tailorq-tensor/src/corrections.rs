@@ -29,6 +29,8 @@ pub struct ElementCorrections {
     parts: ElementParts,
     /// Where each row starts in `cols` and `values`, and the end: `[rows + 1]`.
     starts: Arc<[usize]>,
+    /// See [`ElementCorrections::rows_of`].
+    rows_of: Arc<[u8]>,
 }
 
 impl ElementCorrections {
@@ -58,8 +60,10 @@ impl ElementCorrections {
         size("element_values", &parts.values, n.checked_mul(2).ok_or_else(too_large)?)?;
         let columns = Indices::of(&parts.cols, cols).ok_or(PackError::Misaligned("element_cols"))?;
         let values = parts.values.cast::<f16>().ok_or(PackError::Misaligned("element_values"))?;
+        let mut rows_of = Vec::with_capacity(n);
         for r in 0..rows {
             let mut least = 0;
+            rows_of.resize(starts[r + 1], r as u8);
             let range = starts[r]..starts[r + 1];
             for (i, value) in range.clone().zip(&values[range]) {
                 let col = columns.get(i);
@@ -72,7 +76,7 @@ impl ElementCorrections {
                 least = col + 1;
             }
         }
-        Ok(ElementCorrections { rows, cols, parts, starts: starts.into() })
+        Ok(ElementCorrections { rows, cols, parts, starts: starts.into(), rows_of: rows_of.into() })
     }
 
     /// The corrections of each row as `(column, value)`, columns strictly ascending, for a matrix of `cols` columns.
@@ -154,6 +158,12 @@ impl ElementCorrections {
     /// Where the elements of each row start among all, and the end: `[rows + 1]`.
     pub fn starts(&self) -> &[usize] {
         &self.starts
+    }
+
+    /// The row of each element modulo 256: a byte each, in memory alone. Who walks over many rows takes their elements as one
+    /// flat run with it, instead of a loop of a few turns a row.
+    pub fn rows_of(&self) -> &[u8] {
+        &self.rows_of
     }
 
     /// What is added to element `(r, c)`; `None` when it is not corrected.

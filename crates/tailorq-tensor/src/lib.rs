@@ -32,7 +32,7 @@ pub use mean4::{Mean4, MeanTile};
 pub use packed::{PackedMatrix, PackedParts};
 pub use rng::Rng;
 pub use spec::{CorrectionSpec, PackedSpec, TileSpec};
-pub use tilemap::TileMap;
+pub use tilemap::{TileMap, TilePlace};
 pub use tiles::{TileBits, TileCorrection, TileCorrections, TileParts};
 pub use transform::{InputTransform, TransformKind, TransformSpec};
 pub use weight::{DenseRows, ReadRows, RowOrder, Weight};

@@ -10,7 +10,8 @@ const WORD: usize = 64;
 ///
 /// The bitmap is u8 `[rows, ceil(tiles / 8)]`: tile `t` of a row is bit `t % 8` of its byte `t / 8`, and bits beyond the last
 /// tile are 0. The number (rank) of a tile is how many marked tiles precede it: a directory has that count for every 64th
-/// tile of a row, the rest is one population count.
+/// tile of a row, the rest is one population count. Who walks over many rows takes the tiles as one flat run instead, from
+/// a second directory in memory ([`TileMap::places`]): a loop over the few tiles of each row ends at another turn in each.
 #[derive(Clone, Debug)]
 pub struct TileMap {
     rows: usize,
@@ -18,6 +19,31 @@ pub struct TileMap {
     bits: SharedBytes,
     /// Marked tiles before each word of each row, and in all: `[rows * words + 1]`.
     ranks: Arc<[u32]>,
+    /// See [`TileMap::places`].
+    places: Arc<[TilePlace]>,
+}
+
+/// Where a marked tile lies, in a word: its row modulo 256, and which tile of the row it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TilePlace(u32);
+
+impl TilePlace {
+    /// Tiles of the widest row that has places.
+    const TILES: usize = 1 << 24;
+
+    fn new(row: usize, tile: usize) -> Self {
+        TilePlace((tile as u32) << 8 | row as u32 & 0xFF)
+    }
+
+    /// Which tile of its row.
+    pub fn tile(self) -> usize {
+        self.0 as usize >> 8
+    }
+
+    /// How many rows after row `first` its own is, which are less than 256.
+    pub fn row_after(self, first: usize) -> usize {
+        usize::from((self.0 as u8).wrapping_sub(first as u8))
+    }
 }
 
 impl TileMap {
@@ -35,7 +61,10 @@ impl TileMap {
             return Err(PackError::CorrectionSize { part: "tilemap", found: bits.len(), expected });
         }
         let tiles = cols.div_ceil(TILE);
-        let mut ranks = vec![0];
+        if tiles > TilePlace::TILES {
+            return Err(too_large());
+        }
+        let (mut ranks, mut places) = (vec![0], Vec::new());
         let mut marked = 0u32;
         for (row, bytes) in bits.chunks_exact(n.max(1)).enumerate() {
             for (i, word) in bytes.chunks(WORD / 8).map(word_of).enumerate() {
@@ -45,9 +74,10 @@ impl TileMap {
                 }
                 marked = marked.checked_add(word.count_ones()).ok_or_else(too_large)?;
                 ranks.push(marked);
+                places.extend(Ones(word).map(|bit| TilePlace::new(row, WORD * i + bit)));
             }
         }
-        Ok(TileMap { rows, cols, bits, ranks: ranks.into() })
+        Ok(TileMap { rows, cols, bits, ranks: ranks.into(), places: places.into() })
     }
 
     /// The map of the tiles that are listed for each row, strictly ascending.
@@ -123,6 +153,11 @@ impl TileMap {
     /// How many marked tiles precede row `r`, which may be the end.
     pub fn rank_of_row(&self, r: usize) -> usize {
         self.ranks[r * self.words()] as usize
+    }
+
+    /// The marked tiles by rank: four bytes each, in memory alone.
+    pub fn places(&self) -> &[TilePlace] {
+        &self.places
     }
 
     /// The marked tiles of row `r` with their ranks, both ascending.

@@ -51,7 +51,7 @@ fn unpack_body<S: Simd>(simd: S, m: &PackedMatrix, r: usize, out: &mut [f32]) {
 
 /// Adds the corrections of one row's tiles. `code * scale` is exact, so that only the sum is rounded.
 #[inline(always)]
-fn add_tiles<S: Simd, const BITS: u32>(simd: S, tiles: &TileCorrections, r: usize, out: &mut [f32]) {
+fn add_tiles<S: Simd, const BITS: usize>(simd: S, tiles: &TileCorrections, r: usize, out: &mut [f32]) {
     let scales = tiles.scales();
     for (tile, rank) in tiles.map().row(r) {
         let codes = signed_codes::<S, BITS>(simd, tiles.code_bytes(rank));
@@ -67,7 +67,7 @@ fn add_tiles<S: Simd, const BITS: u32>(simd: S, tiles: &TileCorrections, r: usiz
 
 /// Two's complement codes: with the sign bit flipped they count from the smallest code on.
 #[inline(always)]
-fn signed_codes<S: Simd, const BITS: u32>(simd: S, bytes: &[u8]) -> S::F {
+pub(super) fn signed_codes<S: Simd, const BITS: usize>(simd: S, bytes: &[u8]) -> S::F {
     let word = |i: usize, flip: u32| u32::from_le_bytes(bytes.as_chunks::<4>().0[i]) ^ flip;
     if BITS == 4 {
         let flip = 0x8888_8888;

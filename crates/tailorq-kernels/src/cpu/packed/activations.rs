@@ -142,7 +142,13 @@ fn round_group(x: &[f32], codes: &mut [i8]) -> (f32, f32) {
         sum += i32::from(*code);
     }
     codes.copy_from_slice(&rounded[..x.len()]);
-    (if inverse > 0.0 { largest / 127.0 } else { 0.0 } + poison, sum as f32)
+    (scale_of(if inverse > 0.0 { largest / 127.0 } else { 0.0 } + poison), sum as f32)
+}
+
+/// A scale without the last two bits of its fraction, so that 1.5 times it, or that times a power of two, is exact.
+#[inline(always)]
+pub(super) fn scale_of(scale: f32) -> f32 {
+    f32::from_bits(scale.to_bits() & !3)
 }
 
 /// Byte `k` of plane `p` is activation `P k + p`.

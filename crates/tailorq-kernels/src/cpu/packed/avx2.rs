@@ -1,11 +1,12 @@
-//! Codes times 8-bit activations with AVX2.
+//! Codes times 8-bit activations with AVX2, and with AVX-VNNI beside.
 //!
-//! The steps of `avx512.rs` in halves of eight lanes. `vpmaddubsw` adds pairs of products in 16 bits, which codes of up to 6
-//! bits cannot fill: the planes of a step are added there before one `vpmaddwd` widens them. Codes of 8 bits are split into
-//! their low seven bits and their high bit.
+//! The steps of `avx512.rs` in halves of eight lanes. With AVX-VNNI a product instruction adds four products to each lane. Without,
+//! `vpmaddubsw` adds pairs of products in 16 bits, which codes of up to 6 bits cannot fill: the planes of a step are added there
+//! before one `vpmaddwd` widens them. Codes of 8 bits are split into their low seven bits and their high bit.
 
 use super::activations::{LANES, Quantized};
-use super::base::{Base, LaneGroups, ZeroBits};
+use super::base::{Base, Tables, ZeroBits};
+use super::levels::Levels;
 use crate::cpu::simd::sum8;
 use crate::cpu::tile::Tile;
 use std::arch::x86_64::*;
@@ -19,29 +20,54 @@ const HALF: usize = 8;
 /// # Safety
 /// The processor has avx2, fma and f16c.
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) unsafe fn rows(base: &Base<'_>, x: &Quantized, first: usize, y: &mut Tile<'_>) {
-    let kernel = Kernel { base, x, groups: base.lane_groups(), zeros: base.zero_bits() };
+pub(super) unsafe fn rows(base: &Base<'_>, tables: &Tables, x: &Quantized, first: usize, y: &mut Tile<'_>) {
     // SAFETY: the processor has the features of this function, and the slices are as long as a `Base` says.
+    unsafe { every_width::<false>(base, tables, x, first, y) }
+}
+
+/// As [`rows`], with AVX-VNNI.
+///
+/// # Safety
+/// The processor has avxvnni, avx2, fma and f16c.
+#[target_feature(enable = "avxvnni,avx2,fma,f16c")]
+pub(super) unsafe fn rows_vnni(base: &Base<'_>, tables: &Tables, x: &Quantized, first: usize, y: &mut Tile<'_>) {
+    // SAFETY: as in `rows`.
+    unsafe { every_width::<true>(base, tables, x, first, y) }
+}
+
+#[inline(always)]
+unsafe fn every_width<const VNNI: bool>(
+    base: &Base<'_>,
+    tables: &Tables,
+    x: &Quantized,
+    first: usize,
+    y: &mut Tile<'_>,
+) {
+    let kernel = Kernel::<VNNI> { base, tables, x };
+    // SAFETY: see `rows`.
     unsafe {
-        match base.layout.bits {
-            Bits::Two => kernel.all::<Two>(first, y),
-            Bits::Three => kernel.all::<Three>(first, y),
-            Bits::Four => kernel.all::<Four>(first, y),
-            Bits::Eight => kernel.all::<Eight>(first, y),
-            Bits::Six => kernel.all::<Six>(first, y),
+        match (base.layout.bits, &base.levels) {
+            (Bits::Two, None) => kernel.all(Two, first, y),
+            (Bits::Three, None) => kernel.all(Three, first, y),
+            (Bits::Four, None) => kernel.all(Four, first, y),
+            (Bits::Two, Some(levels)) => kernel.all(Book::new(Two, levels), first, y),
+            (Bits::Three, Some(levels)) => kernel.all(Book::new(Three, levels), first, y),
+            (Bits::Four, Some(levels)) => kernel.all(Book::new(Four, levels), first, y),
+            (Bits::Six, _) => kernel.all(Six, first, y),
+            (Bits::Eight, _) => kernel.all(Eight, first, y),
         }
     }
 }
 
 /// How eight words meet the activations of their planes.
-trait Codes {
+trait Codes: Copy {
     const PLANES: usize;
     const HIGHS: bool = false;
-    /// Planes of bytes that [`Codes::dots`] multiplies.
-    unsafe fn planes(words: __m256i, highs: __m256i) -> [__m256i; 4];
+    /// Planes of codes, one a byte; those past [`Codes::PLANES`] are of no meaning.
+    unsafe fn planes(self, words: __m256i, highs: __m256i) -> [__m256i; 4];
     /// Eight sums of the products with the activations at `x`, of which a plane's start 64 bytes after the one before.
     #[inline(always)]
-    unsafe fn dots(planes: &[__m256i; 4], x: *const u8) -> __m256i {
+    unsafe fn dots(self, planes: &[__m256i; 4], x: *const u8) -> __m256i {
         // SAFETY: inlined into a function with the features; the caller has the planes. So below.
         unsafe {
             let mut sums = _mm256_setzero_si256();
@@ -52,18 +78,35 @@ trait Codes {
             _mm256_madd_epi16(sums, _mm256_set1_epi16(1))
         }
     }
+    /// The same with AVX-VNNI.
+    #[inline(always)]
+    unsafe fn dots_vnni(self, planes: &[__m256i; 4], x: *const u8) -> __m256i {
+        // SAFETY: see `dots`.
+        unsafe {
+            let mut sums = _mm256_setzero_si256();
+            for (p, plane) in planes.iter().enumerate().take(Self::PLANES) {
+                sums = _mm256_dpbusd_avx_epi32(sums, *plane, _mm256_load_si256(x.add(64 * p).cast()));
+            }
+            sums
+        }
+    }
 }
 
+#[derive(Clone, Copy)]
 struct Two;
+#[derive(Clone, Copy)]
 struct Three;
+#[derive(Clone, Copy)]
 struct Four;
+#[derive(Clone, Copy)]
 struct Six;
+#[derive(Clone, Copy)]
 struct Eight;
 
 impl Codes for Two {
     const PLANES: usize = 4;
     #[inline(always)]
-    unsafe fn planes(words: __m256i, _: __m256i) -> [__m256i; 4] {
+    unsafe fn planes(self, words: __m256i, _: __m256i) -> [__m256i; 4] {
         // SAFETY: see `Codes::dots`.
         unsafe {
             let mask = _mm256_set1_epi8(3);
@@ -81,12 +124,12 @@ impl Codes for Three {
     const PLANES: usize = 4;
     const HIGHS: bool = true;
     #[inline(always)]
-    unsafe fn planes(words: __m256i, highs: __m256i) -> [__m256i; 4] {
+    unsafe fn planes(self, words: __m256i, highs: __m256i) -> [__m256i; 4] {
         // SAFETY: see `Codes::dots`.
         unsafe {
             let h = high_bits(highs);
             let four = _mm256_set1_epi8(4);
-            let [a, b, c, d] = Two::planes(words, highs);
+            let [a, b, c, d] = Two.planes(words, highs);
             [
                 _mm256_or_si256(a, _mm256_and_si256(_mm256_slli_epi16::<2>(h), four)),
                 _mm256_or_si256(b, _mm256_and_si256(_mm256_slli_epi16::<1>(h), four)),
@@ -100,7 +143,7 @@ impl Codes for Three {
 impl Codes for Four {
     const PLANES: usize = 2;
     #[inline(always)]
-    unsafe fn planes(words: __m256i, _: __m256i) -> [__m256i; 4] {
+    unsafe fn planes(self, words: __m256i, _: __m256i) -> [__m256i; 4] {
         // SAFETY: see `Codes::dots`.
         unsafe {
             let mask = _mm256_set1_epi8(15);
@@ -115,11 +158,11 @@ impl Codes for Six {
     const PLANES: usize = 2;
     const HIGHS: bool = true;
     #[inline(always)]
-    unsafe fn planes(words: __m256i, highs: __m256i) -> [__m256i; 4] {
+    unsafe fn planes(self, words: __m256i, highs: __m256i) -> [__m256i; 4] {
         // SAFETY: see `Codes::dots`.
         unsafe {
             let (h, high) = (high_bits(highs), _mm256_set1_epi8(0x30));
-            let [a, b, ..] = Four::planes(words, highs);
+            let [a, b, ..] = Four.planes(words, highs);
             let a = _mm256_or_si256(a, _mm256_and_si256(_mm256_slli_epi16::<4>(h), high));
             let b = _mm256_or_si256(b, _mm256_and_si256(_mm256_slli_epi16::<2>(h), high));
             [a, b, a, b]
@@ -130,22 +173,84 @@ impl Codes for Six {
 impl Codes for Eight {
     const PLANES: usize = 1;
     #[inline(always)]
-    unsafe fn planes(words: __m256i, _: __m256i) -> [__m256i; 4] {
+    unsafe fn planes(self, words: __m256i, _: __m256i) -> [__m256i; 4] {
+        [words; 4]
+    }
+    #[inline(always)]
+    unsafe fn dots(self, planes: &[__m256i; 4], x: *const u8) -> __m256i {
         // SAFETY: see `Codes::dots`.
         unsafe {
-            let low = _mm256_and_si256(words, _mm256_set1_epi8(127));
-            let high = _mm256_and_si256(_mm256_srli_epi16::<7>(words), _mm256_set1_epi8(1));
-            [low, high, low, high]
+            let low = _mm256_and_si256(planes[0], _mm256_set1_epi8(127));
+            let high = _mm256_and_si256(_mm256_srli_epi16::<7>(planes[0]), _mm256_set1_epi8(1));
+            let x = _mm256_load_si256(x.cast());
+            let low = _mm256_madd_epi16(_mm256_maddubs_epi16(low, x), _mm256_set1_epi16(1));
+            let high = _mm256_madd_epi16(_mm256_maddubs_epi16(high, x), _mm256_set1_epi16(128));
+            _mm256_add_epi32(low, high)
+        }
+    }
+}
+
+/// Codes that are places in a codebook.
+#[derive(Clone, Copy)]
+struct Book<C> {
+    codes: C,
+    /// Bytes of the integers, twice.
+    low: __m256i,
+    high: __m256i,
+}
+
+impl<C> Book<C> {
+    #[inline(always)]
+    unsafe fn new(codes: C, levels: &Levels) -> Self {
+        // SAFETY: see `Codes::dots`.
+        unsafe {
+            let low = _mm256_broadcastsi128_si256(_mm_loadu_si128(levels.low.as_ptr().cast()));
+            let high = _mm256_broadcastsi128_si256(_mm_loadu_si128(levels.high.as_ptr().cast()));
+            Book { codes, low, high }
+        }
+    }
+}
+
+impl<C: Codes> Codes for Book<C> {
+    const PLANES: usize = C::PLANES;
+    const HIGHS: bool = C::HIGHS;
+    #[inline(always)]
+    unsafe fn planes(self, words: __m256i, highs: __m256i) -> [__m256i; 4] {
+        // SAFETY: see `Codes::dots`.
+        unsafe { self.codes.planes(words, highs) }
+    }
+    /// Both bytes widened to 16 bits before they are multiplied: two of them fill what `vpmaddubsw` has.
+    #[inline(always)]
+    unsafe fn dots(self, planes: &[__m256i; 4], x: *const u8) -> __m256i {
+        // SAFETY: see `Codes::dots`.
+        unsafe {
+            let (zero, mut sums) = (_mm256_setzero_si256(), [_mm256_setzero_si256(); 2]);
+            for (p, plane) in planes.iter().enumerate().take(C::PLANES) {
+                let x = _mm256_load_si256(x.add(64 * p).cast());
+                let signs = _mm256_cmpgt_epi8(zero, x);
+                let (x_low, x_high) = (_mm256_unpacklo_epi8(x, signs), _mm256_unpackhi_epi8(x, signs));
+                for (sum, table) in sums.iter_mut().zip([self.low, self.high]) {
+                    let bytes = _mm256_shuffle_epi8(table, *plane);
+                    let low = _mm256_madd_epi16(_mm256_unpacklo_epi8(bytes, zero), x_low);
+                    let high = _mm256_madd_epi16(_mm256_unpackhi_epi8(bytes, zero), x_high);
+                    // Two pairs a lane: lanes 0 and 1 of a half come from its low eight bytes.
+                    *sum = _mm256_add_epi32(*sum, _mm256_hadd_epi32(low, high));
+                }
+            }
+            _mm256_add_epi32(sums[0], _mm256_slli_epi32::<8>(sums[1]))
         }
     }
     #[inline(always)]
-    unsafe fn dots(planes: &[__m256i; 4], x: *const u8) -> __m256i {
+    unsafe fn dots_vnni(self, planes: &[__m256i; 4], x: *const u8) -> __m256i {
         // SAFETY: see `Codes::dots`.
         unsafe {
-            let x = _mm256_load_si256(x.cast());
-            let low = _mm256_madd_epi16(_mm256_maddubs_epi16(planes[0], x), _mm256_set1_epi16(1));
-            let high = _mm256_madd_epi16(_mm256_maddubs_epi16(planes[1], x), _mm256_set1_epi16(128));
-            _mm256_add_epi32(low, high)
+            let (mut low, mut high) = (_mm256_setzero_si256(), _mm256_setzero_si256());
+            for (p, plane) in planes.iter().enumerate().take(C::PLANES) {
+                let x = _mm256_load_si256(x.add(64 * p).cast());
+                low = _mm256_dpbusd_avx_epi32(low, _mm256_shuffle_epi8(self.low, *plane), x);
+                high = _mm256_dpbusd_avx_epi32(high, _mm256_shuffle_epi8(self.high, *plane), x);
+            }
+            _mm256_add_epi32(low, _mm256_slli_epi32::<8>(high))
         }
     }
 }
@@ -164,17 +269,16 @@ unsafe fn high_bits(highs: __m256i) -> __m256i {
 }
 
 /// What all blocks of a call share.
-struct Kernel<'a> {
+struct Kernel<'a, const VNNI: bool> {
     base: &'a Base<'a>,
+    tables: &'a Tables,
     x: &'a Quantized,
-    groups: LaneGroups,
-    zeros: ZeroBits,
 }
 
-impl Kernel<'_> {
+impl<const VNNI: bool> Kernel<'_, VNNI> {
     /// All rows of `y`: two at a time with one token, one at a time with several.
     #[inline(always)]
-    unsafe fn all<C: Codes>(&self, first: usize, y: &mut Tile<'_>) {
+    unsafe fn all<C: Codes>(&self, unpack: C, first: usize, y: &mut Tile<'_>) {
         let (n_tokens, n_rows) = (y.rows(), y.cols());
         // SAFETY: rows and tokens exist.
         unsafe {
@@ -182,7 +286,7 @@ impl Kernel<'_> {
                 for i in (0..n_rows).step_by(2) {
                     // The last block repeats its last row.
                     let rows = [first + i, first + (i + 1).min(n_rows - 1)];
-                    let sums = self.block::<C, 2, 1>(rows, 0);
+                    let sums = self.block::<C, 2, 1>(unpack, rows, 0);
                     for (y, [sum]) in y.row_mut(0)[i..].iter_mut().zip(sums) {
                         *y = sum;
                     }
@@ -192,14 +296,14 @@ impl Kernel<'_> {
             for i in 0..n_rows {
                 let mut t = 0;
                 while t + 4 <= n_tokens {
-                    let [sums] = self.block::<C, 1, 4>([first + i], t);
+                    let [sums] = self.block::<C, 1, 4>(unpack, [first + i], t);
                     for (k, sum) in sums.into_iter().enumerate() {
                         y.row_mut(t + k)[i] = sum;
                     }
                     t += 4;
                 }
                 for t in t..n_tokens {
-                    y.row_mut(t)[i] = self.block::<C, 1, 1>([first + i], t)[0][0];
+                    y.row_mut(t)[i] = self.block::<C, 1, 1>(unpack, [first + i], t)[0][0];
                 }
             }
         }
@@ -207,12 +311,19 @@ impl Kernel<'_> {
 
     /// The products of `R` rows and of `N` tokens from `token` on, `[rows][tokens]`.
     #[inline(always)]
-    unsafe fn block<C: Codes, const R: usize, const N: usize>(&self, rows: [usize; R], token: usize) -> [[f32; N]; R] {
+    unsafe fn block<C: Codes, const R: usize, const N: usize>(
+        &self,
+        unpack: C,
+        rows: [usize; R],
+        token: usize,
+    ) -> [[f32; N]; R] {
         let (base, x) = (self.base, self.x);
-        let (steps, per_chunk) = (base.steps(), base.steps_per_chunk());
+        let (steps, per_chunk) = (self.tables.steps, self.tables.per_chunk);
         // SAFETY: every row is in the matrix, so that its words, highs, scales and zeros are; what a row lacks of a register
         // is not read; the activations have `steps` steps and `chunks` chunks a token.
         unsafe {
+            let ahead = base.words.as_ptr().wrapping_add(rows[0] * base.words_per_row).cast::<i8>();
+            let ahead = ahead.wrapping_add(self.tables.ahead);
             let mut sums = [[_mm256_setzero_ps(); N]; R];
             for chunk in 0..x.chunks {
                 let mut scales = [[_mm256_setzero_ps(); 2]; R];
@@ -228,26 +339,32 @@ impl Kernel<'_> {
                     }
                 }
                 for s in chunk * per_chunk..steps.min((chunk + 1) * per_chunk) {
-                    let indices = &self.groups.of_step[s & self.groups.mask].0;
+                    let indices = &self.tables.groups.of_step[s & self.tables.groups.mask].0;
                     for half in 0..2 {
                         let at = s * LANES + half * HALF;
                         let n = base.words_per_row.saturating_sub(at).min(HALF);
                         let index = _mm256_load_si256(indices[half * HALF..].as_ptr().cast());
                         for r in 0..R {
+                            if half == 0 {
+                                _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add((s * R + r) * 8 * HALF));
+                            }
                             let words = words_at(&base.words[rows[r] * base.words_per_row..], at, n);
                             let highs = if C::HIGHS {
                                 highs_at(&base.highs[rows[r] * base.words_per_row..], at, n)
                             } else {
                                 _mm256_setzero_si256()
                             };
-                            let planes = C::planes(words, highs);
+                            let planes = unpack.planes(words, highs);
                             // The lanes of a half lie in eight aligned groups.
                             let of_half = scales[r][indices[half * HALF] as usize / HALF];
                             let scale = _mm256_permutevar8x32_ps(of_half, index);
                             for (t, sum) in sums[r].iter_mut().enumerate() {
                                 let step = (token + t) * x.steps + s;
                                 let codes = x.codes.as_ptr().add(step * C::PLANES).cast::<u8>().add(half * 4 * HALF);
-                                let dots = _mm256_cvtepi32_ps(C::dots(&planes, codes));
+                                let dots = match VNNI {
+                                    true => _mm256_cvtepi32_ps(unpack.dots_vnni(&planes, codes)),
+                                    false => _mm256_cvtepi32_ps(unpack.dots(&planes, codes)),
+                                };
                                 let x_scale = _mm256_load_ps(x.scales[step].0[half * HALF..].as_ptr());
                                 *sum = _mm256_fmadd_ps(_mm256_mul_ps(dots, x_scale), scale, *sum);
                             }
@@ -259,7 +376,7 @@ impl Kernel<'_> {
             let mut products = [[0.0; N]; R];
             for (products, sums) in products.iter_mut().zip(sums) {
                 for (product, sum) in products.iter_mut().zip(sums) {
-                    *product = sum8(sum);
+                    *product = sum8(sum) * base.factor();
                 }
             }
             products
@@ -296,7 +413,7 @@ impl Kernel<'_> {
             let from = row * base.zero_bytes + chunk * bytes;
             let mut stream = [0u8; 16];
             stream[..n].copy_from_slice(&base.zeros[from..from + n]);
-            unpack(&self.zeros, _mm_loadu_si128(stream.as_ptr().cast()))
+            unpack(&self.tables.zeros, _mm_loadu_si128(stream.as_ptr().cast()))
         }
     }
 }

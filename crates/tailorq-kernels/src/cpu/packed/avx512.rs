@@ -1,23 +1,21 @@
 //! Codes times 8-bit activations with AVX-512 VNNI.
 //!
-//! One row at batch 1 is 256 weights (2 bits) a step: one load of codes, three shifts, four masks, four `vpdpbusd` with the
-//! activations of the step, then a conversion, the activations' scales and a multiply-add with the weights' scales, which
-//! a permutation takes from a register of sixteen. Four rows share the activations. The zeros enter once a chunk of sixteen
+//! One row at batch 1 is 256 weights (2 bits) a step: one load of codes, a mask and three bit-matrix products (or three shifts and
+//! four masks, see `codes512.rs`), four `vpdpbusd` with the activations of the step, then the activations' scales and a
+//! multiply-add with the weights' scales, which a permutation takes from a register of sixteen. The integer sums begin at the bits
+//! of 1.5 * 2^23, so that they are floats without a conversion: the multiply-add with the activations' scale takes that off. Four rows share the activations. The zeros enter once a chunk of sixteen
 //! groups through the sums of the activations. What is added to a row in which order depends on neither the other rows nor
 //! the other tokens of a block.
 
 use super::activations::{LANES, Lanes, Plane, Quantized};
-use super::base::{Base, LaneGroups, ZeroBits};
-use super::corrections::TileView;
-use crate::cpu::simd::{Avx512, Simd};
+use super::base::{Base, Tables, ZeroBits};
+use super::codes512::{Codes, with_codes};
 use crate::cpu::tile::Tile;
 use std::arch::x86_64::*;
-use tailorq_tensor::{Bits, TILE, TileBits};
+use tailorq_tensor::Bits;
 
-/// Least bytes ahead of the codes in hand that are fetched into the cache. Rows follow each other in memory, so a block of
-/// rows fetches a later block line by line in the order of memory: several rows at once, each a stream of its own, reach
-/// little more than half of what the memory gives.
-const AHEAD: usize = 4096;
+/// 1.5 * 2^23: added to the bits of this number, an integer below 2^22 in size is added to its value.
+const MAGIC: f32 = 12_582_912.0;
 
 /// Whether this processor has what the kernels use.
 pub(super) fn available() -> bool {
@@ -28,197 +26,47 @@ pub(super) fn available() -> bool {
         && is_x86_feature_detected!("avx512vbmi")
 }
 
+/// Whether it has GFNI beside.
+pub(super) fn has_gfni() -> bool {
+    is_x86_feature_detected!("gfni")
+}
+
 /// `y[t, i] = base[first + i] x[t]` for all of `y`, whose rows are tokens.
 ///
 /// # Safety
 /// The processor is [`available`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi,avx2,fma,f16c")]
-pub(super) unsafe fn rows(base: &Base<'_>, x: &Quantized, first: usize, y: &mut Tile<'_>) {
+pub(super) unsafe fn rows(base: &Base<'_>, tables: &Tables, x: &Quantized, first: usize, y: &mut Tile<'_>) {
     // SAFETY: the processor has the features of this function, and the slices are as long as a `Base` says.
-    unsafe {
-        match base.layout.bits {
-            Bits::Two => all::<Two>(base, x, first, y),
-            Bits::Three => all::<Three>(base, x, first, y),
-            Bits::Four => all::<Four>(base, x, first, y),
-            Bits::Eight => all::<Eight>(base, x, first, y),
-            Bits::Six => all::<Six>(base, x, first, y),
-        }
-    }
+    unsafe { every_width::<false>(base, tables, x, first, y) }
 }
 
-/// How the bytes of sixteen words become planes of codes, one a byte.
-pub(super) trait Codes {
-    /// Planes of a step.
-    const PLANES: usize;
-    /// Whether there is a plane of high bits.
-    const HIGHS: bool = false;
-    /// The planes; those past [`Codes::PLANES`] are of no meaning. `highs` are the sixteen u16 of the high plane, if there is one.
-    unsafe fn planes(words: __m512i, highs: __m512i) -> [__m512i; 4];
-    /// The same of eight words.
-    unsafe fn half_planes(words: __m256i, highs: __m256i) -> [__m256i; 4];
+/// As [`rows`], with GFNI.
+///
+/// # Safety
+/// The processor is [`available`] and has GFNI.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi,gfni,avx2,fma,f16c")]
+pub(super) unsafe fn rows_gfni(base: &Base<'_>, tables: &Tables, x: &Quantized, first: usize, y: &mut Tile<'_>) {
+    // SAFETY: as in `rows`.
+    unsafe { every_width::<true>(base, tables, x, first, y) }
 }
 
-pub(super) struct Two;
-pub(super) struct Three;
-pub(super) struct Four;
-pub(super) struct Six;
-pub(super) struct Eight;
-
-impl Codes for Two {
-    const PLANES: usize = 4;
-    #[inline(always)]
-    unsafe fn planes(words: __m512i, _: __m512i) -> [__m512i; 4] {
-        // SAFETY: inlined into a function with the features; so below.
-        unsafe {
-            let mask = _mm512_set1_epi8(3);
-            [
-                _mm512_and_si512(words, mask),
-                _mm512_and_si512(_mm512_srli_epi16::<2>(words), mask),
-                _mm512_and_si512(_mm512_srli_epi16::<4>(words), mask),
-                _mm512_and_si512(_mm512_srli_epi16::<6>(words), mask),
-            ]
-        }
-    }
-    #[inline(always)]
-    unsafe fn half_planes(words: __m256i, _: __m256i) -> [__m256i; 4] {
-        // SAFETY: inlined into a function with the features; so below.
-        unsafe {
-            let mask = _mm256_set1_epi8(3);
-            [
-                _mm256_and_si256(words, mask),
-                _mm256_and_si256(_mm256_srli_epi16::<2>(words), mask),
-                _mm256_and_si256(_mm256_srli_epi16::<4>(words), mask),
-                _mm256_and_si256(_mm256_srli_epi16::<6>(words), mask),
-            ]
-        }
-    }
-}
-
-impl Codes for Three {
-    const PLANES: usize = 4;
-    const HIGHS: bool = true;
-    #[inline(always)]
-    unsafe fn planes(words: __m512i, highs: __m512i) -> [__m512i; 4] {
-        // SAFETY: see `Two`.
-        unsafe {
-            // Byte `b` of a lane gets the high bits of its four codes, that of plane `p` at bit `p + 2`.
-            let at = _mm512_set1_epi64(i64::from_le_bytes([62, 2, 6, 10, 30, 34, 38, 42]));
-            let h = _mm512_multishift_epi64_epi8(at, highs);
-            let high = _mm512_set1_epi8(4);
-            let [a, b, c, d] = Two::planes(words, highs);
-            // a | (b & c)
-            [
-                _mm512_ternarylogic_epi32::<0xF8>(a, h, high),
-                _mm512_ternarylogic_epi32::<0xF8>(b, _mm512_srli_epi16::<1>(h), high),
-                _mm512_ternarylogic_epi32::<0xF8>(c, _mm512_srli_epi16::<2>(h), high),
-                _mm512_ternarylogic_epi32::<0xF8>(d, _mm512_srli_epi16::<3>(h), high),
-            ]
-        }
-    }
-    #[inline(always)]
-    unsafe fn half_planes(words: __m256i, highs: __m256i) -> [__m256i; 4] {
-        // SAFETY: see `Two`.
-        unsafe {
-            // Byte `b` of a lane gets the high bits of its four codes, that of plane `p` at bit `p + 2`.
-            let at = _mm256_set1_epi64x(i64::from_le_bytes([62, 2, 6, 10, 30, 34, 38, 42]));
-            let h = _mm256_multishift_epi64_epi8(at, highs);
-            let high = _mm256_set1_epi8(4);
-            let [a, b, c, d] = Two::half_planes(words, highs);
-            // a | (b & c)
-            [
-                _mm256_ternarylogic_epi32::<0xF8>(a, h, high),
-                _mm256_ternarylogic_epi32::<0xF8>(b, _mm256_srli_epi16::<1>(h), high),
-                _mm256_ternarylogic_epi32::<0xF8>(c, _mm256_srli_epi16::<2>(h), high),
-                _mm256_ternarylogic_epi32::<0xF8>(d, _mm256_srli_epi16::<3>(h), high),
-            ]
-        }
-    }
-}
-
-impl Codes for Four {
-    const PLANES: usize = 2;
-    #[inline(always)]
-    unsafe fn planes(words: __m512i, _: __m512i) -> [__m512i; 4] {
-        // SAFETY: see `Two`.
-        unsafe {
-            let mask = _mm512_set1_epi8(15);
-            let low = _mm512_and_si512(words, mask);
-            let high = _mm512_and_si512(_mm512_srli_epi16::<4>(words), mask);
-            [low, high, low, high]
-        }
-    }
-    #[inline(always)]
-    unsafe fn half_planes(words: __m256i, _: __m256i) -> [__m256i; 4] {
-        // SAFETY: see `Two`.
-        unsafe {
-            let mask = _mm256_set1_epi8(15);
-            let low = _mm256_and_si256(words, mask);
-            let high = _mm256_and_si256(_mm256_srli_epi16::<4>(words), mask);
-            [low, high, low, high]
-        }
-    }
-}
-
-impl Codes for Six {
-    const PLANES: usize = 2;
-    const HIGHS: bool = true;
-    #[inline(always)]
-    unsafe fn planes(words: __m512i, highs: __m512i) -> [__m512i; 4] {
-        // SAFETY: see `Two`.
-        unsafe {
-            // Byte `b` of a lane gets the high bits of its two codes at bits 4 and 6.
-            let at = _mm512_set1_epi64(i64::from_le_bytes([60, 0, 4, 8, 28, 32, 36, 40]));
-            let h = _mm512_multishift_epi64_epi8(at, highs);
-            let high = _mm512_set1_epi8(0x30);
-            let [a, b, ..] = Four::planes(words, highs);
-            // a | (b & c)
-            let a = _mm512_ternarylogic_epi32::<0xF8>(a, h, high);
-            let b = _mm512_ternarylogic_epi32::<0xF8>(b, _mm512_srli_epi16::<2>(h), high);
-            [a, b, a, b]
-        }
-    }
-    #[inline(always)]
-    unsafe fn half_planes(words: __m256i, highs: __m256i) -> [__m256i; 4] {
-        // SAFETY: see `Two`.
-        unsafe {
-            // Byte `b` of a lane gets the high bits of its two codes at bits 4 and 6.
-            let at = _mm256_set1_epi64x(i64::from_le_bytes([60, 0, 4, 8, 28, 32, 36, 40]));
-            let h = _mm256_multishift_epi64_epi8(at, highs);
-            let high = _mm256_set1_epi8(0x30);
-            let [a, b, ..] = Four::half_planes(words, highs);
-            // a | (b & c)
-            let a = _mm256_ternarylogic_epi32::<0xF8>(a, h, high);
-            let b = _mm256_ternarylogic_epi32::<0xF8>(b, _mm256_srli_epi16::<2>(h), high);
-            [a, b, a, b]
-        }
-    }
-}
-
-impl Codes for Eight {
-    const PLANES: usize = 1;
-    #[inline(always)]
-    unsafe fn planes(words: __m512i, _: __m512i) -> [__m512i; 4] {
-        [words; 4]
-    }
-    #[inline(always)]
-    unsafe fn half_planes(words: __m256i, _: __m256i) -> [__m256i; 4] {
-        [words; 4]
-    }
+#[inline(always)]
+unsafe fn every_width<const GFNI: bool>(
+    base: &Base<'_>,
+    tables: &Tables,
+    x: &Quantized,
+    first: usize,
+    y: &mut Tile<'_>,
+) {
+    // SAFETY: see `rows`.
+    unsafe { with_codes!(GFNI, base, |codes| all(codes, base, tables, x, first, y)) }
 }
 
 /// All rows of `y`: four at a time with one token, two at a time with several.
 #[inline(always)]
-unsafe fn all<C: Codes>(base: &Base<'_>, x: &Quantized, first: usize, y: &mut Tile<'_>) {
-    // Divisions here, not once a block: a block of short rows takes no longer than a few of them.
-    let kernel = Kernel {
-        base,
-        x,
-        groups: base.lane_groups(),
-        zeros: base.zero_bits(),
-        steps: base.steps(),
-        per_chunk: base.steps_per_chunk(),
-        ahead: AHEAD.next_multiple_of(16 * base.words_per_row),
-    };
+unsafe fn all<C: Codes>(codes: C, base: &Base<'_>, tables: &Tables, x: &Quantized, first: usize, y: &mut Tile<'_>) {
+    let kernel = Kernel { codes, base, x, tables };
     let (n_tokens, n_rows) = (y.rows(), y.cols());
     // SAFETY: rows and tokens exist.
     unsafe {
@@ -226,7 +74,7 @@ unsafe fn all<C: Codes>(base: &Base<'_>, x: &Quantized, first: usize, y: &mut Ti
             for i in (0..n_rows).step_by(4) {
                 // The last block repeats its last row.
                 let rows = std::array::from_fn(|r| first + (i + r).min(n_rows - 1));
-                kernel.block::<C, 4, 1>(rows, 0).store(i, 0, y);
+                kernel.block::<4, 1>(rows, 0).store(i, 0, y);
             }
             return;
         }
@@ -234,40 +82,34 @@ unsafe fn all<C: Codes>(base: &Base<'_>, x: &Quantized, first: usize, y: &mut Ti
             let rows = [first + i, first + (i + 1).min(n_rows - 1)];
             let mut t = 0;
             while t + 4 <= n_tokens {
-                kernel.block::<C, 2, 4>(rows, t).store(i, t, y);
+                kernel.block::<2, 4>(rows, t).store(i, t, y);
                 t += 4;
             }
             if t + 2 <= n_tokens {
-                kernel.block::<C, 2, 2>(rows, t).store(i, t, y);
+                kernel.block::<2, 2>(rows, t).store(i, t, y);
                 t += 2;
             }
             if t < n_tokens {
-                kernel.block::<C, 2, 1>(rows, t).store(i, t, y);
+                kernel.block::<2, 1>(rows, t).store(i, t, y);
             }
         }
     }
 }
 
 /// What all blocks of a call share.
-struct Kernel<'a> {
+struct Kernel<'a, C> {
+    codes: C,
     base: &'a Base<'a>,
     x: &'a Quantized,
-    groups: LaneGroups,
-    zeros: ZeroBits,
-    /// Steps of a row.
-    steps: usize,
-    /// Steps that read the same sixteen scales.
-    per_chunk: usize,
-    /// Bytes from a block's first row to what it fetches: whole blocks of four rows.
-    ahead: usize,
+    tables: &'a Tables,
 }
 
-impl Kernel<'_> {
+impl<C: Codes> Kernel<'_, C> {
     /// The products of `R` rows and of `N` tokens from `token` on.
     #[inline(always)]
-    unsafe fn block<C: Codes, const R: usize, const N: usize>(&self, rows: [usize; R], token: usize) -> Sums<R, N> {
+    unsafe fn block<const R: usize, const N: usize>(&self, rows: [usize; R], token: usize) -> Sums<R, N> {
         let (base, x) = (self.base, self.x);
-        let (steps, per_chunk) = (self.steps, self.per_chunk);
+        let (steps, per_chunk) = (self.tables.steps, self.tables.per_chunk);
         // SAFETY: every row is in the matrix, so that its words, highs, scales and zeros are; masks keep loads inside a
         // row; the activations have `steps` steps and `chunks` chunks a token.
         unsafe {
@@ -277,7 +119,7 @@ impl Kernel<'_> {
                 highs: rows.map(|r| base.highs.as_ptr().wrapping_add(r * base.words_per_row)),
                 codes: std::array::from_fn(|t| x.codes.as_ptr().add((token + t) * x.steps * C::PLANES)),
                 scales: std::array::from_fn(|t| x.scales.as_ptr().add((token + t) * x.steps)),
-                ahead: words[0].cast::<i8>().wrapping_add(self.ahead),
+                ahead: words[0].cast::<i8>().wrapping_add(self.tables.ahead),
             };
             // Steps of sixteen words; one of fewer may follow.
             let whole = base.words_per_row / LANES;
@@ -295,20 +137,23 @@ impl Kernel<'_> {
                 }
                 let (begin, end) = (chunk * per_chunk, steps.min((chunk + 1) * per_chunk));
                 for s in begin..end.min(whole) {
-                    from.add_step::<C, true>(s, u16::MAX, self.lane_groups(s), &scales, &mut sums);
+                    from.add_step::<C, true>(self.codes, s, u16::MAX, self.lane_groups(s), &scales, &mut sums);
                 }
                 if end > whole && base.words_per_row % LANES <= LANES / 2 {
-                    from.add_half_step::<C>(whole, rest as u8, self.lane_groups(whole), &scales, &mut sums);
+                    from.add_half_step(self.codes, whole, rest as u8, self.lane_groups(whole), &scales, &mut sums);
                 } else if end > whole {
-                    from.add_step::<C, false>(whole, rest, self.lane_groups(whole), &scales, &mut sums);
+                    from.add_step::<C, false>(self.codes, whole, rest, self.lane_groups(whole), &scales, &mut sums);
                 }
             }
-            // No closure here or in what follows: the processor's features reach only what is inlined, which `map` may not be.
             let mut products = [[0.0; N]; R];
-            for (products, sums) in products.iter_mut().zip(sums) {
-                for (product, sum) in products.iter_mut().zip(sums) {
-                    *product = Avx512::new().sum(sum);
-                }
+            let (flat, sums) = (products.as_flattened_mut(), sums.as_flattened());
+            // No closure here or in what follows: the processor's features reach only what is inlined, which `map` may not be.
+            for (products, sums) in flat.chunks_mut(4).zip(sums.chunks(4)) {
+                let mut four = [_mm512_setzero_ps(); 4];
+                four[..sums.len()].copy_from_slice(sums);
+                let mut totals = [0.0; 4];
+                _mm_storeu_ps(totals.as_mut_ptr(), _mm_mul_ps(sums4(four), _mm_set1_ps(base.factor())));
+                products.copy_from_slice(&totals[..sums.len()]);
             }
             Sums(products)
         }
@@ -318,7 +163,7 @@ impl Kernel<'_> {
     #[inline(always)]
     unsafe fn lane_groups(&self, s: usize) -> __m512i {
         // SAFETY: the mask is below the length of the table.
-        unsafe { _mm512_load_si512(self.groups.of_step.as_ptr().add(s & self.groups.mask).cast()) }
+        unsafe { _mm512_load_si512(self.tables.groups.of_step.as_ptr().add(s & self.tables.groups.mask).cast()) }
     }
 
     /// The sixteen scales of a chunk; 0 past the last group.
@@ -345,7 +190,7 @@ impl Kernel<'_> {
             let bytes = 2 * base.bits();
             let from = base.zeros.as_ptr().add(row * base.zero_bytes + chunk * bytes);
             let mask = first_lanes((base.zero_bytes - chunk * bytes).min(bytes));
-            unpack(&self.zeros, _mm_maskz_loadu_epi8(mask, from.cast()))
+            unpack(&self.tables.zeros, _mm_maskz_loadu_epi8(mask, from.cast()))
         }
     }
 }
@@ -365,6 +210,7 @@ impl<const R: usize, const N: usize> Sources<R, N> {
     #[inline(always)]
     unsafe fn add_step<C: Codes, const WHOLE: bool>(
         &self,
+        unpack: C,
         s: usize,
         mask: u16,
         lane_groups: __m512i,
@@ -373,6 +219,14 @@ impl<const R: usize, const N: usize> Sources<R, N> {
     ) {
         // SAFETY: inlined into a function with the features; the rows have the marked words, the tokens have the step.
         unsafe {
+            let magic = _mm512_set1_ps(MAGIC);
+            // What takes the magic off: exact, see `activations::scale_of`.
+            let mut x_scales = [_mm512_setzero_ps(); N];
+            let mut offsets = [_mm512_setzero_ps(); N];
+            for t in 0..N {
+                x_scales[t] = _mm512_load_ps(self.scales[t].add(s).cast());
+                offsets[t] = _mm512_mul_ps(x_scales[t], magic);
+            }
             for r in 0..R {
                 _mm_prefetch::<_MM_HINT_T0>(self.ahead.wrapping_add((s * R + r) * size_of::<Plane>()));
                 let (words, highs) = (self.words[r].add(s * LANES), self.highs[r].wrapping_add(s * LANES));
@@ -385,22 +239,28 @@ impl<const R: usize, const N: usize> Sources<R, N> {
                     true => _mm512_loadu_si512(words.cast()),
                     false => _mm512_maskz_loadu_epi32(mask, words.cast()),
                 };
-                let planes = C::planes(words, high);
+                let planes = unpack.planes(words, high);
+                let wide = unpack.wide_planes(words, high);
                 let scale = _mm512_permutexvar_ps(lane_groups, scales[r]);
                 for (t, sum) in sums[r].iter_mut().enumerate() {
                     let codes = self.codes[t].add(s * C::PLANES);
-                    // Two chains of additions where nothing else fills the time that one waits; with more sums they
-                    // cost registers.
-                    let is_alone = R * N < 4 && C::PLANES > 1;
-                    let mut dots = [_mm512_setzero_si512(); 2];
-                    for (p, plane) in planes.iter().enumerate().take(C::PLANES) {
-                        let x = _mm512_load_si512(codes.add(p).cast());
-                        let dots = &mut dots[if is_alone { p % 2 } else { 0 }];
-                        *dots = _mm512_dpbusd_epi32(*dots, *plane, x);
+                    let mut dots = match C::WIDE {
+                        true => _mm512_setzero_si512(),
+                        false => _mm512_castps_si512(magic),
+                    };
+                    if C::WIDE {
+                        for (p, plane) in wide.iter().enumerate().take(C::PLANES) {
+                            dots = _mm512_dpbusd_epi32(dots, *plane, _mm512_load_si512(codes.add(p).cast()));
+                        }
+                        dots = _mm512_slli_epi32::<8>(dots);
                     }
-                    let dots = if is_alone { _mm512_add_epi32(dots[0], dots[1]) } else { dots[0] };
-                    let x_scale = _mm512_load_ps(self.scales[t].add(s).cast());
-                    let values = _mm512_mul_ps(_mm512_cvtepi32_ps(dots), x_scale);
+                    for (p, plane) in planes.iter().enumerate().take(C::PLANES) {
+                        dots = _mm512_dpbusd_epi32(dots, *plane, _mm512_load_si512(codes.add(p).cast()));
+                    }
+                    let values = match C::WIDE {
+                        true => _mm512_mul_ps(_mm512_cvtepi32_ps(dots), x_scales[t]),
+                        false => _mm512_fmsub_ps(_mm512_castsi512_ps(dots), x_scales[t], offsets[t]),
+                    };
                     *sum = _mm512_fmadd_ps(values, scale, *sum);
                 }
             }
@@ -412,6 +272,7 @@ impl<const R: usize, const N: usize> Sources<R, N> {
     #[inline(always)]
     unsafe fn add_half_step<C: Codes>(
         &self,
+        unpack: C,
         s: usize,
         mask: u8,
         lane_groups: __m512i,
@@ -427,16 +288,30 @@ impl<const R: usize, const N: usize> Sources<R, N> {
                     false => _mm256_setzero_si256(),
                     true => _mm256_cvtepu16_epi32(_mm_maskz_loadu_epi16(mask, highs.cast())),
                 };
-                let planes = C::half_planes(_mm256_maskz_loadu_epi32(mask, words.cast()), high);
+                let words = _mm256_maskz_loadu_epi32(mask, words.cast());
+                let (planes, wide) = (unpack.half_planes(words, high), unpack.wide_half_planes(words, high));
                 let scale = _mm512_permutexvar_ps(lane_groups, scales[r]);
                 for (t, sum) in sums[r].iter_mut().enumerate() {
                     let codes = self.codes[t].add(s * C::PLANES);
-                    let mut dots = _mm256_setzero_si256();
+                    let magic = _mm256_set1_ps(MAGIC);
+                    let mut dots = match C::WIDE {
+                        true => _mm256_setzero_si256(),
+                        false => _mm256_castps_si256(magic),
+                    };
+                    if C::WIDE {
+                        for (p, plane) in wide.iter().enumerate().take(C::PLANES) {
+                            dots = _mm256_dpbusd_epi32(dots, *plane, _mm256_load_si256(codes.add(p).cast()));
+                        }
+                        dots = _mm256_slli_epi32::<8>(dots);
+                    }
                     for (p, plane) in planes.iter().enumerate().take(C::PLANES) {
                         dots = _mm256_dpbusd_epi32(dots, *plane, _mm256_load_si256(codes.add(p).cast()));
                     }
                     let x_scale = _mm256_load_ps(self.scales[t].add(s).cast());
-                    let values = _mm256_mul_ps(_mm256_cvtepi32_ps(dots), x_scale);
+                    let values = match C::WIDE {
+                        true => _mm256_mul_ps(_mm256_cvtepi32_ps(dots), x_scale),
+                        false => _mm256_fmsub_ps(_mm256_castsi256_ps(dots), x_scale, _mm256_mul_ps(x_scale, magic)),
+                    };
                     *sum = _mm512_fmadd_ps(_mm512_zextps256_ps512(values), scale, *sum);
                 }
             }
@@ -444,10 +319,30 @@ impl<const R: usize, const N: usize> Sources<R, N> {
     }
 }
 
+/// The sum of each register: lanes 8 apart first, then 2, 1 and 4 apart.
+#[inline(always)]
+unsafe fn sums4(v: [__m512; 4]) -> __m128 {
+    // SAFETY: inlined into a function with the features.
+    unsafe {
+        let mut halves = [_mm256_setzero_ps(); 4];
+        for (half, v) in halves.iter_mut().zip(v) {
+            let high = _mm512_extracti64x4_epi64::<1>(_mm512_castps_si512(v));
+            *half = _mm256_add_ps(_mm512_castps512_ps256(v), _mm256_castsi256_ps(high));
+        }
+        let [a, b, c, d] = halves;
+        let ab = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+        let cd = _mm256_add_ps(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
+        let low = _mm256_shuffle_ps::<0b01_00_01_00>(ab, cd);
+        let high = _mm256_shuffle_ps::<0b11_10_11_10>(ab, cd);
+        let abcd = _mm256_add_ps(low, high);
+        _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps::<1>(abcd))
+    }
+}
+
 /// Sixteen numbers out of the bit stream of a chunk.
 #[inline(always)]
 unsafe fn unpack(zeros: &ZeroBits, stream: __m128i) -> __m512 {
-    // SAFETY: see `Two`.
+    // SAFETY: see `sums4`.
     unsafe {
         let bytes = _mm512_load_si512(zeros.bytes.0.as_ptr().cast());
         let lanes = _mm512_permutexvar_epi8(bytes, _mm512_zextsi128_si512(stream));
@@ -476,75 +371,4 @@ impl<const R: usize, const N: usize> Sums<R, N> {
 #[inline(always)]
 pub(super) fn first_lanes(n: usize) -> u16 {
     if n >= LANES { u16::MAX } else { (1 << n) - 1 }
-}
-
-/// `products[i] = values[i] * x[cols[i]]`, values as bits of f16.
-///
-/// # Safety
-/// The processor is [`available`]; the slices are as long as `products`, every column is below `x.len()`.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx2,fma,f16c")]
-pub(super) unsafe fn multiply_elements(cols: &[u16], values: &[u16], x: &[f32], products: &mut [f32]) {
-    for at in (0..products.len()).step_by(LANES) {
-        let mask = first_lanes(products.len() - at);
-        // SAFETY: masks keep loads and stores inside the slices, and lanes that are off gather nothing.
-        unsafe {
-            let cols = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, cols.as_ptr().add(at).cast()));
-            let x = _mm512_mask_i32gather_ps::<4>(_mm512_setzero_ps(), mask, cols, x.as_ptr().cast());
-            let values = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, values.as_ptr().add(at).cast()));
-            _mm512_mask_storeu_ps(products.as_mut_ptr().add(at), mask, _mm512_mul_ps(x, values));
-        }
-    }
-}
-
-/// Adds to `y[i]` the tile corrections of row `first + i` times `x`.
-///
-/// # Safety
-/// The processor is [`available`]; `x` is as long as the matrix is wide and has the rows.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx2,fma,f16c")]
-pub(super) unsafe fn add_tiles(tiles: &TileView<'_>, x: &[f32], first: usize, y: &mut [f32]) {
-    let mut rank = tiles.map.rank_of_row(first);
-    for (i, y) in y.iter_mut().enumerate() {
-        let marks = &tiles.marks[(first + i) * tiles.row_bytes..(first + i + 1) * tiles.row_bytes];
-        let mut sums = _mm512_setzero_ps();
-        let before = rank;
-        for (w, bytes) in marks.chunks(8).enumerate() {
-            let mut word = match bytes.first_chunk() {
-                Some(bytes) => u64::from_le_bytes(*bytes),
-                None => bytes.iter().rev().fold(0, |word, &b| word << 8 | u64::from(b)),
-            };
-            while word != 0 {
-                let col = (64 * w + word.trailing_zeros() as usize) * TILE;
-                word &= word - 1;
-                // SAFETY: a marked tile lies in the row and has its codes and its scale; the mask keeps the load inside `x`.
-                unsafe {
-                    let codes = match tiles.bits {
-                        TileBits::Eight => _mm_loadu_si128(tiles.codes.as_ptr().add(rank * TILE).cast()),
-                        TileBits::Four => nibbles(tiles.codes.as_ptr().add(rank * TILE / 2)),
-                    };
-                    let scale = _mm512_cvtph_ps(_mm256_set1_epi16(*tiles.scales.get_unchecked(rank) as i16));
-                    let x = _mm512_maskz_loadu_ps(first_lanes(x.len() - col), x.as_ptr().add(col));
-                    let codes = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes));
-                    sums = _mm512_fmadd_ps(_mm512_mul_ps(codes, scale), x, sums);
-                }
-                rank += 1;
-            }
-        }
-        if rank > before {
-            // SAFETY: see `Two`.
-            *y += unsafe { Avx512::new() }.sum(sums);
-        }
-    }
-}
-
-/// Sixteen signed half bytes from the eight bytes at `from`.
-#[inline(always)]
-unsafe fn nibbles(from: *const u8) -> __m128i {
-    // SAFETY: see `Two`; the caller has the bytes.
-    unsafe {
-        let both = _mm_loadl_epi64(from.cast());
-        let low = _mm_and_si128(both, _mm_set1_epi8(15));
-        let high = _mm_and_si128(_mm_srli_epi16::<4>(both), _mm_set1_epi8(15));
-        let eight = _mm_set1_epi8(8);
-        _mm_sub_epi8(_mm_xor_si128(_mm_unpacklo_epi8(low, high), eight), eight)
-    }
 }

@@ -1,7 +1,13 @@
 //! What the kernels read of a packed matrix: its base, borrowed once a call.
 
 use super::activations::{LANES, Order};
+use super::levels::Levels;
 use tailorq_tensor::{Bits, Group, Layout, PackedMatrix};
+
+/// Least bytes ahead of the codes in hand that are fetched into the cache. Rows follow each other in memory, so a block of
+/// rows fetches a later block line by line in the order of memory: several rows at once, each a stream of its own, reach
+/// little more than half of what the memory gives.
+const AHEAD: usize = 4096;
 
 /// The base of a packed matrix as plain slices.
 #[derive(Clone, Copy)]
@@ -20,6 +26,8 @@ pub(super) struct Base<'a> {
     /// `[rows, zero_bytes]`, empty when the layout is symmetric.
     pub(super) zeros: &'a [u8],
     pub(super) zero_bytes: usize,
+    /// What codes stand for with a codebook.
+    pub(super) levels: Option<Levels>,
 }
 
 impl<'a> Base<'a> {
@@ -37,6 +45,7 @@ impl<'a> Base<'a> {
             groups: layout.group.count(cols),
             zeros: parts.zeros.as_deref().unwrap_or(&[]),
             zero_bytes: layout.zero_bytes_per_row(cols),
+            levels: m.levels().map(Levels::of),
         }
     }
 
@@ -54,7 +63,7 @@ impl<'a> Base<'a> {
     }
 
     /// For each step of a chunk, which of the sixteen scales each lane takes.
-    pub(super) fn lane_groups(&self) -> LaneGroups {
+    fn lane_groups(&self) -> LaneGroups {
         let mut table = LaneGroups { of_step: [Indices([0; LANES]); 32], mask: 0 };
         if let Group::Inputs(n) = self.layout.group {
             let period = self.steps_per_chunk();
@@ -68,8 +77,21 @@ impl<'a> Base<'a> {
         table
     }
 
+    /// The number that a code is multiplied as.
+    pub(super) fn integer(&self, code: u8) -> i32 {
+        self.levels.map_or(i32::from(code), |levels| levels.integer(code))
+    }
+
+    /// What sums of products are multiplied with in the end.
+    pub(super) fn factor(&self) -> f32 {
+        self.levels.map_or(1.0, |levels| levels.factor)
+    }
+
     /// The zero of all groups of a symmetric layout.
     pub(super) fn middle(&self) -> Option<f32> {
+        if let Some(levels) = &self.levels {
+            return Some(levels.zero);
+        }
         self.layout.symmetric.then(|| f32::from(self.layout.bits.middle()))
     }
 
@@ -85,11 +107,6 @@ impl<'a> Base<'a> {
         f32::from(two >> (at % 8) & ((1 << bits) - 1))
     }
 
-    /// How a chunk of packed zeros is taken apart.
-    pub(super) fn zero_bits(&self) -> ZeroBits {
-        ZeroBits::new(self.bits())
-    }
-
     /// Width of a code and of a packed zero.
     pub(super) fn bits(&self) -> usize {
         self.layout.bits.count() as usize
@@ -98,6 +115,30 @@ impl<'a> Base<'a> {
     /// Whether there is a plane of high bits.
     pub(super) fn has_highs(&self) -> bool {
         matches!(self.layout.bits, Bits::Three | Bits::Six)
+    }
+}
+
+/// What all blocks of rows share, made once a call: a block of short rows takes no longer than a few of these divisions.
+pub(super) struct Tables {
+    /// Steps of a row.
+    pub(super) steps: usize,
+    /// Steps that read the same sixteen scales.
+    pub(super) per_chunk: usize,
+    /// Bytes from the first of four rows to what is fetched while they are read: whole blocks of four rows.
+    pub(super) ahead: usize,
+    pub(super) groups: LaneGroups,
+    pub(super) zeros: ZeroBits,
+}
+
+impl Tables {
+    pub(super) fn of(base: &Base<'_>) -> Self {
+        Tables {
+            steps: base.steps(),
+            per_chunk: base.steps_per_chunk(),
+            ahead: AHEAD.next_multiple_of(16 * base.words_per_row.max(1)),
+            groups: base.lane_groups(),
+            zeros: ZeroBits::new(base.bits()),
+        }
     }
 }
 

@@ -1,17 +1,29 @@
 //! The second pass: what corrections of elements and tiles, and the bias, add to the products of the base.
+//!
+//! A row of 1536 inputs has two corrected tiles of a hundred and five kept elements: a loop over those of one row ends at
+//! another turn in each, and what the processor loses by guessing wrongly is more than what the arithmetic takes. So the
+//! corrections of a block of rows are one flat run each, whose entries say themselves to which row they belong. Blocks are
+//! small, so that the second pass of one runs while the base of the next comes from memory.
 
+use super::activations::Lanes;
 use crate::cpu::linear::add_bias;
 use crate::cpu::scratch;
-use crate::cpu::simd::{Isa, Simd, per_isa};
+use crate::cpu::simd::{Isa, LANES, Simd, per_isa};
 use crate::cpu::tile::Tile;
+use crate::cpu::unpack::signed_codes;
 use half::f16;
 use rayon::prelude::*;
+use std::ops::Range;
 use tailorq_tensor::{ElementCorrections, PackedMatrix, TILE, TileBits, TileCorrections};
 
-/// Elements whose products are held at once.
-const BATCH: usize = 1024;
+/// Rows whose base and corrections are computed in turn. A power of two below 256, the rows that places tell apart.
+pub(super) const BLOCK: usize = 16;
 
-/// Adds to `y[t, i]` the corrections of row `first + i` times token `t` of `x` (`[tokens, cols]`, as they are), and the bias.
+/// Entries of a run whose scales or values are held at once.
+const BATCH: usize = 256;
+
+/// Adds to `y[t, i]` the corrections of row `first + i` times token `t` of `x` (`[tokens, cols]`, as they are), and the bias,
+/// for at most [`BLOCK`] rows.
 pub(super) fn add(isa: Isa, w: &PackedMatrix, x: &[f32], first: usize, bias: Option<&[f32]>, y: &mut Tile<'_>) {
     for t in 0..y.rows() {
         let x = &x[t * w.cols()..(t + 1) * w.cols()];
@@ -98,100 +110,95 @@ fn add_scaled_body<S: Simd>(_simd: S, scale: f32, x: &[f32], y: &mut [f32]) {
     }
 }
 
-/// The products of a run of elements, then their sums row by row: the first part has no branch that depends on how many
-/// elements a row has.
-fn add_elements(isa: Isa, elements: &ElementCorrections, x: &[f32], first: usize, y: &mut [f32]) {
-    let starts = &elements.starts()[first..=first + y.len()];
-    let parts = elements.parts();
-    let values: &[u16] = parts.values.cast().expect("checked when the corrections were made");
-    let mut products = [0.0; BATCH];
-    let mut row = 0;
-    while row < y.len() {
-        // As many whole rows as fit, at least one.
-        let begin = starts[row];
-        let fitting = starts[row + 1..].partition_point(|&end| end - begin <= BATCH);
-        let rows = row..row + fitting.max(1);
-        let (mut from, end) = (begin, starts[rows.end]);
-        if fitting == 0 {
-            let mut sum = 0.0;
-            while from < end {
-                let n = BATCH.min(end - from);
-                multiply(isa, elements, values, x, from, &mut products[..n]);
-                sum += products[..n].iter().sum::<f32>();
-                from += n;
+per_isa! {
+    fn add_tiles(tiles: &TileCorrections, x: &[f32], first: usize, y: &mut [f32]) = add_tiles_body
+}
+
+#[inline(always)]
+fn add_tiles_body<S: Simd>(simd: S, tiles: &TileCorrections, x: &[f32], first: usize, y: &mut [f32]) {
+    match tiles.bits() {
+        TileBits::Four => add_tiles_of::<S, 4>(simd, tiles, x, first, y),
+        TileBits::Eight => add_tiles_of::<S, 8>(simd, tiles, x, first, y),
+    }
+}
+
+#[inline(always)]
+fn add_tiles_of<S: Simd, const BITS: usize>(simd: S, tiles: &TileCorrections, x: &[f32], first: usize, y: &mut [f32]) {
+    let mut sums = [Lanes([0.0; LANES]); BLOCK];
+    let map = tiles.map();
+    let (mut from, end) = (map.rank_of_row(first), map.rank_of_row(first + y.len()));
+    let mut scales = [0.0; BATCH];
+    while from < end {
+        let run = from..end.min(from + BATCH);
+        widen(simd, tiles.scales(), run.clone(), &mut scales);
+        let codes = tiles.parts().codes[run.start * 2 * BITS..run.end * 2 * BITS].chunks_exact(2 * BITS);
+        from = run.end;
+        for ((place, codes), &scale) in map.places()[run].iter().zip(codes).zip(&scales) {
+            let sum = &mut sums[place.row_after(first) % BLOCK].0;
+            let x = &x[place.tile() * TILE..];
+            let x = match x.first_chunk() {
+                Some(whole) => simd.load(whole),
+                None => simd.load_partial(x, 0.0),
+            };
+            let values = simd.mul(signed_codes::<S, BITS>(simd, codes), simd.splat(scale));
+            simd.store(simd.mul_add(values, x, simd.load(sum)), sum);
+        }
+    }
+    for (y, sum) in y.iter_mut().zip(&sums) {
+        *y += simd.sum(simd.load(&sum.0));
+    }
+}
+
+per_isa! {
+    fn add_elements(elements: &ElementCorrections, x: &[f32], first: usize, y: &mut [f32]) = add_elements_body
+}
+
+#[inline(always)]
+fn add_elements_body<S: Simd>(simd: S, elements: &ElementCorrections, x: &[f32], first: usize, y: &mut [f32]) {
+    let (mut from, end) = (elements.starts()[first], elements.starts()[first + y.len()]);
+    let mut sums = [0.0; BLOCK];
+    let mut values = [0.0; BATCH];
+    let cols = &elements.parts().cols;
+    while from < end {
+        let run = from..end.min(from + BATCH);
+        from = run.end;
+        widen(
+            simd,
+            elements.parts().values.cast().expect("checked when the corrections were made"),
+            run.clone(),
+            &mut values,
+        );
+        let entries = elements.rows_of()[run.clone()].iter().zip(&values);
+        if ElementCorrections::index_bytes(elements.cols()) == 2 {
+            let cols: &[u16] = cols.cast().expect("checked when the corrections were made");
+            for ((&row, value), &col) in entries.zip(&cols[run]) {
+                sums[usize::from(row.wrapping_sub(first as u8)) % BLOCK] += value * x[usize::from(col)];
             }
-            y[row] += sum;
         } else {
-            multiply(isa, elements, values, x, from, &mut products[..end - from]);
-            for (y, ends) in y[rows.clone()].iter_mut().zip(starts[rows.start..=rows.end].windows(2)) {
-                *y += products[ends[0] - begin..ends[1] - begin].iter().sum::<f32>();
+            let cols: &[u32] = cols.cast().expect("checked when the corrections were made");
+            for ((&row, value), &col) in entries.zip(&cols[run]) {
+                sums[usize::from(row.wrapping_sub(first as u8)) % BLOCK] += value * x[col as usize];
             }
         }
-        row = rows.end;
+    }
+    for (y, sum) in y.iter_mut().zip(&sums) {
+        *y += sum;
     }
 }
 
-/// `products[i] = values[from + i] * x[column of from + i]`.
-fn multiply(isa: Isa, elements: &ElementCorrections, values: &[u16], x: &[f32], from: usize, products: &mut [f32]) {
-    let (cols, values) = (&elements.parts().cols, &values[from..from + products.len()]);
-    if ElementCorrections::index_bytes(elements.cols()) == 2 {
-        let cols: &[u16] = cols.cast().expect("checked when the corrections were made");
-        let cols = &cols[from..from + products.len()];
-        #[cfg(target_arch = "x86_64")]
-        if super::has_vnni(isa) {
-            assert_eq!(x.len(), elements.cols(), "activations of a row");
-            // SAFETY: the processor has the features; columns were checked to be below `cols`, which `x` has.
-            return unsafe { super::avx512::multiply_elements(cols, values, x, products) };
-        }
-        for ((product, &value), &col) in products.iter_mut().zip(values).zip(cols) {
-            *product = f16::from_bits(value).to_f32() * x[usize::from(col)];
-        }
-    } else {
-        let cols: &[u32] = cols.cast().expect("checked when the corrections were made");
-        for ((product, &value), &col) in products.iter_mut().zip(values).zip(&cols[from..]) {
-            *product = f16::from_bits(value).to_f32() * x[col as usize];
-        }
-    }
-}
-
-fn add_tiles(isa: Isa, tiles: &TileCorrections, x: &[f32], first: usize, y: &mut [f32]) {
-    #[cfg(target_arch = "x86_64")]
-    if super::has_vnni(isa) {
-        // SAFETY: the processor has the features, and the rows exist.
-        return unsafe { super::avx512::add_tiles(&TileView::of(tiles), x, first, y) };
-    }
-    for (i, y) in y.iter_mut().enumerate() {
-        for t in tiles.row(first + i) {
-            let x = &x[t.tile * TILE..];
-            let sum: f32 = t.codes.iter().zip(x).map(|(&code, x)| f32::from(code) * x).sum();
-            *y += t.scale.to_f32() * sum;
-        }
-    }
-}
-
-/// Tile corrections as plain slices, borrowed once a call.
-pub(super) struct TileView<'a> {
-    pub(super) map: &'a tailorq_tensor::TileMap,
-    /// `[rows, row_bytes]`.
-    pub(super) marks: &'a [u8],
-    pub(super) row_bytes: usize,
-    pub(super) bits: TileBits,
-    /// `[n, tile_bytes]`.
-    pub(super) codes: &'a [u8],
-    /// f16 `[n]`, as bits.
-    pub(super) scales: &'a [u16],
-}
-
-impl<'a> TileView<'a> {
-    fn of(tiles: &'a TileCorrections) -> Self {
-        let parts = tiles.parts();
-        TileView {
-            map: tiles.map(),
-            marks: &parts.tilemap,
-            row_bytes: tailorq_tensor::TileMap::row_bytes(tiles.cols()),
-            bits: tiles.bits(),
-            codes: &parts.codes,
-            scales: parts.scales.cast().expect("checked when the corrections were made"),
-        }
+/// `all[run]` as f32 at the beginning of `wide`, whose other elements are of no meaning.
+#[inline(always)]
+fn widen<S: Simd>(simd: S, all: &[f16], run: Range<usize>, wide: &mut [f32; BATCH]) {
+    for (from, wide) in run.step_by(LANES).zip(wide.as_chunks_mut::<LANES>().0) {
+        let rest = &all[from..];
+        let mut last = [f16::ZERO; LANES];
+        let sixteen = match rest.first_chunk() {
+            Some(sixteen) => sixteen,
+            None => {
+                last[..rest.len()].copy_from_slice(rest);
+                &last
+            }
+        };
+        simd.store(simd.load_f16(sixteen), wide);
     }
 }

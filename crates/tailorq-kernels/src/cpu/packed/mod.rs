@@ -10,17 +10,21 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod base;
+#[cfg(target_arch = "x86_64")]
+mod codes512;
 mod corrections;
+mod levels;
 #[cfg(target_arch = "x86_64")]
 mod panel;
 mod portable;
 #[cfg(target_arch = "x86_64")]
 mod round512;
 
+use super::linear::add_bias;
 use super::simd::{Isa, Level, Simd, per_isa};
 use super::tile::{Part, Tile};
 use activations::Quantized;
-use base::Base;
+use base::{Base, Tables};
 use rayon::prelude::*;
 use std::cell::Cell;
 use std::ops::Range;
@@ -28,7 +32,7 @@ use tailorq_tensor::{InputTransform, PackedMatrix};
 
 /// Whether these kernels know all parts of a matrix; others are read to f32.
 pub(super) fn reads(w: &PackedMatrix) -> bool {
-    w.mean4().is_none() && w.levels().is_none()
+    w.mean4().is_none()
 }
 
 /// Bytes of weights below which a task is not divided: a few microseconds of reading.
@@ -71,7 +75,8 @@ pub(super) fn few(isa: Isa, x: &[f32], w: &PackedMatrix, bias: Option<&[f32]>, r
     let (base, tile) = (Base::of(w), Tile::new(y, n, rows.len(), rows.len()));
     // Two tasks a thread, so that one that starts late finds less to do; the partition changes no sum.
     let least = (rows.len() / (2 * rayon::current_num_threads())).max(FEW_TASK * rows.len() / w.bytes().max(1));
-    Products { isa, w, base, quantized: &quantized, x, bias }.divide(rows.start, tile, least);
+    let tables = Tables::of(&base);
+    Products { isa, w, base, tables: &tables, quantized: &quantized, x, bias }.divide(rows.start, tile, least);
     FEW_BUFFERS.set(Few { quantized, rotated });
 }
 
@@ -133,6 +138,7 @@ struct Products<'a> {
     isa: Isa,
     w: &'a PackedMatrix,
     base: Base<'a>,
+    tables: &'a Tables,
     quantized: &'a Quantized,
     x: &'a [f32],
     bias: Option<&'a [f32]>,
@@ -149,8 +155,45 @@ impl Products<'_> {
             rayon::join(|| self.divide(first, low, least), || self.divide(first + middle, high, least));
             return;
         }
-        base_rows(self.isa, &self.base, self.quantized, first, &mut y);
-        corrections::add(self.isa, self.w, self.x, first, self.bias, &mut y);
+        if self.w.tiles().is_none() && self.w.elements().is_none() {
+            self.base_rows(first, &mut y);
+            return add_bias(&mut y, self.bias, first);
+        }
+        let mut first = first;
+        while y.cols() > 0 {
+            let rows = y.cols().min(corrections::BLOCK);
+            let (mut block, rest) = y.split_cols(rows);
+            self.base_rows(first, &mut block);
+            corrections::add(self.isa, self.w, self.x, first, self.bias, &mut block);
+            (y, first) = (rest, first + rows);
+        }
+    }
+
+    /// `y[t, i] = base[first + i] x[t]` for all of `y`, whose rows are tokens.
+    fn base_rows(&self, first: usize, y: &mut Tile<'_>) {
+        match self.isa.level() {
+            #[cfg(target_arch = "x86_64")]
+            _ if has_vnni(self.isa) && avx512::has_gfni() => {
+                // SAFETY: the processor has what the kernel needs.
+                unsafe { avx512::rows_gfni(&self.base, self.tables, self.quantized, first, y) }
+            }
+            #[cfg(target_arch = "x86_64")]
+            _ if has_vnni(self.isa) => {
+                // SAFETY: the processor has what the kernel needs.
+                unsafe { avx512::rows(&self.base, self.tables, self.quantized, first, y) }
+            }
+            #[cfg(target_arch = "x86_64")]
+            Level::AvxVnni => {
+                // SAFETY: such an `Isa` is made only where the processor has avxvnni, avx2, fma and f16c.
+                unsafe { avx2::rows_vnni(&self.base, self.tables, self.quantized, first, y) }
+            }
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512 | Level::Avx2 => {
+                // SAFETY: such an `Isa` is made only where the processor has avx2, fma and f16c.
+                unsafe { avx2::rows(&self.base, self.tables, self.quantized, first, y) }
+            }
+            Level::Portable => portable::rows(&self.base, self.quantized, first, y),
+        }
     }
 }
 
@@ -161,21 +204,5 @@ fn fill(bias: Option<&[f32]>, rows: Range<usize>, y: &mut [f32]) {
             Some(bias) => y.copy_from_slice(&bias[rows.clone()]),
             None => y.fill(0.0),
         }
-    }
-}
-
-fn base_rows(isa: Isa, base: &Base<'_>, x: &Quantized, first: usize, y: &mut Tile<'_>) {
-    match isa.level() {
-        #[cfg(target_arch = "x86_64")]
-        _ if has_vnni(isa) => {
-            // SAFETY: the processor has what the kernel needs.
-            unsafe { avx512::rows(base, x, first, y) }
-        }
-        #[cfg(target_arch = "x86_64")]
-        Level::Avx512 | Level::Avx2 => {
-            // SAFETY: such an `Isa` is made only where the processor has avx2, fma and f16c.
-            unsafe { avx2::rows(base, x, first, y) }
-        }
-        Level::Portable => portable::rows(base, x, first, y),
     }
 }

@@ -6,8 +6,9 @@
 //! vectors. Two registers of rows by six tokens are computed at a time.
 
 use super::activations::{GROUP, Order};
-use super::avx512::{Codes, Eight, Four, Six, Three, Two, first_lanes};
+use super::avx512::first_lanes;
 use super::base::Base;
+use super::codes512::{Codes, with_codes};
 use crate::cpu::tile::Tile;
 use half::f16;
 use rayon::prelude::*;
@@ -88,15 +89,12 @@ pub(super) unsafe fn rows(panel: &mut Panel, base: &Base<'_>, x: &Tokens, first:
     let rows = std::array::from_fn(|r| first + r.min(last));
     // SAFETY: the processor has the features; the panel has the units and groups that `x` has.
     unsafe {
-        match base.layout.bits {
-            Bits::Two => panel.read::<Two>(base, &rows),
-            Bits::Three => panel.read::<Three>(base, &rows),
-            Bits::Four => panel.read::<Four>(base, &rows),
-            Bits::Eight => panel.read::<Eight>(base, &rows),
-            Bits::Six => panel.read::<Six>(base, &rows),
-        }
+        with_codes!(false, base, |codes| panel.read(codes, base, &rows));
         for t in (0..x.n).step_by(TOKENS) {
-            panel.multiply(x, t, y);
+            match panel.wide.is_empty() {
+                true => panel.multiply::<false>(x, t, y),
+                false => panel.multiply::<true>(x, t, y),
+            }
         }
     }
 }
@@ -105,6 +103,10 @@ pub(super) unsafe fn rows(panel: &mut Panel, base: &Base<'_>, x: &Tokens, first:
 pub(super) struct Panel {
     /// `[groups * UNITS, REGISTERS]`; units past the last word are 0.
     codes: Vec<Line>,
+    /// The second bytes of codes that have one, else empty.
+    wide: Vec<Line>,
+    /// What sums are multiplied with in the end.
+    factor: f32,
     /// `[weight_groups, REGISTERS]`.
     scales: Vec<OfRows>,
     /// `[weight_groups, REGISTERS]`: scale times zero.
@@ -115,8 +117,12 @@ pub(super) struct Panel {
 
 impl Panel {
     pub(super) fn new(base: &Base<'_>, x: &Tokens) -> Self {
+        let n = x.groups * UNITS * REGISTERS;
+        let is_wide = base.levels.is_some_and(|levels| levels.is_wide);
         Panel {
-            codes: vec![Line([0; 64]); x.groups * UNITS * REGISTERS],
+            codes: vec![Line([0; 64]); n],
+            wide: vec![Line([0; 64]); if is_wide { n } else { 0 }],
+            factor: base.factor(),
             scales: vec![OfRows([0.0; ROWS]); x.weight_groups * REGISTERS],
             offsets: vec![OfRows([0.0; ROWS]); x.weight_groups * REGISTERS],
             ratio: base.layout.group.len(base.cols).div_ceil(GROUP),
@@ -124,7 +130,7 @@ impl Panel {
     }
 
     #[inline(always)]
-    unsafe fn read<C: Codes>(&mut self, base: &Base<'_>, rows: &[usize; PANEL]) {
+    unsafe fn read<C: Codes>(&mut self, codes: C, base: &Base<'_>, rows: &[usize; PANEL]) {
         for (register, rows) in rows.as_chunks::<ROWS>().0.iter().enumerate() {
             for word in 0..base.words_per_row {
                 let words: [u32; ROWS] = rows.map(|r| base.words[r * base.words_per_row + word]);
@@ -135,10 +141,10 @@ impl Panel {
                 // SAFETY: inlined into a function with the features; arrays of 64 bytes are read and written.
                 unsafe {
                     let words = _mm512_loadu_si512(words.as_ptr().cast());
-                    let planes = C::planes(words, _mm512_loadu_si512(highs.as_ptr().cast()));
-                    for (p, plane) in planes.into_iter().enumerate().take(C::PLANES) {
-                        let line = &mut self.codes[(word * C::PLANES + p) * REGISTERS + register];
-                        _mm512_store_si512(line.0.as_mut_ptr().cast(), plane);
+                    let highs = _mm512_loadu_si512(highs.as_ptr().cast());
+                    store(&mut self.codes, codes.planes(words, highs), word, register, C::PLANES);
+                    if C::WIDE {
+                        store(&mut self.wide, codes.wide_planes(words, highs), word, register, C::PLANES);
                     }
                 }
             }
@@ -156,7 +162,7 @@ impl Panel {
 
     /// Six tokens from `first` on times as many rows as `y` has columns.
     #[inline(always)]
-    unsafe fn multiply(&self, x: &Tokens, first: usize, y: &mut Tile<'_>) {
+    unsafe fn multiply<const WIDE: bool>(&self, x: &Tokens, first: usize, y: &mut Tile<'_>) {
         let n = y.cols();
         // The last block repeats its last token.
         let tokens: [usize; TOKENS] = std::array::from_fn(|t| (first + t).min(x.n - 1));
@@ -171,20 +177,33 @@ impl Panel {
                 let w_scales = [of_rows(&self.scales, wg, 0), of_rows(&self.scales, wg, 1)];
                 for g in wg * self.ratio..((wg + 1) * self.ratio).min(x.groups) {
                     let mut dots = [[_mm512_setzero_si512(); TOKENS]; REGISTERS];
+                    let mut wide = dots;
                     for u in g * UNITS..(g + 1) * UNITS {
                         let line = self.codes.as_ptr().add(u * REGISTERS);
                         let codes = [_mm512_load_si512(line.cast()), _mm512_load_si512(line.add(1).cast())];
+                        let mut seconds = codes;
+                        if WIDE {
+                            let line = self.wide.as_ptr().add(u * REGISTERS);
+                            seconds = [_mm512_load_si512(line.cast()), _mm512_load_si512(line.add(1).cast())];
+                        }
                         for t in 0..TOKENS {
                             let x = _mm512_set1_epi32(units[t].add(u).cast::<i32>().read_unaligned());
                             for register in 0..REGISTERS {
                                 dots[register][t] = _mm512_dpbusd_epi32(dots[register][t], codes[register], x);
+                                if WIDE {
+                                    wide[register][t] = _mm512_dpbusd_epi32(wide[register][t], seconds[register], x);
+                                }
                             }
                         }
                     }
                     for t in 0..TOKENS {
                         let scale = _mm512_set1_ps(*scales[t].add(g));
                         for register in 0..REGISTERS {
-                            let values = _mm512_mul_ps(_mm512_cvtepi32_ps(dots[register][t]), scale);
+                            let mut dots = dots[register][t];
+                            if WIDE {
+                                dots = _mm512_add_epi32(dots, _mm512_slli_epi32::<8>(wide[register][t]));
+                            }
+                            let values = _mm512_mul_ps(_mm512_cvtepi32_ps(dots), scale);
                             totals[register][t] = _mm512_fmadd_ps(values, w_scales[register], totals[register][t]);
                         }
                     }
@@ -200,7 +219,8 @@ impl Panel {
                 let to = y.row_mut(first + t).as_mut_ptr();
                 for (register, totals) in totals.iter().enumerate() {
                     let mask = first_lanes(n.saturating_sub(register * ROWS));
-                    _mm512_mask_storeu_ps(to.wrapping_add(register * ROWS), mask, totals[t]);
+                    let products = _mm512_mul_ps(totals[t], _mm512_set1_ps(self.factor));
+                    _mm512_mask_storeu_ps(to.wrapping_add(register * ROWS), mask, products);
                 }
             }
         }
@@ -212,4 +232,14 @@ impl Panel {
 unsafe fn of_rows(all: &[OfRows], group: usize, register: usize) -> __m512 {
     // SAFETY: inlined into a function with the features; the panel has the group.
     unsafe { _mm512_load_ps(all.as_ptr().add(group * REGISTERS + register).cast()) }
+}
+
+/// The planes of word `word` of sixteen rows into their lines.
+#[inline(always)]
+unsafe fn store(lines: &mut [Line], planes: [__m512i; 4], word: usize, register: usize, n_planes: usize) {
+    for (p, plane) in planes.into_iter().enumerate().take(n_planes) {
+        let line = &mut lines[(word * n_planes + p) * REGISTERS + register];
+        // SAFETY: inlined into a function with the features; a line is 64 aligned bytes.
+        unsafe { _mm512_store_si512(line.0.as_mut_ptr().cast(), plane) }
+    }
 }

@@ -65,7 +65,7 @@ impl Row<'_> {
             let mut dots = [0i32; LANES];
             for (plane, x) in planes[s * n * 64..].chunks_exact(64).zip(&x.codes[step * n..(step + 1) * n]) {
                 for (k, (&code, &x)) in plane.iter().zip(&x.0).enumerate() {
-                    dots[k / 4] += i32::from(code) * i32::from(x);
+                    dots[k / 4] += base.integer(code) * i32::from(x);
                 }
             }
             for (lane, dot) in dots.into_iter().enumerate() {
@@ -75,7 +75,7 @@ impl Row<'_> {
                 }
             }
         }
-        sum
+        sum * base.factor()
     }
 
     fn scale(self, g: usize) -> f32 {

@@ -1,6 +1,6 @@
 //! Rounding activations with AVX-512: the same codes, scales and orders as the plain code of `activations.rs` and `panel.rs`.
 
-use super::activations::{GROUP, LANES, Lanes, Order, Plane};
+use super::activations::{GROUP, LANES, Lanes, Order, Plane, scale_of};
 use super::avx512::first_lanes;
 use std::arch::x86_64::*;
 use tailorq_tensor::TILE;
@@ -108,7 +108,7 @@ unsafe fn round(x: &[f32]) -> Rounded {
         let sum = sum_of(_mm512_add_epi32(low, high));
         Rounded {
             codes: [_mm512_cvtepi32_epi8(low), _mm512_cvtepi32_epi8(high)],
-            scale: if inverse > 0.0 { largest / 127.0 } else { 0.0 } + poison,
+            scale: scale_of(if inverse > 0.0 { largest / 127.0 } else { 0.0 } + poison),
             sum: sum as f32,
         }
     }

@@ -30,6 +30,9 @@ pub(crate) struct Isa(Level);
 pub(crate) enum Level {
     #[cfg(target_arch = "x86_64")]
     Avx512,
+    /// AVX2 with AVX-VNNI, which only linears with 8-bit activations tell from [`Level::Avx2`].
+    #[cfg(target_arch = "x86_64")]
+    AvxVnni,
     #[cfg(target_arch = "x86_64")]
     Avx2,
     Portable,
@@ -45,6 +48,9 @@ impl Isa {
                 is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
             if avx2 && is_x86_feature_detected!("avx512f") {
                 all.push(Isa(Level::Avx512));
+            }
+            if avx2 && is_x86_feature_detected!("avxvnni") {
+                all.push(Isa(Level::AvxVnni));
             }
             if avx2 {
                 all.push(Isa(Level::Avx2));
@@ -63,6 +69,8 @@ impl Isa {
         match self.0 {
             #[cfg(target_arch = "x86_64")]
             Level::Avx512 => "avx512",
+            #[cfg(target_arch = "x86_64")]
+            Level::AvxVnni => "avx-vnni",
             #[cfg(target_arch = "x86_64")]
             Level::Avx2 => "avx2",
             Level::Portable => "portable",
@@ -155,7 +163,7 @@ macro_rules! per_isa {
                 $crate::cpu::simd::Level::Avx512 => unsafe { avx512($($arg),*) },
                 #[cfg(target_arch = "x86_64")]
                 // SAFETY: such an `Isa` is made only where the processor has avx2, fma and f16c.
-                $crate::cpu::simd::Level::Avx2 => unsafe { avx2($($arg),*) },
+                $crate::cpu::simd::Level::AvxVnni | $crate::cpu::simd::Level::Avx2 => unsafe { avx2($($arg),*) },
                 $crate::cpu::simd::Level::Portable => $body($crate::cpu::simd::Portable, $($arg),*),
             }
         }
