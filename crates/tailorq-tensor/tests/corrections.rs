@@ -64,6 +64,9 @@ proptest! {
             let read: Vec<_> = corrected.elements().unwrap().row(r).collect();
             let given: Vec<_> = chosen[r].iter().map(|&(c, v)| (c, v.to_f32())).collect();
             prop_assert_eq!(&read, &given);
+            let elements = corrected.elements().unwrap();
+            let of_row = &elements.rows_of()[elements.starts()[r]..elements.starts()[r + 1]];
+            prop_assert!(of_row.iter().all(|of| usize::from(*of) == r % 256));
             for c in 0..cols {
                 let added = given.iter().find(|e| e.0 == c).map(|e| e.1);
                 prop_assert_eq!(corrected.elements().unwrap().get(r, c), added);

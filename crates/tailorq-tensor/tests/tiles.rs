@@ -72,12 +72,26 @@ proptest! {
         let mut next = 0;
         for (r, row) in chosen.iter().enumerate() {
             let listed: Vec<_> = map.row(r).collect();
+            let places = &map.places()[map.rank_of_row(r)..map.rank_of_row(r + 1)];
+            prop_assert_eq!(&places.iter().map(|p| p.tile()).collect::<Vec<_>>(), row);
+            prop_assert!(places.iter().all(|p| p.row_after(r) == 0 && p.row_after(r.saturating_sub(1)) == r.min(1)));
             prop_assert_eq!(&listed, &row.iter().copied().zip(next..).collect::<Vec<_>>());
             for tile in 0..cols.div_ceil(TILE) {
                 let expected = listed.iter().find(|t| t.0 == tile).map(|t| t.1);
                 prop_assert_eq!(map.rank(r, tile), expected);
             }
             next += row.len();
+        }
+    }
+
+    /// Places tell 256 rows apart, wherever one begins to count.
+    #[test]
+    fn places_count_rows_from_anywhere(rows in 1usize..700, first in 0usize..700, seed: u64) {
+        let first = first % rows;
+        let map = TileMap::from_rows(40, chosen(rows, 40, 0.3, &mut Rng::new(seed))).unwrap();
+        for r in first..rows.min(first + 256) {
+            let places = &map.places()[map.rank_of_row(r)..map.rank_of_row(r + 1)];
+            prop_assert!(places.iter().all(|p| p.row_after(first) == r - first));
         }
     }
 

@@ -4,6 +4,7 @@
 //! no element belongs to two tiles, and this file is the only place that has to say so.
 
 use std::marker::PhantomData;
+use std::ops::Range;
 
 /// A mutable rectangle of a row-major matrix: row `r` starts `r * stride` elements after the first.
 ///
@@ -66,6 +67,13 @@ impl<'a> Tile<'a> {
         assert!(at <= self.cols, "column {at} of {}", self.cols);
         let rest = Tile { first: self.offset(0, at), cols: self.cols - at, ..self };
         (Tile { cols: at, ..self }, rest)
+    }
+
+    /// Some columns, for as long as the whole is not used.
+    pub(crate) fn cols_mut(&mut self, cols: Range<usize>) -> Tile<'_> {
+        assert!(cols.start <= cols.end && cols.end <= self.cols, "columns {cols:?} of {}", self.cols);
+        let first = self.offset(0, cols.start);
+        Tile { first, rows: self.rows, cols: cols.len(), stride: self.stride, borrow: PhantomData }
     }
 
     /// Cuts into a grid of tiles of at most `rows` by `cols`, row of tiles by row of tiles.
@@ -133,6 +141,18 @@ mod tests {
             let expected: Vec<f32> = (0..10).map(|c| (r * 10 + c) as f32 + 1.0).chain([0.0]).collect();
             assert_eq!(row, expected);
         }
+    }
+
+    #[test]
+    fn some_columns_are_those() {
+        let mut data = vec![0.0; 3 * 5];
+        let mut tile = Tile::new(&mut data, 3, 5, 5);
+        for cols in [0..2, 2..2, 3..5] {
+            let mut some = tile.cols_mut(cols.clone());
+            assert_eq!((some.rows(), some.cols()), (3, cols.len()));
+            (0..3).for_each(|r| some.row_mut(r).fill(cols.start as f32 + 1.0));
+        }
+        assert_eq!(data, [1.0, 1.0, 0.0, 4.0, 4.0].repeat(3));
     }
 
     #[test]

@@ -7,7 +7,8 @@
 //! The levels begin as those of the unit Gaussian. Then, in turn: groups get the scale with the least squared error, and Lloyd's
 //! iterations move the levels to the means of the scaled weights that are nearest to them, each weight counting as much as
 //! its error would: by the square of its scale, and by the Hessian's diagonal where there is one. Levels are rounded to f16
-//! before any code is chosen.
+//! before any code is chosen, those of 2 bits to multiples of a power of two that make them integers of one byte for the kernels: that
+//! adds 0.02 % to the error of a Gaussian, where with 3 and 4 bits it would add 0.2 and 0.9 %.
 
 use super::grid::{Grid, ScaleOverflow};
 use super::rows::kept_within;
@@ -63,10 +64,13 @@ impl Levels {
         Levels::new(&all)
     }
 
-    /// At most 16 ascending levels, each rounded to f16.
+    /// At most 16 ascending levels, each rounded to f16; four of them, to a multiple of the step that counts their range in a byte.
     fn new(levels: &[f32]) -> Self {
         let n = levels.len();
-        let round = |l: f32| f16::from_f32(l).to_f32();
+        let range = levels[n - 1] - levels[0];
+        let step = (range / 254.0).log2().ceil().exp2();
+        let is_stepped = n == 4 && step.is_normal();
+        let round = |l: f32| f16::from_f32(if is_stepped { (l / step).round() * step } else { l }).to_f32();
         let values: [f32; MOST] = std::array::from_fn(|i| round(levels[i.min(n - 1)]));
         let bound = |i: usize| if i + 1 < n { 0.5 * (values[i] + values[i + 1]) } else { f32::INFINITY };
         Levels { values, bounds: std::array::from_fn(bound), n }
@@ -346,6 +350,24 @@ mod tests {
             assert!(found <= least + 1e-6, "{t}");
         }
         assert_eq!((levels.code(f32::MAX), levels.code(f32::MIN), levels.code(f32::NAN)), (7, 0, 0));
+    }
+
+    #[test]
+    fn four_levels_are_integers_of_a_byte() {
+        for levels in
+            [[-1.51, -0.4528, 0.4528, 1.51], [-3.01, -1.0, 0.6, 2.0], [0.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.5]]
+        {
+            let found = Levels::new(&levels);
+            let range = found.values()[3] - found.values()[0];
+            // The largest power of two of which all are multiples, up to the range itself.
+            let step =
+                (-24..4).map(|e| (e as f32).exp2()).rfind(|s| found.values().iter().all(|l| l % s == 0.0)).unwrap();
+            assert!(range / step <= 255.0, "{found:?}");
+            assert!(
+                found.values().iter().zip(levels).all(|(f, l)| (f - l).abs() <= 0.5 / 127.0 * range.max(0.1)),
+                "{found:?}"
+            );
+        }
     }
 
     #[test]

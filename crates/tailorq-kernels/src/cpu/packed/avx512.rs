@@ -10,6 +10,8 @@
 use super::activations::{LANES, Lanes, Plane, Quantized};
 use super::base::{Base, Tables, ZeroBits};
 use super::codes512::{Codes, with_codes};
+use super::corrections::{BLOCK, Corrections, Inputs};
+use super::corrections512::{self, BlockSums};
 use crate::cpu::tile::Tile;
 use std::arch::x86_64::*;
 use tailorq_tensor::Bits;
@@ -31,14 +33,24 @@ pub(super) fn has_gfni() -> bool {
     is_x86_feature_detected!("gfni")
 }
 
-/// `y[t, i] = base[first + i] x[t]` for all of `y`, whose rows are tokens.
+/// Corrections of a matrix, and the tokens that they are multiplied with.
+type Corrected<'a> = Option<&'a (Corrections<'a>, Inputs<'a>)>;
+
+/// `y[t, i] = (base + corrections)[first + i] x[t]` for all of `y`, whose rows are tokens.
 ///
 /// # Safety
 /// The processor is [`available`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi,avx2,fma,f16c")]
-pub(super) unsafe fn rows(base: &Base<'_>, tables: &Tables, x: &Quantized, first: usize, y: &mut Tile<'_>) {
+pub(super) unsafe fn rows(
+    base: &Base<'_>,
+    tables: &Tables,
+    x: &Quantized,
+    corrected: Corrected<'_>,
+    first: usize,
+    y: &mut Tile<'_>,
+) {
     // SAFETY: the processor has the features of this function, and the slices are as long as a `Base` says.
-    unsafe { every_width::<false>(base, tables, x, first, y) }
+    unsafe { with_codes!(false, base, |codes| Kernel { codes, base, x, tables }.all(corrected, first, y)) }
 }
 
 /// As [`rows`], with GFNI.
@@ -46,55 +58,20 @@ pub(super) unsafe fn rows(base: &Base<'_>, tables: &Tables, x: &Quantized, first
 /// # Safety
 /// The processor is [`available`] and has GFNI.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi,gfni,avx2,fma,f16c")]
-pub(super) unsafe fn rows_gfni(base: &Base<'_>, tables: &Tables, x: &Quantized, first: usize, y: &mut Tile<'_>) {
-    // SAFETY: as in `rows`.
-    unsafe { every_width::<true>(base, tables, x, first, y) }
-}
-
-#[inline(always)]
-unsafe fn every_width<const GFNI: bool>(
+pub(super) unsafe fn rows_gfni(
     base: &Base<'_>,
     tables: &Tables,
     x: &Quantized,
+    corrected: Corrected<'_>,
     first: usize,
     y: &mut Tile<'_>,
 ) {
-    // SAFETY: see `rows`.
-    unsafe { with_codes!(GFNI, base, |codes| all(codes, base, tables, x, first, y)) }
+    // SAFETY: as in `rows`.
+    unsafe { with_codes!(true, base, |codes| Kernel { codes, base, x, tables }.all(corrected, first, y)) }
 }
 
-/// All rows of `y`: four at a time with one token, two at a time with several.
-#[inline(always)]
-unsafe fn all<C: Codes>(codes: C, base: &Base<'_>, tables: &Tables, x: &Quantized, first: usize, y: &mut Tile<'_>) {
-    let kernel = Kernel { codes, base, x, tables };
-    let (n_tokens, n_rows) = (y.rows(), y.cols());
-    // SAFETY: rows and tokens exist.
-    unsafe {
-        if n_tokens == 1 {
-            for i in (0..n_rows).step_by(4) {
-                // The last block repeats its last row.
-                let rows = std::array::from_fn(|r| first + (i + r).min(n_rows - 1));
-                kernel.block::<4, 1>(rows, 0).store(i, 0, y);
-            }
-            return;
-        }
-        for i in (0..n_rows).step_by(2) {
-            let rows = [first + i, first + (i + 1).min(n_rows - 1)];
-            let mut t = 0;
-            while t + 4 <= n_tokens {
-                kernel.block::<2, 4>(rows, t).store(i, t, y);
-                t += 4;
-            }
-            if t + 2 <= n_tokens {
-                kernel.block::<2, 2>(rows, t).store(i, t, y);
-                t += 2;
-            }
-            if t < n_tokens {
-                kernel.block::<2, 1>(rows, t).store(i, t, y);
-            }
-        }
-    }
-}
+/// Tokens that are taken at once.
+const TOKENS: usize = 4;
 
 /// What all blocks of a call share.
 struct Kernel<'a, C> {
@@ -105,9 +82,73 @@ struct Kernel<'a, C> {
 }
 
 impl<C: Codes> Kernel<'_, C> {
-    /// The products of `R` rows and of `N` tokens from `token` on.
+    /// All rows of `y`, block by block, with four tokens at a time.
     #[inline(always)]
-    unsafe fn block<const R: usize, const N: usize>(&self, rows: [usize; R], token: usize) -> Sums<R, N> {
+    unsafe fn all(&self, corrected: Corrected<'_>, first: usize, y: &mut Tile<'_>) {
+        let (n_tokens, n_rows) = (y.rows(), y.cols());
+        let mut sums = [[Lanes([0.0; LANES]); BLOCK + 1]; TOKENS];
+        // SAFETY: rows and tokens exist.
+        unsafe {
+            if n_tokens == 1 {
+                for at in (0..n_rows).step_by(BLOCK) {
+                    self.tokens::<4, 1>(corrected, (first, at), 0, &mut sums, y);
+                }
+                return;
+            }
+            for at in (0..n_rows).step_by(BLOCK) {
+                let mut t = 0;
+                while t + TOKENS <= n_tokens {
+                    self.tokens::<2, TOKENS>(corrected, (first, at), t, &mut sums, y);
+                    t += TOKENS;
+                }
+                if t + 2 <= n_tokens {
+                    self.tokens::<2, 2>(corrected, (first, at), t, &mut sums, y);
+                    t += 2;
+                }
+                if t < n_tokens {
+                    self.tokens::<2, 1>(corrected, (first, at), t, &mut sums, y);
+                }
+            }
+        }
+    }
+
+    /// Columns `at..` of `y`, a block of rows from `first + at` on, and `N` tokens from `token` on.
+    #[inline(always)]
+    unsafe fn tokens<const R: usize, const N: usize>(
+        &self,
+        corrected: Corrected<'_>,
+        (first, at): (usize, usize),
+        token: usize,
+        sums: &mut [BlockSums; TOKENS],
+        y: &mut Tile<'_>,
+    ) {
+        let n = (y.cols() - at).min(BLOCK);
+        let first = first + at;
+        // SAFETY: rows and tokens exist, and a block is a multiple of `R`.
+        unsafe {
+            for i in (0..n).step_by(R) {
+                // The last block repeats its last row.
+                let rows = std::array::from_fn(|r| first + (i + r).min(n - 1));
+                let products = self.block::<R, N>(rows, token);
+                for r in 0..R {
+                    for t in 0..N {
+                        _mm512_store_ps(sums[t][i + r].0.as_mut_ptr(), products[r][t]);
+                    }
+                }
+            }
+            for (t, sums) in sums.iter_mut().enumerate().take(N) {
+                let y = &mut y.row_mut(token + t)[at..at + n];
+                if let Some((corrections, x)) = corrected {
+                    corrections512::add(corrections, x.token(token + t), first..first + n, sums);
+                }
+                add_lanes(sums, y);
+            }
+        }
+    }
+
+    /// The products of `R` rows and of `N` tokens from `token` on, lane by lane.
+    #[inline(always)]
+    unsafe fn block<const R: usize, const N: usize>(&self, rows: [usize; R], token: usize) -> [[__m512; N]; R] {
         let (base, x) = (self.base, self.x);
         let (steps, per_chunk) = (self.tables.steps, self.tables.per_chunk);
         // SAFETY: every row is in the matrix, so that its words, highs, scales and zeros are; masks keep loads inside a
@@ -145,17 +186,13 @@ impl<C: Codes> Kernel<'_, C> {
                     from.add_step::<C, false>(self.codes, whole, rest, self.lane_groups(whole), &scales, &mut sums);
                 }
             }
-            let mut products = [[0.0; N]; R];
-            let (flat, sums) = (products.as_flattened_mut(), sums.as_flattened());
-            // No closure here or in what follows: the processor's features reach only what is inlined, which `map` may not be.
-            for (products, sums) in flat.chunks_mut(4).zip(sums.chunks(4)) {
-                let mut four = [_mm512_setzero_ps(); 4];
-                four[..sums.len()].copy_from_slice(sums);
-                let mut totals = [0.0; 4];
-                _mm_storeu_ps(totals.as_mut_ptr(), _mm_mul_ps(sums4(four), _mm_set1_ps(base.factor())));
-                products.copy_from_slice(&totals[..sums.len()]);
+            if C::BOOK {
+                let factor = _mm512_set1_ps(base.factor());
+                for sum in sums.as_flattened_mut() {
+                    *sum = _mm512_mul_ps(*sum, factor);
+                }
             }
-            Sums(products)
+            sums
         }
     }
 
@@ -319,6 +356,22 @@ impl<const R: usize, const N: usize> Sources<R, N> {
     }
 }
 
+/// The sums of the lanes of as many rows as `y` has.
+#[inline(always)]
+unsafe fn add_lanes(sums: &BlockSums, y: &mut [f32]) {
+    for (sums, y) in sums.as_chunks::<4>().0.iter().zip(y.chunks_mut(4)) {
+        // SAFETY: inlined into a function with the features; lanes are sixteen aligned floats. No closure: the processor's features
+        // reach only what is inlined, which `map` may not be.
+        unsafe {
+            let mut four = [_mm512_setzero_ps(); 4];
+            for (four, sum) in four.iter_mut().zip(sums) {
+                *four = _mm512_load_ps(sum.0.as_ptr());
+            }
+            _mm_mask_storeu_ps(y.as_mut_ptr(), first_lanes(y.len()) as u8, sums4(four));
+        }
+    }
+}
+
 /// The sum of each register: lanes 8 apart first, then 2, 1 and 4 apart.
 #[inline(always)]
 unsafe fn sums4(v: [__m512; 4]) -> __m128 {
@@ -348,22 +401,6 @@ unsafe fn unpack(zeros: &ZeroBits, stream: __m128i) -> __m512 {
         let lanes = _mm512_permutexvar_epi8(bytes, _mm512_zextsi128_si512(stream));
         let numbers = _mm512_srlv_epi32(lanes, _mm512_load_si512(zeros.shifts.0.as_ptr().cast()));
         _mm512_cvtepi32_ps(_mm512_and_si512(numbers, _mm512_set1_epi32(zeros.mask)))
-    }
-}
-
-/// The products of a block, `[rows][tokens]`.
-struct Sums<const R: usize, const N: usize>([[f32; N]; R]);
-
-impl<const R: usize, const N: usize> Sums<R, N> {
-    /// Into rows `token..` and columns `col..` of `y`, as far as it has them.
-    #[inline(always)]
-    fn store(self, col: usize, token: usize, y: &mut Tile<'_>) {
-        for t in 0..N {
-            let to = &mut y.row_mut(token + t)[col..];
-            for (r, y) in to.iter_mut().take(R).enumerate() {
-                *y = self.0[r][t];
-            }
-        }
     }
 }
 

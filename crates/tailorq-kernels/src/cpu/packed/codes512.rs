@@ -13,6 +13,8 @@ pub(super) trait Codes: Copy {
     const HIGHS: bool = false;
     /// Whether codes have a second byte.
     const WIDE: bool = false;
+    /// Whether they are places in a codebook, whose sums are multiplied with a factor.
+    const BOOK: bool = false;
     /// The planes; those past [`Codes::PLANES`] are of no meaning. `highs` are the sixteen u16 of the high plane, if there is one.
     unsafe fn planes(self, words: __m512i, highs: __m512i) -> [__m512i; 4];
     /// The same of eight words.
@@ -247,6 +249,7 @@ impl<C: Codes, const WIDE: bool> Codes for Book<C, WIDE> {
     const PLANES: usize = C::PLANES;
     const HIGHS: bool = C::HIGHS;
     const WIDE: bool = WIDE;
+    const BOOK: bool = true;
     #[inline(always)]
     unsafe fn planes(self, words: __m512i, highs: __m512i) -> [__m512i; 4] {
         // SAFETY: see `Two`.

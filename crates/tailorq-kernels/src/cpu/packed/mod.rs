@@ -13,6 +13,8 @@ mod base;
 #[cfg(target_arch = "x86_64")]
 mod codes512;
 mod corrections;
+#[cfg(target_arch = "x86_64")]
+mod corrections512;
 mod levels;
 #[cfg(target_arch = "x86_64")]
 mod panel;
@@ -25,6 +27,7 @@ use super::simd::{Isa, Level, Simd, per_isa};
 use super::tile::{Part, Tile};
 use activations::Quantized;
 use base::{Base, Tables};
+use corrections::{Corrections, Inputs};
 use rayon::prelude::*;
 use std::cell::Cell;
 use std::ops::Range;
@@ -46,6 +49,7 @@ const TRANSFORM_TASK: usize = 1 << 16;
 struct Few {
     quantized: Quantized,
     rotated: Vec<f32>,
+    filled: Vec<f32>,
 }
 
 /// Buffers for many tokens.
@@ -70,14 +74,15 @@ pub(super) fn few(isa: Isa, x: &[f32], w: &PackedMatrix, bias: Option<&[f32]>, r
     if w.cols() == 0 || n == 0 || rows.is_empty() {
         return fill(bias, rows, y);
     }
-    let Few { mut quantized, mut rotated } = FEW_BUFFERS.take();
+    let Few { mut quantized, mut rotated, mut filled } = FEW_BUFFERS.take();
     quantized.fill(isa, inputs_of_base(isa, w, x, &mut rotated), w.cols(), w.layout());
     let (base, tile) = (Base::of(w), Tile::new(y, n, rows.len(), rows.len()));
     // Two tasks a thread, so that one that starts late finds less to do; the partition changes no sum.
     let least = (rows.len() / (2 * rayon::current_num_threads())).max(FEW_TASK * rows.len() / w.bytes().max(1));
-    let tables = Tables::of(&base);
-    Products { isa, w, base, tables: &tables, quantized: &quantized, x, bias }.divide(rows.start, tile, least);
-    FEW_BUFFERS.set(Few { quantized, rotated });
+    let corrections = Corrections::of(w).map(|c| (c, Inputs::of(x, w.cols(), &mut filled)));
+    let (tables, corrections) = (Tables::of(&base), corrections.as_ref());
+    Products { isa, base, tables: &tables, quantized: &quantized, corrections, bias }.divide(rows.start, tile, least);
+    FEW_BUFFERS.set(Few { quantized, rotated, filled });
 }
 
 /// Whether the kernels of AVX-512 with VNNI run. Only they have panels of unpacked rows: elsewhere many tokens meet weights in
@@ -136,11 +141,11 @@ fn forward_body<S: Simd>(_simd: S, transform: &InputTransform, x: &mut [f32]) {
 /// A call for a few tokens.
 struct Products<'a> {
     isa: Isa,
-    w: &'a PackedMatrix,
     base: Base<'a>,
     tables: &'a Tables,
     quantized: &'a Quantized,
-    x: &'a [f32],
+    /// Those of the matrix, and the tokens that they are multiplied with.
+    corrections: Option<&'a (Corrections<'a>, Inputs<'a>)>,
     bias: Option<&'a [f32]>,
 }
 
@@ -155,44 +160,45 @@ impl Products<'_> {
             rayon::join(|| self.divide(first, low, least), || self.divide(first + middle, high, least));
             return;
         }
-        if self.w.tiles().is_none() && self.w.elements().is_none() {
-            self.base_rows(first, &mut y);
-            return add_bias(&mut y, self.bias, first);
-        }
-        let mut first = first;
-        while y.cols() > 0 {
-            let rows = y.cols().min(corrections::BLOCK);
-            let (mut block, rest) = y.split_cols(rows);
-            self.base_rows(first, &mut block);
-            corrections::add(self.isa, self.w, self.x, first, self.bias, &mut block);
-            (y, first) = (rest, first + rows);
-        }
+        self.rows(first, &mut y);
+        add_bias(&mut y, self.bias, first);
     }
 
-    /// `y[t, i] = base[first + i] x[t]` for all of `y`, whose rows are tokens.
-    fn base_rows(&self, first: usize, y: &mut Tile<'_>) {
+    /// `y[t, i] = (base + corrections)[first + i] x[t]` for all of `y`, whose rows are tokens.
+    fn rows(&self, first: usize, y: &mut Tile<'_>) {
+        let (base, tables, x) = (&self.base, self.tables, self.quantized);
         match self.isa.level() {
             #[cfg(target_arch = "x86_64")]
             _ if has_vnni(self.isa) && avx512::has_gfni() => {
                 // SAFETY: the processor has what the kernel needs.
-                unsafe { avx512::rows_gfni(&self.base, self.tables, self.quantized, first, y) }
+                unsafe { avx512::rows_gfni(base, tables, x, self.corrections, first, y) }
             }
             #[cfg(target_arch = "x86_64")]
             _ if has_vnni(self.isa) => {
                 // SAFETY: the processor has what the kernel needs.
-                unsafe { avx512::rows(&self.base, self.tables, self.quantized, first, y) }
+                unsafe { avx512::rows(base, tables, x, self.corrections, first, y) }
             }
             #[cfg(target_arch = "x86_64")]
             Level::AvxVnni => {
                 // SAFETY: such an `Isa` is made only where the processor has avxvnni, avx2, fma and f16c.
-                unsafe { avx2::rows_vnni(&self.base, self.tables, self.quantized, first, y) }
+                self.by_block(first, y, |first, y| unsafe { avx2::rows_vnni(base, tables, x, first, y) });
             }
             #[cfg(target_arch = "x86_64")]
             Level::Avx512 | Level::Avx2 => {
                 // SAFETY: such an `Isa` is made only where the processor has avx2, fma and f16c.
-                unsafe { avx2::rows(&self.base, self.tables, self.quantized, first, y) }
+                self.by_block(first, y, |first, y| unsafe { avx2::rows(base, tables, x, first, y) });
             }
-            Level::Portable => portable::rows(&self.base, self.quantized, first, y),
+            Level::Portable => self.by_block(first, y, |first, y| portable::rows(base, x, first, y)),
+        }
+    }
+
+    /// Block by block, `base_rows` of it and then its corrections.
+    fn by_block(&self, first: usize, y: &mut Tile<'_>, base_rows: impl Fn(usize, &mut Tile<'_>)) {
+        let Some((corrections, x)) = self.corrections else { return base_rows(first, y) };
+        for at in (0..y.cols()).step_by(corrections::BLOCK) {
+            let mut block = y.cols_mut(at..y.cols().min(at + corrections::BLOCK));
+            base_rows(first + at, &mut block);
+            corrections::add(self.isa, corrections, *x, first + at, &mut block);
         }
     }
 }
