@@ -5,6 +5,7 @@
 
 use super::activations::{LANES, Lanes};
 use super::avx512::first_lanes;
+use super::base::Indices;
 use super::corrections::{AHEAD, BLOCK, Columns, Corrections, Elements, Tiles};
 use std::arch::x86_64::*;
 use std::ops::Range;
@@ -36,7 +37,7 @@ pub(super) unsafe fn add(corrections: &Corrections<'_>, x: &[f32], rows: Range<u
 unsafe fn add_elements(elements: &Elements<'_>, x: &[f32], rows: Range<usize>, sums: &mut BlockSums) {
     let (first, end) = (elements.starts[rows.start], elements.starts[rows.end]);
     let sums = sums.as_mut_ptr().cast::<f32>();
-    let (mut lanes, mut products) = ([0u32; LANES], [0.0f32; LANES]);
+    let (mut lanes, mut products) = (Indices([0; LANES]), Lanes([0.0; LANES]));
     // SAFETY: inlined into a function with the features. Masks keep loads inside the run; columns lie in `x`, rows are those of the
     // block, and lanes that are off go to the row of none.
     unsafe {
@@ -55,13 +56,14 @@ unsafe fn add_elements(elements: &Elements<'_>, x: &[f32], rows: Range<usize>, s
             prefetch(values);
             let x = _mm512_mask_i32gather_ps::<4>(_mm512_setzero_ps(), mask, cols, x.as_ptr());
             let values = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, values.cast()));
-            _mm512_storeu_ps(products.as_mut_ptr(), _mm512_mul_ps(x, values));
+            // Volatile, so that single lanes come from memory: taken out of registers, each is three shuffles.
+            products.0.as_mut_ptr().cast::<__m512>().write_volatile(_mm512_mul_ps(x, values));
             let row = _mm512_sub_epi32(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, of.cast())), start);
             let row = _mm512_and_si512(row, _mm512_set1_epi32(BLOCK as i32 - 1));
             let lane = _mm512_and_si512(cols, _mm512_set1_epi32(LANES as i32 - 1));
             let lane = _mm512_or_si512(_mm512_slli_epi32::<4>(row), lane);
-            _mm512_storeu_si512(lanes.as_mut_ptr().cast(), _mm512_mask_mov_epi32(none, mask, lane));
-            for (&lane, product) in lanes.iter().zip(products) {
+            lanes.0.as_mut_ptr().cast::<__m512i>().write_volatile(_mm512_mask_mov_epi32(none, mask, lane));
+            for (&lane, product) in lanes.0.iter().zip(&products.0) {
                 *sums.add(lane as usize) += product;
             }
         }
