@@ -84,13 +84,13 @@ unsafe fn add_tiles<const BITS: usize>(tiles: &Tiles<'_>, x: &[f32], rows: Range
             prefetch(halves);
             let wide = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(n), halves.cast()));
             _mm512_storeu_ps(scales.as_mut_ptr(), wide);
-            for i in 0..n {
+            for (i, &scale) in scales.iter().enumerate().take(n) {
                 let place = *places.add(i);
                 let codes = tiles.codes.as_ptr().add((at + i) * 2 * BITS);
                 prefetch(codes);
                 let codes = if BITS == 8 { _mm_loadu_si128(codes.cast()) } else { nibbles(codes) };
                 let codes = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes));
-                let values = _mm512_mul_ps(codes, _mm512_set1_ps(scales[i]));
+                let values = _mm512_mul_ps(codes, _mm512_set1_ps(scale));
                 let x = _mm512_loadu_ps(x.as_ptr().add(place.tile() * TILE));
                 let sum = sums.as_mut_ptr().add(place.row_after(rows.start) % BLOCK).cast::<f32>();
                 _mm512_store_ps(sum, _mm512_fmadd_ps(values, x, _mm512_load_ps(sum)));
