@@ -6,6 +6,7 @@ use crate::error::CudaError;
 use crate::factor::{Solver, inverse_cholesky_upper};
 use crate::gpu::{Buffer, Gpu, Grid, Source, launch};
 use crate::matrices::Elements;
+use crate::rotation;
 use crate::staging::{self, Staging};
 use crate::weights::{self, Weights};
 use rayon::prelude::*;
@@ -17,7 +18,7 @@ use tailorq_kernels::{
     AttentionShape, AttentionSpan, Device, GradientSums, Heads, HeadsMut, KeyValues, KvBlock, LogSumExp,
     NotPositiveDefinite, Part, PutAway, Resident, RopeTable, Strided, StridedMut,
 };
-use tailorq_tensor::{DType, Matrix, Weight};
+use tailorq_tensor::{DType, InputTransform, Matrix, Weight};
 
 pub(crate) const SOURCE: Source = Source { name: "device", code: include_str!("kernels/device.cu") };
 
@@ -80,6 +81,8 @@ pub(crate) struct Cuda {
     /// Bytes that buffers may take: the budget without what the driver and the libraries take for themselves.
     limit: usize,
     constants: Constants,
+    /// See [`Device::peers`].
+    pub(crate) peers: Vec<Arc<dyn Device>>,
     /// For what has no business on a GPU: small products on the calling thread.
     host: Arc<dyn Device>,
     /// Last, so that the libraries' handles go before the stream that they work on.
@@ -100,6 +103,7 @@ const OPERATIONS: &[&Source] = &[
     &crate::attention::SOURCE,
     &crate::cached::SOURCE,
     &crate::factor::SOURCE,
+    &crate::rotation::SOURCE,
     &crate::rounding::SOURCE,
     &staging::SOURCE,
 ];
@@ -130,7 +134,7 @@ impl Cuda {
         let weights = Weights::new(element, limit);
         let staging = Staging::new(&gpu, options.host_memory.unwrap_or(usize::MAX));
         let (solver, constants, host) = (Solver::default(), Constants::default(), tailorq_kernels::cpu());
-        Ok(Cuda { blas, math, precision, solver, weights, staging, limit, constants, host, gpu })
+        Ok(Cuda { blas, math, precision, solver, weights, staging, limit, constants, peers: Vec::new(), host, gpu })
     }
 
     /// `x` as a matrix on the device.
@@ -231,6 +235,23 @@ impl Resident for Cuda {
 
     fn put_away(&self, x: &Matrix) -> Option<Box<dyn PutAway>> {
         self.staging.put_away(x).map(|away| Box::new(away) as Box<dyn PutAway>)
+    }
+
+    fn bring(&self, x: &Matrix) -> Matrix {
+        self.gpu.bring(x)
+    }
+
+    fn rotate_rows(&self, x: &mut Matrix, transform: &InputTransform) {
+        let signs = self.constants.get(&self.gpu, transform.signs());
+        rotation::rotate_rows(&self.gpu, signs.ptr(), x, transform);
+    }
+
+    fn transpose(&self, x: &mut Matrix) {
+        rotation::mirror(&self.gpu, x, true);
+    }
+
+    fn complete_upper(&self, x: &mut Matrix) {
+        rotation::mirror(&self.gpu, x, false);
     }
 
     fn encode_bf16(&self, x: &Matrix) -> Vec<u8> {

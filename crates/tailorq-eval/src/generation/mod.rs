@@ -23,6 +23,7 @@ use std::ops::ControlFlow;
 use tailorq_model::ChatMessage;
 use tailorq_runtime::{
     BatchOptions, BatchProgress, Completion, CompletionRequest, FinishReason, RuntimeError, generate_batch,
+    generate_batch_decoding,
 };
 
 /// New tokens where nothing else is asked for: the harness' default.
@@ -93,8 +94,12 @@ pub(crate) struct Answered {
 pub(crate) type OnAnswer<'a> = dyn FnMut(usize, usize, Option<&Answered>) -> ControlFlow<()> + 'a;
 
 /// All that decides the continuations.
-pub(crate) fn contents(exercises: &[Exercise<'_>], ending: &Ending) -> Contents {
-    let mut contents = Contents::new(&json!({"max_tokens": ending.max_tokens, "stop": ending.stop}));
+pub(crate) fn contents(subject: &Subject<'_>, exercises: &[Exercise<'_>], ending: &Ending) -> Contents {
+    let mut settings = json!({"max_tokens": ending.max_tokens, "stop": ending.stop});
+    if let Some(decoders) = subject.decoders() {
+        settings["decoder"] = decoders.signature().into();
+    }
+    let mut contents = Contents::new(&settings);
     for exercise in exercises {
         contents.add(&match &exercise.prompt {
             Prompt::Text(text) => json!({"text": text}),
@@ -153,7 +158,10 @@ pub(crate) fn answer(
             }
         }
     };
-    let outcome = generate_batch(model, tokenizer, device, &requests, &BatchOptions::for_device(device), listen);
+    let outcome = match subject.decoders() {
+        Some(decoders) => generate_batch_decoding((model, tokenizer), decoders, &requests, listen),
+        None => generate_batch(model, tokenizer, device, &requests, &BatchOptions::for_device(device), listen),
+    };
     match (failure, outcome) {
         (Some(error), _) => Err(error),
         (None, Err(RuntimeError::Interrupted)) => Err(EvalError::Interrupted),
@@ -206,6 +214,7 @@ mod tests {
             tokenizer: &opened.tokenizer,
             template: opened.template.as_ref(),
             device: device.as_ref(),
+            decoders: None,
         });
     }
 
@@ -285,6 +294,7 @@ mod tests {
             tokenizer: &opened.tokenizer,
             template: opened.template.as_ref(),
             device: device.as_ref(),
+            decoders: None,
         };
         let numbers: Value = serde_json::from_str(&read(golden.join("smollm2-135m.json"))).unwrap();
         let expected = numbers["greedy"].as_array().unwrap();
