@@ -247,7 +247,11 @@ impl Gpu {
         let contexts = (self.context.cu_ctx(), other.context.cu_ctx());
         // SAFETY: callers pass addresses inside live buffers of both, which the order of both streams keeps alive.
         must("copy between devices", unsafe {
-            result::memcpy_peer_async(contexts.0, to, contexts.1, from, bytes, self.stream.cu_stream())
+            let stream = self.stream.cu_stream();
+            match self.ordinal() == other.ordinal() {
+                true => result::memcpy_dtod_async(to, from, bytes, stream),
+                false => result::memcpy_peer_async(contexts.0, to, contexts.1, from, bytes, stream),
+            }
         });
         other.wait_for(self);
     }
