@@ -197,7 +197,8 @@ mod tests {
     use super::*;
     use crate::completion::user;
     use crate::data::Row;
-    use tailorq_model::testing::TinyModel;
+    use tailorq_model::testing::{PlainDecoders, TinyModel};
+    use tailorq_tensor::{Bits, Group, Layout, PackedMatrix, Slot};
 
     fn judged(text: &str) -> Judgement {
         Judgement { prediction: text.to_owned(), gold: String::new(), scores: vec![("length", text.len() as f64)] }
@@ -252,6 +253,33 @@ mod tests {
             })
             .unwrap();
             assert_eq!(alone[0], answers[1]);
+        });
+    }
+
+    /// A packed model's answers come from the decoder where there is one; others never do.
+    #[test]
+    fn packed_models_answer_on_a_decoder() {
+        with_tiny(|subject| {
+            let decoders = PlainDecoders::new(tailorq_kernels::cpu(), 2);
+            let n_read = || decoders.n_read.load(std::sync::atomic::Ordering::Relaxed);
+            let layout = Layout { bits: Bits::Four, group: Group::Row, symmetric: true };
+            let mut packed = subject.model.clone();
+            let weight = &mut packed.blocks[1].linear_mut(Slot::Up).weight;
+            let (rows, cols) = (weight.rows(), weight.cols());
+            let codes: Vec<u8> = (0..rows * cols).map(|i| (i * 7 % 16) as u8).collect();
+            let scales = vec![half::f16::from_f32(0.01); rows];
+            *weight = PackedMatrix::pack(rows, cols, layout, &codes, &scales, &[]).unwrap().into();
+            let ending = Ending { max_tokens: 7, stop: vec![] };
+            let exercises = exercises(|text| Ok(judged(text)));
+            for (model, is_packed) in [(subject.model, false), (&packed, true)] {
+                let by = |decoders| {
+                    let subject = Subject { model, decoders, ..*subject };
+                    let go_on = &mut |_: usize, _: usize, _: Option<&Answered>| ControlFlow::Continue(());
+                    answer(&subject, &exercises, &ending, &mut Finished::nothing(), go_on).unwrap()
+                };
+                let expected = by(None);
+                assert_eq!((by(Some(&decoders)), n_read() > 0), (expected, is_packed));
+            }
         });
     }
 

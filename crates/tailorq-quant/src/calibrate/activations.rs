@@ -119,7 +119,7 @@ mod tests {
         assert_eq!(shares(&[1, 1, 1, 1, 100], 2), [0..4, 4..5]);
         assert_eq!(shares(&[100, 1, 1, 1, 1], 3), [0..1, 1..4, 4..5]);
         assert_eq!(shares(&[5, 5], 4), [0..1, 1..2]);
-        assert_eq!(shares(&[], 3), [0..0]);
+        assert!(shares(&[], 3).iter().all(Range::is_empty));
         let mut rng = tailorq_tensor::Rng::new(2);
         for n_samples in 1..40 {
             let lengths: Vec<usize> = (0..n_samples).map(|_| 1 + rng.below(300)).collect();
