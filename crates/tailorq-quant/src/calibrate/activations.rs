@@ -93,16 +93,17 @@ pub(crate) fn micro_batches(samples: &[Vec<u32>]) -> Vec<Batch> {
 /// fewer samples.
 pub(crate) fn shares(lengths: &[usize], n: usize) -> Vec<Range<usize>> {
     let n = n.clamp(1, lengths.len().max(1));
-    let total: usize = lengths.iter().sum();
-    let (mut shares, mut start, mut taken) = (Vec::new(), 0, 0);
-    for i in 1..=n {
-        // Each of those that follow gets a sample, too.
-        let last = lengths.len() - (n - i);
-        let mut end = start;
-        while end < last && (end == start || i == n || taken + lengths[end] / 2 < total * i / n) {
+    let mut left: usize = lengths.iter().sum();
+    let (mut shares, mut start) = (Vec::new(), 0);
+    for i in 0..n {
+        // An even share of what is left; each of those that follow gets a sample, too.
+        let (most, last) = (left / (n - i), lengths.len() - (n - 1 - i));
+        let (mut end, mut taken) = (start, 0);
+        while end < last && (end == start || i + 1 == n || taken + lengths[end] / 2 < most) {
             taken += lengths[end];
             end += 1;
         }
+        left -= taken;
         shares.push(start..end);
         start = end;
     }
@@ -117,7 +118,7 @@ mod tests {
     fn shares_are_in_order_and_about_alike() {
         assert_eq!(shares(&[7; 6], 3), [0..2, 2..4, 4..6]);
         assert_eq!(shares(&[1, 1, 1, 1, 100], 2), [0..4, 4..5]);
-        assert_eq!(shares(&[100, 1, 1, 1, 1], 3), [0..1, 1..4, 4..5]);
+        assert_eq!(shares(&[100, 1, 1, 1, 1], 3), [0..1, 1..3, 3..5]);
         assert_eq!(shares(&[5, 5], 4), [0..1, 1..2]);
         assert!(shares(&[], 3).iter().all(Range::is_empty));
         let mut rng = tailorq_tensor::Rng::new(2);
