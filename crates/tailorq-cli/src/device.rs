@@ -13,7 +13,7 @@ pub struct DeviceArgs {
     /// the blocks), or auto (the first CUDA device if there is one, else the CPU)
     #[arg(long, global = true, default_value_t = DeviceChoice::Auto, value_name = "DEVICE")]
     pub device: DeviceChoice,
-    /// Arithmetic of products on a CUDA device: f32, or faster and coarser tf32 or bf16
+    /// Arithmetic of products on a CUDA device: f32, faster and coarser tf32, or bf16, which is tf32 with a backward pass in bf16
     #[arg(long, global = true, default_value_t = Precision::F32, value_name = "TYPE")]
     pub precision: Precision,
     /// Memory of each CUDA device that may be taken, in GiB [default: what is free]
