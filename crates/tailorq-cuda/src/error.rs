@@ -58,8 +58,26 @@ pub enum CudaError {
         /// The compiler's words.
         log: String,
     },
+    /// A model that a device has no room for.
+    #[error(
+        "the CUDA device {name} has {} MiB free, and its part of the model with {sequences} sequences of {capacity} tokens takes about {}: use fewer tokens or sequences, share it among several devices (--device cuda:0,1), or use --device cpu",
+        free >> 20,
+        needed >> 20
+    )]
+    Full {
+        /// The device's name.
+        name: String,
+        /// Bytes that it would take.
+        needed: usize,
+        /// Bytes that are free.
+        free: usize,
+        /// Sequences at once.
+        sequences: usize,
+        /// Tokens of each.
+        capacity: usize,
+    },
     /// A model or a request that the kernels do not serve.
-    #[error("the CUDA device does not compute {what}; use --device cpu")]
+    #[error("the CUDA device does not compute {what}; use --device cpu, or --activations f32 where a command has that")]
     Unsupported {
         /// What was asked for.
         what: String,

@@ -32,6 +32,7 @@ pub(crate) const SOURCES: &[&Source] = &[
     &crate::attention::SOURCE,
     &crate::cached::SOURCE,
     &crate::factor::SOURCE,
+    &crate::rotation::SOURCE,
     &crate::rounding::SOURCE,
     &crate::staging::SOURCE,
     &crate::decode::SOURCES[0],
@@ -60,6 +61,8 @@ pub(crate) struct Gpu {
     held: AtomicUsize,
     functions: Mutex<HashMap<(&'static str, &'static str), Function>>,
     modules: Mutex<HashMap<&'static str, Module>>,
+    /// By the number of another device: whether it can be copied from.
+    reached: Mutex<HashMap<usize, bool>>,
 }
 
 #[derive(Clone, Copy)]
@@ -78,15 +81,8 @@ unsafe impl Send for Function {}
 impl Gpu {
     /// Opens device number `ordinal`.
     pub(crate) fn open(ordinal: usize) -> Result<Arc<Gpu>, CudaError> {
-        libraries()?;
-        let driver = |what: &'static str| move |e: result::DriverError| CudaError::Driver { what, error: describe(e) };
-        result::init().map_err(|e| {
-            use sys::CUresult::{CUDA_ERROR_NO_DEVICE, CUDA_ERROR_STUB_LIBRARY};
-            // A driver without a device, as where none is given to this process.
-            let nothing_there = [CUDA_ERROR_NO_DEVICE, CUDA_ERROR_STUB_LIBRARY].contains(&e.0);
-            if nothing_there { CudaError::NoDevice { ordinal, count: 0 } } else { driver("start")(e) }
-        })?;
-        let count = result::device::get_count().map_err(driver("count devices"))?.max(0) as usize;
+        let driver = refused;
+        let count = count_for(ordinal)?;
         if ordinal >= count {
             return Err(CudaError::NoDevice { ordinal, count });
         }
@@ -109,12 +105,18 @@ impl Gpu {
             held: AtomicUsize::new(0),
             functions: Mutex::default(),
             modules: Mutex::default(),
+            reached: Mutex::default(),
         }))
     }
 
     /// The device's name.
     pub(crate) fn name(&self) -> &str {
         &self.name
+    }
+
+    /// The device's number.
+    pub(crate) fn ordinal(&self) -> usize {
+        self.context.ordinal()
     }
 
     pub(crate) fn stream(&self) -> &Arc<CudaStream> {
@@ -227,6 +229,78 @@ impl Gpu {
         self.enter();
         // SAFETY: callers pass addresses inside live buffers, which the stream's order keeps alive.
         must("copy on the device", unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream.cu_stream()) });
+    }
+
+    /// Copies bytes from another device's memory, after all work so far of both; what the other does next comes after the copy.
+    pub(crate) fn receive(&self, to: u64, other: &Gpu, from: u64, bytes: usize) {
+        if bytes == 0 {
+            return;
+        }
+        if !self.reaches(other) {
+            let mut through = vec![0u8; bytes];
+            other.read_at(from, &mut through);
+            self.write_at(to, &through);
+            return;
+        }
+        self.wait_for(other);
+        self.enter();
+        let contexts = (self.context.cu_ctx(), other.context.cu_ctx());
+        // SAFETY: callers pass addresses inside live buffers of both, which the order of both streams keeps alive.
+        must("copy between devices", unsafe {
+            let stream = self.stream.cu_stream();
+            match self.ordinal() == other.ordinal() {
+                true => result::memcpy_dtod_async(to, from, bytes, stream),
+                false => result::memcpy_peer_async(contexts.0, to, contexts.1, from, bytes, stream),
+            }
+        });
+        other.wait_for(self);
+    }
+
+    /// What is started from here on waits for all that was started on `other`.
+    fn wait_for(&self, other: &Gpu) {
+        other.enter();
+        let reached = must("record an event", other.stream.record_event(None));
+        self.enter();
+        let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
+        // SAFETY: stream and event are alive; the driver keeps what it needs of the event.
+        must("order two streams", unsafe {
+            result::stream::wait_event(self.stream.cu_stream(), reached.cu_event(), flags)
+        });
+    }
+
+    /// Whether copies from `other` need not go through the host. The first time its memory is opened to this device.
+    fn reaches(&self, other: &Gpu) -> bool {
+        let mut known = self.reached.lock().expect("no thread panics while it looks up a device");
+        if self.context.ordinal() == other.context.ordinal() {
+            return true;
+        }
+        *known.entry(other.context.ordinal()).or_insert_with(|| {
+            other.enter();
+            open_memory(&other.context, &self.context).unwrap_or(false)
+        })
+    }
+
+    fn read_at(&self, from: u64, out: &mut [u8]) {
+        self.enter();
+        // SAFETY: the caller's range is alive, and the stream is waited for before `out` is looked at.
+        must("copy from the device", unsafe { result::memcpy_dtoh_async(out, from, self.stream.cu_stream()) });
+        self.synchronize();
+    }
+
+    fn write_at(&self, to: u64, data: &[u8]) {
+        self.enter();
+        // SAFETY: the caller's range is alive; from pageable memory the driver has read all when it returns.
+        must("copy to the device", unsafe { result::memcpy_htod_async(to, data, self.stream.cu_stream()) });
+    }
+
+    /// Memory that was given back goes back to the system.
+    pub(crate) fn give_back_unused(&self) {
+        self.synchronize();
+        // SAFETY: the device is open.
+        must("set up the memory pool", unsafe {
+            result::device::get_default_mem_pool(self.context.cu_device())
+                .and_then(|pool| sys::cuMemPoolTrimTo(pool, 0).result())
+        });
     }
 
     /// The kernel `name` of `source`, compiled when it is first asked for.
@@ -451,6 +525,27 @@ impl std::fmt::Debug for Buffer {
     }
 }
 
+fn refused(what: &'static str) -> impl Fn(result::DriverError) -> CudaError {
+    move |e| CudaError::Driver { what, error: describe(e) }
+}
+
+/// How many devices the driver knows.
+pub(crate) fn count() -> Result<usize, CudaError> {
+    count_for(0)
+}
+
+/// The same, when device number `ordinal` is looked for.
+fn count_for(ordinal: usize) -> Result<usize, CudaError> {
+    libraries()?;
+    result::init().map_err(|e| {
+        use sys::CUresult::{CUDA_ERROR_NO_DEVICE, CUDA_ERROR_STUB_LIBRARY};
+        // A driver without a device, as where none is given to this process.
+        let nothing_there = [CUDA_ERROR_NO_DEVICE, CUDA_ERROR_STUB_LIBRARY].contains(&e.0);
+        if nothing_there { CudaError::NoDevice { ordinal, count: 0 } } else { refused("start")(e) }
+    })?;
+    Ok(result::device::get_count().map_err(refused("count devices"))?.max(0) as usize)
+}
+
 /// Whether all libraries can be loaded.
 fn libraries() -> Result<(), CudaError> {
     // SAFETY: loading these libraries runs their initialisers, which have no preconditions.
@@ -487,6 +582,25 @@ fn set_release_threshold(context: &CudaContext, mut bytes: u64) -> Result<(), re
         let attribute = sys::CUmemPool_attribute_enum::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
         sys::cuMemPoolSetAttribute(pool, attribute, (&raw mut bytes).cast()).result()
     }
+}
+
+/// Lets `by` read and write what `owner` allocates; `false` where the hardware cannot.
+fn open_memory(owner: &CudaContext, by: &CudaContext) -> Result<bool, result::DriverError> {
+    let mut can = 0;
+    // SAFETY: both devices are open; the description outlives the call.
+    unsafe {
+        sys::cuDeviceCanAccessPeer(&raw mut can, by.cu_device(), owner.cu_device()).result()?;
+        if can == 0 {
+            return Ok(false);
+        }
+        let pool = result::device::get_default_mem_pool(owner.cu_device())?;
+        let type_ = sys::CUmemLocationType::CU_MEM_LOCATION_TYPE_DEVICE;
+        let location = sys::CUmemLocation { type_, id: by.cu_device() };
+        let flags = sys::CUmemAccess_flags::CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
+        let access = sys::CUmemAccessDesc { location, flags };
+        sys::cuMemPoolSetAccess(pool, &raw const access, 1).result()?;
+    }
+    Ok(true)
 }
 
 /// The driver's words for an error.

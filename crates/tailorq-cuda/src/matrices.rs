@@ -38,7 +38,23 @@ impl Gpu {
 
     /// Where a matrix lies on the device; it is brought there when it is not.
     pub(crate) fn address(self: &Arc<Self>, m: &Matrix) -> u64 {
-        buffer(m.remote_or(|data| self.elements(data, m.len()))).ptr()
+        self.own(buffer(m.remote_or(|data| self.elements(data, m.len())))).ptr()
+    }
+
+    fn own<'b>(&self, buffer: &'b Buffer) -> &'b Buffer {
+        assert_eq!(self.ordinal(), buffer.gpu().ordinal(), "a matrix of another device is brought over first");
+        buffer
+    }
+
+    /// The matrix on this device: itself, or a copy of what another device holds.
+    pub(crate) fn bring(self: &Arc<Self>, m: &Matrix) -> Matrix {
+        let from = buffer(m.remote_or(|data| self.elements(data, m.len())));
+        if Arc::ptr_eq(from.gpu(), self) {
+            return m.clone();
+        }
+        let (copy, to) = self.matrix(m.rows(), m.cols());
+        self.receive(to, from.gpu(), from.ptr(), from.bytes());
+        copy
     }
 
     /// The same for an operation that changes it: copies of the matrix keep what they have.
@@ -48,6 +64,6 @@ impl Gpu {
         if Arc::get_mut(remote).is_none() {
             *remote = Arc::new(Elements(buffer(remote).duplicate()));
         }
-        buffer(remote).ptr()
+        self.own(buffer(remote)).ptr()
     }
 }

@@ -116,13 +116,8 @@ impl Slot {
     }
 }
 
-/// Numbers without padding.
-pub(crate) trait Number: Copy {}
-impl Number for f32 {}
-impl Number for u16 {}
-
 /// The bytes of some numbers.
-pub(crate) fn bytes_of<T: Number>(numbers: &[T]) -> &[u8] {
+pub(crate) fn bytes_of(numbers: &[f32]) -> &[u8] {
     // SAFETY: the numbers are that many bytes, all of them set.
     unsafe { std::slice::from_raw_parts(numbers.as_ptr().cast(), size_of_val(numbers)) }
 }

@@ -4,21 +4,20 @@
 //! that is gone goes with the next upload, and until then no other weight can have its address. Of the living ones the least
 //! recently used gives way first.
 
-use crate::blas::Element;
 use crate::gpu::{Buffer, Gpu, Grid, launch};
 use crate::staging::{self, Staging};
-use half::bf16;
 use rayon::prelude::*;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, Weak};
 use tailorq_tensor::{DType, Matrix, PackedMatrix, ReadRows, Weight};
+
+const FLOAT: usize = size_of::<f32>();
 
 /// Elements that one task decodes.
 const PIECE: usize = 1 << 20;
 
 /// See the module.
 pub(crate) struct Weights {
-    element: Element,
     /// Bytes of the device that may be taken in all. Of what other matrices leave of them, weights take half, the one in use
     /// aside.
     limit: usize,
@@ -74,16 +73,11 @@ fn key(weight: &Weight) -> usize {
 }
 
 impl Weights {
-    pub(crate) fn new(element: Element, limit: usize) -> Self {
-        Weights { element, limit, kept: Mutex::default() }
+    pub(crate) fn new(limit: usize) -> Self {
+        Weights { limit, kept: Mutex::default() }
     }
 
-    /// What the elements are rounded to.
-    pub(crate) fn element(&self) -> Element {
-        self.element
-    }
-
-    /// The whole weight on the device, row by row.
+    /// The whole weight on the device in f32, row by row.
     pub(crate) fn get(&self, staging: &Staging, gpu: &Arc<Gpu>, weight: &Weight) -> Arc<Buffer> {
         let mut kept = self.kept.lock().expect("no thread panics while it holds the list");
         kept.clock += 1;
@@ -92,7 +86,7 @@ impl Weights {
             entry.used = now;
             return entry.buffer.clone();
         }
-        let bytes = weight.rows() * weight.cols() * self.element.size();
+        let bytes = weight.rows() * weight.cols() * FLOAT;
         kept.entries.retain(|_, entry| !entry.owner.is_gone());
         kept.bytes = kept.entries.values().map(|entry| entry.buffer.bytes()).sum();
         let limit = self.limit.saturating_sub(gpu.held().saturating_sub(kept.bytes)) / 2;
@@ -102,7 +96,7 @@ impl Weights {
             let gone = kept.entries.remove(&oldest).expect("it was found above");
             kept.bytes -= gone.buffer.bytes();
         }
-        let buffer = Arc::new(upload(staging, gpu, weight.reader(), self.element));
+        let buffer = Arc::new(upload(staging, gpu, weight.reader()));
         kept.bytes += bytes;
         let entry = Entry { buffer: buffer.clone(), used: now, owner: Owner::of(weight) };
         kept.entries.insert(key(weight), entry);
@@ -111,41 +105,30 @@ impl Weights {
 }
 
 /// Brings a weight to the device, bf16 as it is stored; others are decoded on all threads and copied over, a part at a time.
-pub(crate) fn upload(staging: &Staging, gpu: &Arc<Gpu>, weight: &dyn ReadRows, element: Element) -> Buffer {
-    let (rows, cols) = (weight.rows(), weight.cols());
-    let n = rows * cols;
-    let buffer = gpu.allocate(n * element.size());
-    match (weight.dense(), element) {
-        (Some((DType::BF16, bytes)), Element::Bf16) => staging.upload(&buffer, 0, bytes),
-        (Some((DType::BF16, bytes)), Element::F32) => {
+fn upload(staging: &Staging, gpu: &Arc<Gpu>, weight: &dyn ReadRows) -> Buffer {
+    let n = weight.rows() * weight.cols();
+    let buffer = gpu.allocate(n * FLOAT);
+    match weight.dense() {
+        Some((DType::BF16, bytes)) => {
             let stored = gpu.allocate(bytes.len());
             staging.upload(&stored, 0, bytes);
             launch!(gpu, &staging::SOURCE, "from_bf16", Grid::elements(n), stored.ptr(), buffer.ptr(), n as u64);
         }
-        _ => decode(staging, &buffer, weight, element),
+        _ => decode(staging, &buffer, weight),
     }
     buffer
 }
 
-fn decode(staging: &Staging, buffer: &Buffer, weight: &dyn ReadRows, element: Element) {
+fn decode(staging: &Staging, buffer: &Buffer, weight: &dyn ReadRows) {
     let (rows, cols) = (weight.rows(), weight.cols());
     let piece_rows = (PIECE / cols.max(1)).max(1);
     let part_rows = piece_rows * 4 * rayon::current_num_threads().max(1);
     let mut values = vec![0.0f32; part_rows.min(rows) * cols];
-    let mut rounded = Vec::new();
     for first in (0..rows).step_by(part_rows.max(1)) {
         let n = part_rows.min(rows - first);
         let part = &mut values[..n * cols];
         let read = |(i, piece): (usize, &mut [f32])| weight.read_rows(first + i * piece_rows, piece);
         part.par_chunks_mut((piece_rows * cols).max(1)).enumerate().for_each(read);
-        let at = first * cols * element.size();
-        match element {
-            Element::F32 => staging.upload(buffer, at, staging::bytes_of(part)),
-            Element::Bf16 => {
-                rounded.clear();
-                rounded.par_extend(part.par_iter().map(|v| bf16::from_f32(*v).to_bits()));
-                staging.upload(buffer, at, staging::bytes_of::<u16>(&rounded));
-            }
-        }
+        staging.upload(buffer, first * cols * FLOAT, staging::bytes_of(part));
     }
 }

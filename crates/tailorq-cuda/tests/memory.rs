@@ -8,7 +8,7 @@
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use tailorq_cuda::{CudaOptions, Precision};
-use tailorq_kernels::Device;
+use tailorq_kernels::{Device, GradientSums};
 use tailorq_model::testing::TinyModel;
 use tailorq_quant::survey::{Loss, Needs, Survey, SurveySample};
 use tailorq_tensor::{DType, DenseRows, Matrix, Rng, SharedBytes, Weight};
@@ -79,6 +79,39 @@ fn weights_arrive_as_they_are_stored() {
             let encoded = device.encode_bf16(&values);
             assert_eq!(encoded, DType::BF16.encode(values.data()));
         }
+    }
+}
+
+/// With bf16 products of the backward pass are coarser than those of the forward pass, which are as with tf32.
+#[test]
+fn bf16_rounds_the_backward_pass() {
+    let options = CudaOptions { precision: Precision::Bf16, ..CudaOptions::default() };
+    let Some(device) = cuda(options) else { return };
+    let mut rng = Rng::new(11);
+    let (x, w, dy) = (normal(&mut rng, 50, 600), normal(&mut rng, 500, 600), normal(&mut rng, 50, 500));
+    // Of `a b`, by rows and columns.
+    let off = |found: &Matrix, a: &dyn Fn(usize, usize) -> f32, b: &dyn Fn(usize, usize) -> f32, n: usize| {
+        let (mut error, mut size) = (0.0, 0.0);
+        for (r, c) in (0..found.len()).map(|i| (i / found.cols(), i % found.cols())) {
+            let exact: f64 = (0..n).map(|k| f64::from(a(r, k)) * f64::from(b(k, c))).sum();
+            error += (f64::from(found.row(r)[c]) - exact).powi(2);
+            size += exact.powi(2);
+        }
+        (error / size).sqrt()
+    };
+    let weight = Weight::from(w.clone());
+    let forward = off(&device.linear_matrix(&x, &weight, None, 0..500), &|r, k| x.row(r)[k], &|k, c| w.row(c)[k], 600);
+    let mut dx = Matrix::zeros(50, 600);
+    device.linear_backward_matrix(&dy, &weight, 0..500, &mut dx);
+    let backward = off(&dx, &|r, k| dy.row(r)[k], &|k, c| w.row(k)[c], 500);
+    let mut sum = Matrix::zeros(500, 600);
+    let sums = GradientSums { sum: Some(&mut sum), ..GradientSums::default() };
+    let all = 0..50;
+    device.weight_gradients_matrix(&dy, &x, std::slice::from_ref(&all), sums);
+    let gradient = off(&sum, &|r, k| dy.row(k)[r], &|k, c| x.row(k)[c], 50);
+    assert!(forward < 1.2e-3, "{forward}");
+    for found in [backward, gradient] {
+        assert!(forward < found && found < 5e-3, "{found}, forward {forward}");
     }
 }
 

@@ -330,8 +330,14 @@ mod tests {
             (first..ids.len()).map(at).sum()
         };
         let check = |template: Option<&ChatTemplate>, question: &str, whole: &str, n_tokens: usize, cut: usize| {
-            let subject =
-                Subject { name: "tiny", model: &model, tokenizer: &tokenizer, template, device: device.as_ref() };
+            let subject = Subject {
+                name: "tiny",
+                model: &model,
+                tokenizer: &tokenizer,
+                template,
+                device: device.as_ref(),
+                decoders: None,
+            };
             let tokens = |question: &str| Tokens::read(&subject, &[user(question)], "It is 4.").unwrap();
             let found = score_all(&subject, &[tokens(question)], 0).unwrap()[0];
             let together = score_all(&subject, &[tokens("another?"), tokens(question), tokens("?")], 0).unwrap();

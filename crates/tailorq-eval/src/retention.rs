@@ -86,7 +86,14 @@ mod tests {
     }
 
     fn subject<'a>(opened: &'a OpenedModel, device: &'a dyn Device) -> Subject<'a> {
-        Subject { name: "tiny", model: &opened.model, tokenizer: &opened.tokenizer, template: None, device }
+        Subject {
+            name: "tiny",
+            model: &opened.model,
+            tokenizer: &opened.tokenizer,
+            template: None,
+            device,
+            decoders: None,
+        }
     }
 
     #[test]

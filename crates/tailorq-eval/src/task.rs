@@ -14,7 +14,7 @@ use crate::rolling::{ROLLING, WIKITEXT};
 use serde::Serialize;
 use std::ops::ControlFlow;
 use std::path::Path;
-use tailorq_model::{ChatTemplate, Model, Tokenizer};
+use tailorq_model::{ChatTemplate, Decoders, Model, Tokenizer};
 use tailorq_runtime::Device;
 
 /// Hears how many of how many steps are done (from 0 of n on) and may stop the work.
@@ -33,6 +33,15 @@ pub struct Subject<'a> {
     pub template: Option<&'a ChatTemplate>,
     /// Where it runs.
     pub device: &'a dyn Device,
+    /// Generates answers with packed weights as they are, where the device has that and it is wanted.
+    pub decoders: Option<&'a dyn Decoders>,
+}
+
+impl<'a> Subject<'a> {
+    /// What generates its answers, unless the device does so operation by operation.
+    pub(crate) fn decoders(&self) -> Option<&'a dyn Decoders> {
+        self.decoders.filter(|_| self.model.is_packed())
+    }
 }
 
 /// What tasks may be told; each reads what concerns it.

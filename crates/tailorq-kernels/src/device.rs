@@ -4,6 +4,7 @@ use crate::kv::KeyValues;
 use crate::resident::Resident;
 use crate::rounding::{Rounded, RoundingJob};
 use std::ops::Range;
+use std::sync::Arc;
 use tailorq_tensor::{Matrix, Weight};
 use thiserror::Error;
 
@@ -128,6 +129,11 @@ pub trait Device: Send + Sync {
     /// said elsewhere.
     fn signature(&self) -> Option<String> {
         self.resident().map(|_| self.name())
+    }
+
+    /// Devices of the same kind beside this one, to which work on other samples may go. Results may depend on their number.
+    fn peers(&self) -> &[Arc<dyn Device>] {
+        &[]
     }
 
     /// The operations on matrices in the device's own memory, if it has one.

@@ -80,6 +80,12 @@ pub fn cpu_with(activations: Activations) -> Arc<dyn Device> {
     Arc::new(cpu::Cpu::variants().swap_remove(0).with(activations))
 }
 
+/// The fast CPU device with `n` more of its kind as its peers: what several devices share among them can be seen, and tested, where
+/// there is no more than a CPU. It is no faster.
+pub fn cpu_with_peers(n: usize) -> Arc<dyn Device> {
+    Arc::new(cpu::Cpu::variants().swap_remove(0).beside(n))
+}
+
 /// The CPU device once for each instruction set of this processor that it has code for, the best first. For tests.
 pub fn cpu_variants() -> Vec<Arc<dyn Device>> {
     cpu_variants_with(Activations::F32)

@@ -10,7 +10,7 @@ use crate::{
     NotPositiveDefinite, RopeTable,
 };
 use std::ops::Range;
-use tailorq_tensor::{DType, Matrix, Weight};
+use tailorq_tensor::{DType, InputTransform, Matrix, Weight};
 
 /// See the module. Matrices are `[rows, width]`; shapes are those of the methods of [`Device`] of the same names.
 pub trait Resident: Send + Sync {
@@ -21,6 +21,14 @@ pub trait Resident: Send + Sync {
     /// Takes a copy of `x` off the device, rounded to half precision row by row ([`PutAway`]), while work goes on; `None` when
     /// there is no room for it.
     fn put_away(&self, x: &Matrix) -> Option<Box<dyn PutAway>>;
+    /// A copy on this device of a matrix that may lie on another device of its kind, or in memory.
+    fn bring(&self, x: &Matrix) -> Matrix;
+    /// Every row becomes [`InputTransform::forward`] of it, in the same bits.
+    fn rotate_rows(&self, x: &mut Matrix, transform: &InputTransform);
+    /// A square matrix becomes its transpose.
+    fn transpose(&self, x: &mut Matrix);
+    /// What is above the diagonal of a square matrix becomes what is below it.
+    fn complete_upper(&self, x: &mut Matrix);
     /// The elements as little-endian bfloat16.
     fn encode_bf16(&self, x: &Matrix) -> Vec<u8>;
     /// Whether no element is infinite or NaN.
@@ -107,6 +115,20 @@ pub trait PutAway: Send {
 
 /// Operations on matrices, wherever they are.
 impl dyn Device + '_ {
+    /// This device and its peers.
+    pub fn group(&self) -> Vec<&dyn Device> {
+        let peers = self.peers().iter().map(|peer| &**peer as &dyn Device);
+        std::iter::once(self as &dyn Device).chain(peers).collect()
+    }
+
+    /// `y += x`, of which `x` was made by a peer.
+    pub fn add_from_peer(&self, x: &Matrix, y: &mut Matrix) {
+        match self.resident() {
+            Some(resident) => resident.add(&resident.bring(x), y),
+            None => self.add(x.data(), y.data_mut()),
+        }
+    }
+
     /// The elements of a weight, exactly.
     pub fn dense_matrix(&self, w: &Weight) -> Matrix {
         self.resident().map_or_else(|| w.to_matrix(), |resident| resident.dense(w))

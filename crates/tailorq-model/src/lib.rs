@@ -3,6 +3,7 @@
 pub mod arch;
 mod backward;
 mod config;
+mod decoder;
 mod error;
 mod forward;
 mod kv;
@@ -19,6 +20,7 @@ mod workspace;
 pub use arch::{Architecture, Bias, LinearDecl};
 pub use backward::{LossGradient, Tap, Target, next_token_targets};
 pub use config::{ModelConfig, RopeScaling};
+pub use decoder::{Decoder, DecoderError, DecoderSize, Decoders};
 pub use error::ModelError;
 pub use forward::{Batch, BlockStage};
 pub use kv::KvCache;

@@ -10,7 +10,7 @@ use tailorq_tensor::Matrix;
 use thiserror::Error;
 
 /// A place for matrices that do not fit in memory, given by whoever may open files.
-pub trait Spill {
+pub trait Spill: Send {
     /// Keeps `values` under `key`.
     fn put(&mut self, key: usize, values: &[f32]) -> io::Result<()>;
     /// Reads back what was put under `key`, of the same length; it may be read again.

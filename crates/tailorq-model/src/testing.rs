@@ -3,6 +3,10 @@
 //! Every tensor's numbers depend on seed and name alone, so a directory and a GGUF file of one [`TinyModel`] hold the
 //! same model. The tokenizer is byte-level without merges: a token a byte, then the three special tokens of ChatML.
 
+mod plain;
+
+pub use plain::{PlainDecoder, PlainDecoders};
+
 use crate::arch::{Architecture, Bias, EMBEDDING, FINAL_NORM, HEAD, block_name, block_norms};
 use crate::config::{ModelConfig, RopeScaling};
 use crate::error::ModelError;

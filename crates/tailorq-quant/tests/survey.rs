@@ -7,7 +7,7 @@ use std::ops::ControlFlow;
 use tailorq_model::testing::TinyModel;
 use tailorq_model::{Model, Spill};
 use tailorq_quant::QuantError;
-use tailorq_quant::survey::{BlockStats, Loss, Needs, Summary, Survey, SurveySample, TokenWeight};
+use tailorq_quant::survey::{BlockStats, LayerGradients, Loss, Needs, Summary, Survey, SurveySample, TokenWeight};
 use tailorq_tensor::{Matrix, Rng};
 
 fn model(architecture: &str, seed: u64) -> Model {
@@ -197,4 +197,86 @@ fn the_caller_may_stop_it() {
         Survey { device: device.as_ref(), model: &model, loss: Loss::CrossEntropy, needs: &needs, tape_bytes: 1 << 30 };
     let stopped = survey.run(&samples(&[9]), None, &mut |_| Ok(ControlFlow::Break(())));
     assert!(matches!(stopped, Err(QuantError::Interrupted)));
+}
+
+/// Runs on a group of CPU devices.
+fn run_on(n: usize, model: &Model, samples: &[SurveySample], tape_bytes: usize) -> (Summary, Vec<BlockStats>) {
+    let (device, needs) = (tailorq_kernels::cpu_with_peers(n - 1), everything());
+    let survey = Survey { device: &*device, model, loss: Loss::CrossEntropy, needs: &needs, tape_bytes };
+    let (mut blocks, mut heap) = (Vec::new(), Heap::default());
+    let summary = survey.run(samples, Some(&mut heap), &mut |stats| {
+        blocks.push(stats);
+        Ok(ControlFlow::Continue(()))
+    });
+    assert_eq!(tape_bytes == 0, !heap.0.is_empty(), "what does not fit is spilled by every device");
+    (summary.unwrap(), blocks)
+}
+
+/// Sums of samples are the same whoever takes which, up to the order of additions; tokens stay in the order of the samples.
+#[test]
+fn devices_share_the_samples() {
+    let model = model("qwen2", 3);
+    let samples = samples(&[30, 2, 0, 90, 1, 1500, 700, 45, 8]);
+    let (one, expected) = run_on(1, &model, &samples, 1 << 30);
+    for n in [2, 3, 9] {
+        let (summary, blocks) = run_on(n, &model, &samples, 1 << 30);
+        let counts = |s: &Summary| (s.n_samples, s.n_tokens, s.n_targets);
+        assert_eq!(counts(&summary), counts(&one));
+        assert!((summary.mean_loss.unwrap() / one.mean_loss.unwrap() - 1.0).abs() < 1e-6);
+        assert_eq!(blocks.iter().map(|b| b.block_idx).collect::<Vec<_>>(), [1, 0]);
+        let wide = |m: &Matrix| m.data().iter().map(|&x| f64::from(x)).collect::<Vec<_>>();
+        for (found, expected) in blocks.iter().zip(&expected) {
+            for (found, expected) in found.layers.iter().zip(&expected.layers) {
+                let sums =
+                    |l: &LayerGradients| [l.sum.clone(), l.absolute.clone(), l.square.clone()].map(Option::unwrap);
+                for (found, expected) in sums(found).iter().zip(&sums(expected)) {
+                    close(found, &wide(expected), "gradients");
+                }
+                for ((_, found), (kind, expected)) in found.hessians.iter().zip(&expected.hessians) {
+                    close(found, &wide(expected), kind.name());
+                }
+                assert_eq!(found.token_energies.len(), one.n_tokens);
+                let pairs = found.token_energies.iter().zip(&expected.token_energies);
+                pairs.for_each(|(a, b)| assert!((a - b).abs() <= 1e-4 * b, "{a} {b}"));
+            }
+            for (found, expected) in found.groups.iter().zip(&expected.groups) {
+                assert_eq!(found.token_norms.len(), one.n_tokens);
+                let pairs = found.token_norms.iter().zip(&expected.token_norms);
+                pairs.for_each(|(a, b)| assert!((a - b).abs() <= 1e-4 * b, "{a} {b}"));
+                let pairs = found.input_energies.iter().zip(&expected.input_energies);
+                pairs.for_each(|(a, b)| assert!((a - b).abs() <= 1e-4 * b, "{a} {b}"));
+                for ((_, found), (kind, expected)) in found.hessians.iter().zip(&expected.hessians) {
+                    close(found, &wide(expected), kind.name());
+                }
+            }
+        }
+        assert_eq!(run_on(n, &model, &samples, 1 << 30).1, blocks, "the same devices give the same bits");
+        assert_eq!(run_on(n, &model, &samples, 0).1, blocks, "and so they do where nothing fits");
+    }
+    // With one thread for all of them nobody waits for ever.
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
+    let alone = pool.install(|| run_on(3, &model, &samples, 1 << 30).1);
+    assert_eq!(alone, run_on(3, &model, &samples, 1 << 30).1);
+}
+
+#[test]
+fn what_stops_one_device_stops_all() {
+    let model = model("llama", 3);
+    let device = tailorq_kernels::cpu_with_peers(2);
+    let needs = everything();
+    let survey =
+        Survey { device: &*device, model: &model, loss: Loss::CrossEntropy, needs: &needs, tape_bytes: 1 << 30 };
+    let samples = samples(&[30, 20, 90, 40]);
+    let mut n_seen = 0;
+    let stopped = survey.run(&samples, None, &mut |_| {
+        n_seen += 1;
+        Ok(ControlFlow::Break(()))
+    });
+    assert!(matches!(stopped, Err(QuantError::Interrupted)) && n_seen == 1);
+    let failed = survey.run(&samples, None, &mut |_| Err(QuantError::NoCalibration));
+    assert!(matches!(failed, Err(QuantError::NoCalibration)));
+    // No room for a tape, and no place to spill to.
+    let full = Survey { tape_bytes: 8, ..survey };
+    let failed = full.run(&samples, None, &mut |_| Ok(ControlFlow::Continue(())));
+    assert!(failed.unwrap_err().to_string().contains("8 bytes"));
 }

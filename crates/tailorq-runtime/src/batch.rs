@@ -91,7 +91,7 @@ pub struct BatchProgress<'a> {
 }
 
 /// Hears of progress and may stop the work.
-type OnProgress<'a> = dyn FnMut(BatchProgress<'_>) -> ControlFlow<()> + 'a;
+pub(crate) type OnProgress<'a> = dyn FnMut(BatchProgress<'_>) -> ControlFlow<()> + 'a;
 
 /// Continues every prompt greedily; completions come in the order of the requests.
 ///
@@ -139,7 +139,7 @@ pub fn generate_batch(
 }
 
 /// The end of the prompt that fits, or why it cannot be continued.
-fn fit(request: &CompletionRequest, context: usize, vocab: usize) -> Result<&[u32], RuntimeError> {
+pub(crate) fn fit(request: &CompletionRequest, context: usize, vocab: usize) -> Result<&[u32], RuntimeError> {
     let prompt = &request.prompt[..];
     if prompt.is_empty() {
         return Err(RuntimeError::EmptyPrompt);
@@ -155,16 +155,16 @@ fn fit(request: &CompletionRequest, context: usize, vocab: usize) -> Result<&[u3
 
 /// A prompt's turn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Turn {
+pub(crate) struct Turn {
     /// Which request.
-    request: usize,
+    pub(crate) request: usize,
     /// Tokens, in whole chunks, that it begins with like the turn before.
     shared: usize,
 }
 
 /// The order in which prompts are read: those that begin with the same chunk together and there in lexical order, so that
 /// neighbours share as much as they can; otherwise the longest first, so that no long one is left to run alone at the end.
-fn plan(prompts: &[&[u32]]) -> Vec<Turn> {
+pub(crate) fn plan(prompts: &[&[u32]]) -> Vec<Turn> {
     let mut groups: Vec<(&[u32], usize)> = Vec::new();
     let mut order: Vec<usize> = (0..prompts.len()).collect();
     order.sort_by_key(|&i| (prompts[i], i));
@@ -300,29 +300,17 @@ impl Stage<'_> {
         Err(RuntimeError::EmptyPrompt)
     }
 
-    /// Takes the most likely token into the sequence; says why the sequence ends, if it does.
+    /// See [`accept`].
     fn accept(&self, sequence: &mut Running<'_>, id: u32) -> Result<Option<FinishReason>, RuntimeError> {
-        let most = self.requests[sequence.request].max_tokens;
-        if sequence.output.tokens.len() >= most {
-            return Ok(Some(FinishReason::MaxTokens));
-        }
-        if self.tokenizer.eos.contains(&id) {
-            return Ok(Some(FinishReason::EndOfSequence));
-        }
-        let (_, stopped) = sequence.output.push(id)?;
         sequence.next = id;
-        if stopped {
-            return Ok(Some(FinishReason::StopString));
-        }
-        Ok((sequence.output.tokens.len() >= most).then_some(FinishReason::MaxTokens))
+        let most = self.requests[sequence.request].max_tokens;
+        accept(&mut sequence.output, id, (self.tokenizer, most))
     }
 
-    fn retire(&mut self, mut sequence: Running<'_>, finish: FinishReason) -> Result<(), RuntimeError> {
-        sequence.output.finish(finish)?;
-        let Output { text, tokens, .. } = sequence.output;
+    fn retire(&mut self, sequence: Running<'_>, finish: FinishReason) -> Result<(), RuntimeError> {
         let request = sequence.request;
         let cut_tokens = self.requests[request].prompt.len() - self.prompts[request].len();
-        let completion = Completion { text, tokens, finish, cut_tokens };
+        let completion = retired(sequence.output, finish, cut_tokens)?;
         self.n_finished += 1;
         self.report(Some((request, &completion)))?;
         self.finished[request] = Some(completion);
@@ -350,6 +338,36 @@ impl Stage<'_> {
         (self.workspace, self.running, self.caches) = (workspace, running, caches);
         Ok(())
     }
+}
+
+/// Takes the most likely token into a sequence of at most so many tokens; says why the sequence ends, if it does.
+pub(crate) fn accept(
+    output: &mut Output<'_>,
+    id: u32,
+    (tokenizer, most): (&Tokenizer, usize),
+) -> Result<Option<FinishReason>, RuntimeError> {
+    if output.tokens.len() >= most {
+        return Ok(Some(FinishReason::MaxTokens));
+    }
+    if tokenizer.eos.contains(&id) {
+        return Ok(Some(FinishReason::EndOfSequence));
+    }
+    let (_, stopped) = output.push(id)?;
+    if stopped {
+        return Ok(Some(FinishReason::StopString));
+    }
+    Ok((output.tokens.len() >= most).then_some(FinishReason::MaxTokens))
+}
+
+/// What an ended sequence has become.
+pub(crate) fn retired(
+    mut output: Output<'_>,
+    finish: FinishReason,
+    cut_tokens: usize,
+) -> Result<Completion, RuntimeError> {
+    output.finish(finish)?;
+    let Output { text, tokens, .. } = output;
+    Ok(Completion { text, tokens, finish, cut_tokens })
 }
 
 /// One step of every sequence, and the most likely token after each.

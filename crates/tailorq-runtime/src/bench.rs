@@ -9,7 +9,7 @@ use std::ops::ControlFlow;
 use std::slice;
 use std::time::{Duration, Instant};
 use tailorq_kernels::{Device, KvType, awake};
-use tailorq_model::{KvCache, Linear, Model, Workspace};
+use tailorq_model::{Decoder, KvCache, Linear, Model, Workspace};
 use tailorq_tensor::{Rng, Weight};
 
 /// Tokens that every generated sequence begins with.
@@ -159,23 +159,66 @@ pub fn bench(
     options: &BenchOptions,
     on_stage: &mut OnStage<'_>,
 ) -> Result<BenchReport, RuntimeError> {
-    let options = BenchOptions { batch: options.batch.max(1), repeat: options.repeat.max(1), ..*options };
+    let step = StepBytes::of(model, options.batch.max(1));
+    let (workspace, buffer) = (Workspace::new(), Vec::new());
+    measure(&mut Stage { model, device, options: checked(options), workspace, buffer }, step, model, on_stage)
+}
+
+/// Measures `model` on a decoder of it that has as many sequences as generate together, beside the rate at which the device
+/// copies inside its own memory.
+pub fn bench_decoding(
+    model: &Model,
+    decoder: &mut dyn Decoder,
+    options: &BenchOptions,
+    on_stage: &mut OnStage<'_>,
+) -> Result<BenchReport, RuntimeError> {
+    let (linears, head) = decoder.weight_bytes();
+    let step = StepBytes { linears, head, ..StepBytes::of(model, options.batch.max(1)) };
+    measure(&mut DecoderStage { model, decoder, options: checked(options) }, step, model, on_stage)
+}
+
+fn checked(options: &BenchOptions) -> BenchOptions {
+    BenchOptions { batch: options.batch.max(1), repeat: options.repeat.max(1), ..*options }
+}
+
+/// What is measured, on whichever engine.
+trait Measured {
+    fn options(&self) -> BenchOptions;
+    fn first_token(&mut self) -> Result<Duration, RuntimeError>;
+    fn prompt(&mut self) -> Result<Duration, RuntimeError>;
+    /// Time of all steps, and the mean of the bytes of keys and values that a step reads.
+    fn generate(&mut self) -> Result<(Duration, usize), RuntimeError>;
+    /// Bytes a second of the memory that the weights are in.
+    fn memory(&mut self) -> f64;
+}
+
+/// `n` random tokens, others for every `stream`.
+fn tokens(options: &BenchOptions, vocab: usize, n: usize, stream: u64) -> Vec<u32> {
+    let mut rng = Rng::new(options.seed.wrapping_add(stream));
+    (0..n).map(|_| rng.below(vocab) as u32).collect()
+}
+
+fn measure(
+    stage: &mut dyn Measured,
+    mut step: StepBytes,
+    model: &Model,
+    on_stage: &mut OnStage<'_>,
+) -> Result<BenchReport, RuntimeError> {
+    let options = stage.options();
     let limit = model.config.max_positions;
     let needed = options.prompt.max(BENCH_START.saturating_add(options.generate));
     if needed > limit {
         return Err(RuntimeError::ContextFull { needed, limit });
     }
-    let mut stage = Stage { model, device, options, workspace: Workspace::new() };
     let mut begin = |what, i| if on_stage(what, i).is_break() { Err(RuntimeError::Interrupted) } else { Ok(()) };
     begin(BenchStage::FirstToken, 0)?;
     let first_token = stage.first_token()?;
     let (mut prompts, mut generations, mut memories) = (Vec::new(), Vec::new(), Vec::new());
-    let mut step = StepBytes::of(model, options.batch);
-    let (mut buffer, mut peak_memory) = (Vec::new(), None);
+    let mut peak_memory = None;
     for i in 0..options.repeat {
         if options.prompt > 0 {
             begin(BenchStage::Prompt, i)?;
-            prompts.push(options.prompt as f64 / stage.prompt().as_secs_f64());
+            prompts.push(options.prompt as f64 / stage.prompt()?.as_secs_f64());
         }
         if options.generate > 0 {
             begin(BenchStage::Generate, i)?;
@@ -184,12 +227,9 @@ pub fn bench(
             generations.push(options.generate as f64 / taken.as_secs_f64());
         }
         begin(BenchStage::Memory, i)?;
-        if buffer.is_empty() {
-            // Before the buffer, which no user of the model would hold.
-            peak_memory = peak_resident();
-            buffer = vec![1.0f32; (options.memory_bytes / 4).max(1)];
-        }
-        memories.push(memory_rate(&buffer));
+        // Before the first buffer, which no user of the model would hold.
+        peak_memory = peak_memory.or_else(peak_resident);
+        memories.push(stage.memory());
     }
     let read: Vec<f64> = generations.iter().map(|steps| steps * step.total() as f64).collect();
     let shares: Vec<f64> = read.iter().zip(&memories).map(|(read, memory)| read / memory).collect();
@@ -211,13 +251,13 @@ struct Stage<'a> {
     device: &'a dyn Device,
     options: BenchOptions,
     workspace: Workspace,
+    /// Measures the memory; empty before.
+    buffer: Vec<f32>,
 }
 
 impl Stage<'_> {
-    /// `n` random tokens, others for every `stream`.
     fn tokens(&self, n: usize, stream: u64) -> Vec<u32> {
-        let mut rng = Rng::new(self.options.seed.wrapping_add(stream));
-        (0..n).map(|_| rng.below(self.model.config.vocab) as u32).collect()
+        tokens(&self.options, self.model.config.vocab, n, stream)
     }
 
     fn cache(&self) -> KvCache {
@@ -234,6 +274,12 @@ impl Stage<'_> {
         }
         self.model.read_prompt(self.device, &ids[last..], cache, &mut self.workspace)
     }
+}
+
+impl Measured for Stage<'_> {
+    fn options(&self) -> BenchOptions {
+        self.options
+    }
 
     fn first_token(&mut self) -> Result<Duration, RuntimeError> {
         let (ids, mut cache) = (self.tokens(BENCH_START, 0), self.cache());
@@ -242,14 +288,13 @@ impl Stage<'_> {
         Ok(started.elapsed())
     }
 
-    fn prompt(&mut self) -> Duration {
+    fn prompt(&mut self) -> Result<Duration, RuntimeError> {
         let (ids, mut cache) = (self.tokens(self.options.prompt, 1), self.cache());
         let started = Instant::now();
         self.read(&ids, &mut cache);
-        started.elapsed()
+        Ok(started.elapsed())
     }
 
-    /// Time of all steps, and the mean of the bytes of keys and values that a step reads.
     fn generate(&mut self) -> Result<(Duration, usize), RuntimeError> {
         let mut caches = vec![self.cache(); self.options.batch];
         let mut next = Vec::new();
@@ -270,6 +315,72 @@ impl Stage<'_> {
             Ok::<(), RuntimeError>(())
         })?;
         Ok((started.elapsed(), usize::midpoint(before, bytes(&caches))))
+    }
+
+    fn memory(&mut self) -> f64 {
+        if self.buffer.is_empty() {
+            self.buffer = vec![1.0f32; (self.options.memory_bytes / 4).max(1)];
+        }
+        memory_rate(&self.buffer)
+    }
+}
+
+struct DecoderStage<'a> {
+    model: &'a Model,
+    decoder: &'a mut dyn Decoder,
+    options: BenchOptions,
+}
+
+impl DecoderStage<'_> {
+    /// Reads random tokens into a sequence of its own.
+    fn read(&mut self, sequence: usize, n: usize, stream: u64) -> Result<(), RuntimeError> {
+        let ids = tokens(&self.options, self.model.config.vocab, n, stream);
+        self.decoder.truncate(sequence, 0);
+        Ok(self.decoder.read(sequence, &ids)?)
+    }
+
+    /// Waits until a sequence has been read: only looking at numbers does.
+    fn settle(&mut self, sequence: usize) -> Result<(), RuntimeError> {
+        let mut logits = Vec::new();
+        self.decoder.logits(sequence, &mut logits);
+        most_likely(&logits).map(|_| ())
+    }
+}
+
+impl Measured for DecoderStage<'_> {
+    fn options(&self) -> BenchOptions {
+        self.options
+    }
+
+    fn first_token(&mut self) -> Result<Duration, RuntimeError> {
+        let started = Instant::now();
+        self.read(0, BENCH_START, 0)?;
+        self.settle(0)?;
+        Ok(started.elapsed())
+    }
+
+    fn prompt(&mut self) -> Result<Duration, RuntimeError> {
+        let started = Instant::now();
+        self.read(0, self.options.prompt, 1)?;
+        self.settle(0)?;
+        Ok(started.elapsed())
+    }
+
+    fn generate(&mut self) -> Result<(Duration, usize), RuntimeError> {
+        let all: Vec<usize> = (0..self.options.batch).collect();
+        for &sequence in &all {
+            self.read(sequence, BENCH_START, 2 + sequence as u64)?;
+            self.settle(sequence)?;
+        }
+        let started = Instant::now();
+        self.decoder.choose(&all, self.options.generate)?;
+        let taken = started.elapsed();
+        let bytes = |tokens: usize| self.options.batch * self.decoder.kv_bytes(tokens);
+        Ok((taken, usize::midpoint(bytes(BENCH_START), bytes(BENCH_START + self.options.generate))))
+    }
+
+    fn memory(&mut self) -> f64 {
+        self.decoder.copy_rate()
     }
 }
 

@@ -1,6 +1,6 @@
 //! What can go wrong while a model runs.
 
-use tailorq_model::ModelError;
+use tailorq_model::{DecoderError, ModelError};
 use thiserror::Error;
 
 /// Errors of sessions, samplers and generation.
@@ -46,4 +46,7 @@ pub enum RuntimeError {
     /// Tokenizing or decoding failed.
     #[error(transparent)]
     Model(#[from] ModelError),
+    /// The device that decodes by itself could not.
+    #[error(transparent)]
+    Decoder(#[from] DecoderError),
 }

@@ -130,7 +130,12 @@ fn decode_tokens(
         if cancelled() {
             break FinishReason::Interrupted;
         }
-        let id = sampler.sample(session.logits(), session.tokens())?;
+        let left = options.max_tokens - output.tokens.len();
+        let chosen = if sampler.is_greedy() { session.chosen(left)? } else { None };
+        let id = match chosen {
+            Some(id) => id,
+            None => sampler.sample(session.logits(), session.tokens())?,
+        };
         if tokenizer.eos.contains(&id) {
             break FinishReason::EndOfSequence;
         }
@@ -146,7 +151,10 @@ fn decode_tokens(
         }
         // The logits after the last token would not be used.
         if output.tokens.len() < options.max_tokens {
-            session.step(id)?;
+            match chosen {
+                Some(_) => session.accept_chosen(),
+                None => session.step(id).map(|_| ())?,
+            }
         }
     })
 }

@@ -53,6 +53,12 @@ impl Default for SamplerOptions {
     }
 }
 
+/// Refuses logits that are no numbers.
+pub(crate) fn check(logits: &[f32]) -> Result<(), RuntimeError> {
+    let is_bad = |l: &f32| l.is_nan() || *l == f32::INFINITY;
+    if logits.iter().any(is_bad) { Err(RuntimeError::BadLogits) } else { Ok(()) }
+}
+
 /// Chooses tokens; holds the state of the random numbers.
 #[derive(Clone, Debug)]
 pub struct Sampler {
@@ -76,9 +82,7 @@ impl Sampler {
 
     /// The next token for `logits: [vocab]`; `history` is the sequence so far, which the repetition penalty reads.
     pub fn sample(&mut self, logits: &[f32], history: &[u32]) -> Result<u32, RuntimeError> {
-        if logits.iter().any(|l| l.is_nan() || *l == f32::INFINITY) {
-            return Err(RuntimeError::BadLogits);
-        }
+        check(logits)?;
         if self.options.repetition_penalty == 1.0 {
             return self.choose(logits);
         }
@@ -87,6 +91,11 @@ impl Sampler {
         let chosen = self.choose(&penalized);
         self.penalized = penalized;
         chosen
+    }
+
+    /// Whether it always takes the most likely token, whatever came before.
+    pub(crate) fn is_greedy(&self) -> bool {
+        self.options.temperature == 0.0 && self.options.repetition_penalty == 1.0
     }
 
     fn choose(&mut self, logits: &[f32]) -> Result<u32, RuntimeError> {

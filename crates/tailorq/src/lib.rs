@@ -27,7 +27,7 @@ mod tables;
 mod task;
 mod threads;
 
-pub use devices::{DeviceChoice, OpenedDevice, open_device};
+pub use devices::{DeviceChoice, OpenedDevice, open_decoders, open_device};
 pub use error::PipelineError;
 pub use estimate::{Estimate, available_memory};
 pub use inputs::{CalibrationRequest, QuantizeRequest, model_sha256};
@@ -43,7 +43,9 @@ pub use report::{CalibrationReport, LayerReport, Report, SizeReport, calibration
 pub use spill::SpillFile;
 pub use tailorq_cuda::{CudaError, CudaOptions, Precision};
 pub use tailorq_kernels::{Activations, Device, cpu, cpu_with, reference};
-pub use tailorq_model::{ChatMessage, ChatTemplate, Model, ModelError, ModelFiles, OpenedModel, Tokenizer, open};
+pub use tailorq_model::{
+    ChatMessage, ChatTemplate, Decoders, Model, ModelError, ModelFiles, OpenedModel, Tokenizer, open,
+};
 pub use tailorq_quant::quantize::{Saliency, Salient, Scope, Unit};
 pub use tailorq_quant::survey::Needs;
 pub use tailorq_quant::{AlignedSettings, CircuitSignal, Clip, GridKind, TokenWeight, TransformSettings};

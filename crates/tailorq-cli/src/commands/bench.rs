@@ -1,18 +1,21 @@
 //! `tailorq bench`: how fast a model runs here, beside what the memory of this machine gives.
 
-use super::engine::EngineArgs;
+use super::engine::{Engine, EngineArgs, decoder};
 use crate::console::Console;
 use crate::progress::Progress;
 use clap::Args;
 use serde_json::{Value, json};
 use tailorq::OpenedModel;
-use tailorq_runtime::{BENCH_START, BenchOptions, BenchReport, BenchStage, Spread, bench};
+use tailorq_runtime::{
+    BENCH_START, BenchOptions, BenchReport, BenchStage, DecoderSize, KvType, Spread, bench, bench_decoding,
+};
 
 /// Measure how fast a model runs, beside what the memory gives.
 ///
 /// Reads a prompt of random tokens, generates greedily from a short one (nothing ends it early), and in between reads a
 /// buffer that no cache holds, with the same threads. Decoding is reading weights: the share of the memory's rate says how
-/// much faster it could be. Start times are those of this process, with the file in the system's cache or not, as it was.
+/// much faster it could be. On a GPU that holds packed weights as they are, the memory's rate is that of copies inside the device's
+/// memory, bytes read and written. Start times are those of this process, with the file in the system's cache or not, as it was.
 #[derive(Args)]
 #[command(after_help = "Examples:
   tailorq bench ./my-model
@@ -44,14 +47,14 @@ pub struct BenchArgs {
 }
 
 impl BenchArgs {
-    fn options(&self) -> BenchOptions {
+    fn options(&self, kv: KvType) -> BenchOptions {
         BenchOptions {
             prompt: self.prompt,
             generate: self.generate,
             batch: usize::from(self.batch),
             repeat: usize::from(self.repeat),
             seed: self.seed,
-            kv: self.engine.kv,
+            kv,
             memory_bytes: usize::from(self.memory) << 20,
         }
     }
@@ -59,12 +62,13 @@ impl BenchArgs {
 
 /// Runs the command.
 pub fn execute(args: &BenchArgs, threads: usize, console: &Console) -> anyhow::Result<()> {
-    let options = args.options();
     let opened = super::open(&args.model, console)?;
-    let device = args.engine.device(console)?;
+    let engine = args.engine.open(&opened.model, console)?;
+    let kv = if let Engine::Operations { kv, .. } = &engine { *kv } else { KvType::F16 };
+    let options = args.options(kv);
     let n_steps = 1 + 3 * options.repeat;
     let progress = Progress::new(console, "bench", n_steps);
-    let report = bench(&opened.model, device.as_ref(), &options, &mut |stage, repeat| {
+    let on_stage = &mut |stage, repeat| {
         let (place, what) = match stage {
             BenchStage::FirstToken => (0, "first token"),
             BenchStage::Prompt => (1, "prompt"),
@@ -72,9 +76,20 @@ pub fn execute(args: &BenchArgs, threads: usize, console: &Console) -> anyhow::R
             BenchStage::Memory => (3, "memory"),
         };
         progress.step_with(3 * repeat + place, n_steps, what)
-    })?;
+    };
+    let (device, report) = match &engine {
+        Engine::Operations { device, .. } => {
+            (device.name(), bench(&opened.model, device.as_ref(), &options, on_stage)?)
+        }
+        Engine::Decoders(decoders) => {
+            let capacity = options.prompt.max(BENCH_START + options.generate);
+            let size = DecoderSize { sequences: options.batch, capacity };
+            let mut decoder = decoder(decoders.as_ref(), &opened.model, size)?;
+            (decoder.name(), bench_decoding(&opened.model, decoder.as_mut(), &options, on_stage)?)
+        }
+    };
     drop(progress);
-    let run = Run { args, options, threads, device: device.name(), opened: &opened, report: &report };
+    let run = Run { args, options, threads, device, engine: &engine, opened: &opened, report: &report };
     console.object(&run.object())?;
     console.text(&run.table())
 }
@@ -85,6 +100,7 @@ struct Run<'a> {
     options: BenchOptions,
     threads: usize,
     device: String,
+    engine: &'a Engine,
     opened: &'a OpenedModel,
     report: &'a BenchReport,
 }
@@ -101,13 +117,14 @@ impl Run<'_> {
         let spread = |s: Spread| json!({ "median": s.median, "min": s.min, "max": s.max });
         let step = report.step;
         let [model, tokenizer, first] = self.start();
+        let (activations, kv) = self.engine.precisions();
         json!({
             "model": self.args.model,
             "stored_as": files.stored_as,
             "device": self.device,
             "threads": self.threads,
-            "activations": self.args.engine.activations.name(),
-            "kv": self.args.engine.kv.name(),
+            "activations": activations,
+            "kv": kv,
             "prompt_tokens": options.prompt,
             "generated_tokens": options.generate,
             "start_tokens": BENCH_START,
@@ -160,8 +177,11 @@ impl Run<'_> {
             let share = format!("{:.0} % of the memory ({:.0} to {:.0})", percent[0], percent[1], percent[2]);
             lines.push(("reading", format!("{}: {share}", giga(read))));
         }
-        let buffer = options.memory_bytes >> 20;
-        lines.push(("memory", format!("{}, best of several passes over {buffer} MiB", giga(report.memory))));
+        let how = match self.engine {
+            Engine::Operations { .. } => format!("best of several passes over {} MiB", options.memory_bytes >> 20),
+            Engine::Decoders(_) => "copies inside the device's memory, read and written".to_owned(),
+        };
+        lines.push(("memory", format!("{}, {how}", giga(report.memory))));
         let total = model + tokenizer + first;
         let [model, tokenizer, first, total] = [model, tokenizer, first, total].map(|s| 1e3 * s);
         let parts = format!("model {model:.1}, tokenizer {tokenizer:.1}, then {first:.1} to the first token");

@@ -19,6 +19,9 @@ const COMMANDS: &str = "/reset  forget the conversation
 Ctrl-C interrupts an answer; at the prompt it leaves.
 ";
 
+/// Tokens of a conversation where a GPU sets memory aside for it at the start; the model's context where that is shorter.
+const LONGEST: usize = 16384;
+
 /// Talk with a model, line by line.
 ///
 /// Reads a message a line from standard input and streams the answers. What was said stays in the model's memory (its
@@ -47,8 +50,8 @@ pub fn execute(args: &ChatArgs, console: &Console) -> anyhow::Result<()> {
     let template = opened.template.as_ref().with_context(|| {
         format!("{} has no chat template, so it cannot chat; use `tailorq run --raw` to continue a text", args.model)
     })?;
-    let device = args.engine.device(console)?;
-    let session = Session::with(&opened.model, device.as_ref(), args.engine.kv);
+    let engine = args.engine.open(&opened.model, console)?;
+    let session = engine.session(&opened.model, LONGEST)?;
     let mut chat = Chat { args, console, opened: &opened, template, session, messages: Vec::new(), turns: 0 };
     chat.reset();
     let talks = io::stdin().is_terminal() && console::is_watched() && !console.quiet;

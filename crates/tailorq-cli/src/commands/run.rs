@@ -10,7 +10,7 @@ use serde_json::json;
 use std::io::Read;
 use std::ops::ControlFlow;
 use tailorq::{ChatMessage, OpenedModel};
-use tailorq_runtime::{FinishReason, Generation, Session, generate};
+use tailorq_runtime::{FinishReason, Generation, generate};
 
 /// Answer one prompt, as a stream of text.
 ///
@@ -45,14 +45,15 @@ pub fn execute(args: &RunArgs, console: &Console) -> anyhow::Result<()> {
     ensure!(!prompt.is_empty(), "the prompt is empty: give a text to answer or to continue");
     let opened = super::open(&args.model, console)?;
     let ids = prompt_tokens(&opened, args, &prompt)?;
-    let device = args.engine.device(console)?;
-    let mut session = Session::with(&opened.model, device.as_ref(), args.engine.kv);
+    let options = args.sampling.options(0);
+    let engine = args.engine.open(&opened.model, console)?;
+    let mut session = engine.session(&opened.model, ids.len() + options.max_tokens)?;
     let mut written = Ok(());
     let generation = generate(
         &mut session,
         &opened.tokenizer,
         &ids,
-        &args.sampling.options(0),
+        &options,
         &interrupt::requested,
         // With --json the text comes in the object.
         &mut |piece| {

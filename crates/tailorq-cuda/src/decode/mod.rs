@@ -9,6 +9,7 @@ mod launch;
 mod layout;
 mod matrix;
 mod matvec;
+mod pipeline;
 mod step;
 mod weights;
 
@@ -16,6 +17,7 @@ pub use layout::DenseWeights;
 #[cfg(test)]
 pub(crate) use matrix::SOURCES;
 pub use matvec::{MatVec, Products};
+pub use pipeline::CudaDecoders;
 #[cfg(test)]
 pub(crate) use step::SOURCE as STEP;
 
@@ -67,6 +69,19 @@ enum Kind {
     Last,
     /// Chooses a token for each sequence, then reads it.
     Next,
+    /// Chooses a token for each sequence.
+    Choose,
+    /// Reads tokens that were chosen elsewhere, one for each sequence.
+    Given,
+}
+
+/// Which part of a model a device holds beside its blocks.
+#[derive(Clone, Copy, Debug)]
+struct Part {
+    /// The embedding: the stream begins here.
+    is_first: bool,
+    /// The last norm and the head.
+    is_last: bool,
 }
 
 /// A step of so many rows, with the buffers that only it uses.
@@ -75,6 +90,8 @@ struct Step {
     tokens: Buffer,
     positions: Buffer,
     sequences: Buffer,
+    /// Address of the residual stream: what comes in from the device before and goes out to the one after.
+    residual: u64,
     /// Those that only the launches name.
     _buffers: Vec<Buffer>,
 }
@@ -84,6 +101,7 @@ pub struct Decoder {
     gpu: Arc<Gpu>,
     config: ModelConfig,
     options: DecoderOptions,
+    part: Part,
     weights: Weights,
     attention: Attention,
     choice: Choice,
@@ -101,6 +119,12 @@ impl Decoder {
     /// # Errors
     /// When there is no such device, or the model or the options are of a kind that the kernels do not serve.
     pub fn new(gpu_ordinal: usize, model: &Model, options: DecoderOptions) -> Result<Decoder, CudaError> {
+        let whole = Part { is_first: true, is_last: true };
+        Decoder::of_part(&Gpu::open(gpu_ordinal)?, model, options, whole)
+    }
+
+    /// Puts the blocks of `model` on a device, with what belongs to its part.
+    fn of_part(gpu: &Arc<Gpu>, model: &Model, options: DecoderOptions, part: Part) -> Result<Decoder, CudaError> {
         let refused = |what: String| Err(CudaError::Unsupported { what });
         if !(1..=MOST_ROWS).contains(&options.batch) {
             return refused(format!("{} sequences at once; it takes 1 to {MOST_ROWS}", options.batch));
@@ -108,22 +132,22 @@ impl Decoder {
         if options.capacity == 0 || options.capacity > 1 << 24 {
             return refused(format!("sequences of {} tokens", options.capacity));
         }
-        let gpu = Gpu::open(gpu_ordinal)?;
         let config = model.config.clone();
         let table = model.rope_table(options.capacity);
         let angles = options.capacity * table.half;
-        let attention = Attention::new(&gpu, &config, options.capacity, &table.cos[..angles], &table.sin[..angles])?;
+        let attention = Attention::new(gpu, &config, options.capacity, &table.cos[..angles], &table.sin[..angles])?;
         Ok(Decoder {
-            weights: Weights::new(&gpu, model, options)?,
-            choice: Choice::new(&gpu, options.batch, STRETCH),
+            weights: Weights::new(gpu, model, options)?,
+            choice: Choice::new(gpu, options.batch, STRETCH),
             logits: gpu.zeros(4 * (options.batch + 1) * config.vocab),
             steps: HashMap::new(),
             lengths: vec![0; options.batch],
             times: DecodeTimes::default(),
             attention,
             options,
+            part,
             config,
-            gpu,
+            gpu: gpu.clone(),
         })
     }
 
@@ -158,10 +182,24 @@ impl Decoder {
             self.read(Kind::Prompt, MOST_ROWS, sequence, ids)?;
         }
         self.read(Kind::Last, 1, sequence, &[*last])?;
+        self.keep_logits(sequence);
+        Ok(())
+    }
+
+    /// Puts what [`Kind::Last`] left in the place of its sequence.
+    fn keep_logits(&self, sequence: usize) {
         let bytes = 4 * self.config.vocab;
         let at = |row: usize| self.logits.ptr() + (row * bytes) as u64;
         self.gpu.copy(at(sequence), at(self.options.batch), bytes);
-        Ok(())
+    }
+
+    /// Keys and values of a sequence become those of another one.
+    fn copy_sequence(&self, from: usize, to: usize) {
+        for cache in self.weights.blocks.iter().flat_map(|block| [&block.keys, &block.values]) {
+            let bytes = cache.bytes() / self.options.batch;
+            let at = |sequence: usize| cache.ptr() + (sequence * bytes) as u64;
+            self.gpu.copy(at(to), at(from), bytes);
+        }
     }
 
     fn check(&self, sequence: usize, ids: &[u32]) -> Result<(), CudaError> {
@@ -277,22 +315,23 @@ impl Decoder {
         let identity: Vec<u32> = (0..n as u32).collect();
         let (tokens, positions, sequences) = (gpu.zeros(4 * n), gpu.zeros(4 * n), gpu.upload(&identity));
         let mut recorder = Recorder::new(self, n, kind);
-        if kind == Kind::Next {
+        if matches!(kind, Kind::Next | Kind::Choose) {
             let logits = (self.logits.ptr(), config.vocab);
             let pick = self.choice.launch(gpu, n, logits, self.options.capacity, tokens.ptr(), positions.ptr());
             recorder.launches.push(pick);
         }
-        recorder.embedding = Some(Embedding { table: self.weights.embedding.ptr(), tokens: tokens.ptr() });
+        let is_first = self.part.is_first;
+        recorder.embedding = is_first.then(|| Embedding { table: self.weights.embedding.ptr(), tokens: tokens.ptr() });
         recorder.positions = (positions.ptr(), sequences.ptr());
-        for block in &self.weights.blocks {
+        for block in self.weights.blocks.iter().filter(|_| kind != Kind::Choose) {
             recorder.block(block);
         }
         let first = if kind == Kind::Last { self.options.batch } else { 0 };
-        if kind != Kind::Prompt {
+        if self.part.is_last && !matches!(kind, Kind::Prompt | Kind::Choose) {
             recorder.head(self.logits.ptr() + (4 * first * config.vocab) as u64);
         }
-        let Recorder { launches, buffers, .. } = recorder;
-        Ok(Step { graph: Graph::new(gpu, launches)?, tokens, positions, sequences, _buffers: buffers })
+        let Recorder { launches, buffers, residual, .. } = recorder;
+        Ok(Step { graph: Graph::new(gpu, launches)?, tokens, positions, sequences, residual, _buffers: buffers })
     }
 }
 

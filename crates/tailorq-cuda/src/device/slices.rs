@@ -36,7 +36,12 @@ fn cached_rows(source: KeyValues<'_>, part: Part, shape: AttentionShape) -> Vec<
 
 impl Device for Cuda {
     fn name(&self) -> String {
-        format!("cuda {}, {}", self.gpu.name(), self.precision)
+        let beside = if self.peers.is_empty() { String::new() } else { format!("{} x ", 1 + self.peers.len()) };
+        format!("cuda {beside}{}, {}", self.gpu.name(), self.precision)
+    }
+
+    fn peers(&self) -> &[Arc<dyn Device>] {
+        &self.peers
     }
 
     fn resident(&self) -> Option<&dyn Resident> {

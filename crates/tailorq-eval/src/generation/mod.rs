@@ -23,6 +23,7 @@ use std::ops::ControlFlow;
 use tailorq_model::ChatMessage;
 use tailorq_runtime::{
     BatchOptions, BatchProgress, Completion, CompletionRequest, FinishReason, RuntimeError, generate_batch,
+    generate_batch_decoding,
 };
 
 /// New tokens where nothing else is asked for: the harness' default.
@@ -93,8 +94,12 @@ pub(crate) struct Answered {
 pub(crate) type OnAnswer<'a> = dyn FnMut(usize, usize, Option<&Answered>) -> ControlFlow<()> + 'a;
 
 /// All that decides the continuations.
-pub(crate) fn contents(exercises: &[Exercise<'_>], ending: &Ending) -> Contents {
-    let mut contents = Contents::new(&json!({"max_tokens": ending.max_tokens, "stop": ending.stop}));
+pub(crate) fn contents(subject: &Subject<'_>, exercises: &[Exercise<'_>], ending: &Ending) -> Contents {
+    let mut settings = json!({"max_tokens": ending.max_tokens, "stop": ending.stop});
+    if let Some(decoders) = subject.decoders() {
+        settings["decoder"] = decoders.signature().into();
+    }
+    let mut contents = Contents::new(&settings);
     for exercise in exercises {
         contents.add(&match &exercise.prompt {
             Prompt::Text(text) => json!({"text": text}),
@@ -153,7 +158,10 @@ pub(crate) fn answer(
             }
         }
     };
-    let outcome = generate_batch(model, tokenizer, device, &requests, &BatchOptions::for_device(device), listen);
+    let outcome = match subject.decoders() {
+        Some(decoders) => generate_batch_decoding((model, tokenizer), decoders, &requests, listen),
+        None => generate_batch(model, tokenizer, device, &requests, &BatchOptions::for_device(device), listen),
+    };
     match (failure, outcome) {
         (Some(error), _) => Err(error),
         (None, Err(RuntimeError::Interrupted)) => Err(EvalError::Interrupted),
@@ -189,7 +197,8 @@ mod tests {
     use super::*;
     use crate::completion::user;
     use crate::data::Row;
-    use tailorq_model::testing::TinyModel;
+    use tailorq_model::testing::{PlainDecoders, TinyModel};
+    use tailorq_tensor::{Bits, Group, Layout, PackedMatrix, Slot};
 
     fn judged(text: &str) -> Judgement {
         Judgement { prediction: text.to_owned(), gold: String::new(), scores: vec![("length", text.len() as f64)] }
@@ -206,6 +215,7 @@ mod tests {
             tokenizer: &opened.tokenizer,
             template: opened.template.as_ref(),
             device: device.as_ref(),
+            decoders: None,
         });
     }
 
@@ -243,6 +253,33 @@ mod tests {
             })
             .unwrap();
             assert_eq!(alone[0], answers[1]);
+        });
+    }
+
+    /// A packed model's answers come from the decoder where there is one; others never do.
+    #[test]
+    fn packed_models_answer_on_a_decoder() {
+        with_tiny(|subject| {
+            let decoders = PlainDecoders::new(tailorq_kernels::cpu(), 2);
+            let n_read = || decoders.n_read.load(std::sync::atomic::Ordering::Relaxed);
+            let layout = Layout { bits: Bits::Four, group: Group::Row, symmetric: true };
+            let mut packed = subject.model.clone();
+            let weight = &mut packed.blocks[1].linear_mut(Slot::Up).weight;
+            let (rows, cols) = (weight.rows(), weight.cols());
+            let codes: Vec<u8> = (0..rows * cols).map(|i| (i * 7 % 16) as u8).collect();
+            let scales = vec![half::f16::from_f32(0.01); rows];
+            *weight = PackedMatrix::pack(rows, cols, layout, &codes, &scales, &[]).unwrap().into();
+            let ending = Ending { max_tokens: 7, stop: vec![] };
+            let exercises = exercises(|text| Ok(judged(text)));
+            for (model, is_packed) in [(subject.model, false), (&packed, true)] {
+                let by = |decoders| {
+                    let subject = Subject { model, decoders, ..*subject };
+                    let go_on = &mut |_: usize, _: usize, _: Option<&Answered>| ControlFlow::Continue(());
+                    answer(&subject, &exercises, &ending, &mut Finished::nothing(), go_on).unwrap()
+                };
+                let expected = by(None);
+                assert_eq!((by(Some(&decoders)), n_read() > 0), (expected, is_packed));
+            }
         });
     }
 
@@ -285,6 +322,7 @@ mod tests {
             tokenizer: &opened.tokenizer,
             template: opened.template.as_ref(),
             device: device.as_ref(),
+            decoders: None,
         };
         let numbers: Value = serde_json::from_str(&read(golden.join("smollm2-135m.json"))).unwrap();
         let expected = numbers["greedy"].as_array().unwrap();

@@ -321,7 +321,7 @@ fn run<'a>(
     let total = if options.reference.is_some() { 2 * n } else { n };
     let mut cached = 0;
     let mut answered_by = |model: &Subject<'_>, whose: Whose, before: usize| {
-        let mut finished = Finished::open(task, options, whose, contents(exercises, ending))?;
+        let mut finished = Finished::open(task, options, whose, contents(model, exercises, ending))?;
         let on_answer = &mut |done, _, _: Option<&Answered>| progress(before + done, total);
         let answers = answer(model, exercises, ending, &mut finished, on_answer)?;
         cached += finished.served();

@@ -65,7 +65,14 @@ mod tests {
 
         fn subject(&self) -> Subject<'_> {
             let OpenedModel { model, tokenizer, template, .. } = &self.opened;
-            Subject { name: "tiny", model, tokenizer, template: template.as_ref(), device: self.device.as_ref() }
+            Subject {
+                name: "tiny",
+                model,
+                tokenizer,
+                template: template.as_ref(),
+                device: self.device.as_ref(),
+                decoders: None,
+            }
         }
 
         fn bytes(&self, text: &str) -> Vec<u32> {

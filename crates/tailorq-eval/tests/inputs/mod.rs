@@ -25,7 +25,7 @@ pub fn tiny(seed: u64, change: impl FnOnce(&mut TinyModel)) -> OpenedModel {
 
 pub fn subject<'a>(name: &'a str, opened: &'a OpenedModel, device: &'a dyn Device) -> Subject<'a> {
     let OpenedModel { model, tokenizer, template, .. } = opened;
-    Subject { name, model, tokenizer, template: template.as_ref(), device }
+    Subject { name, model, tokenizer, template: template.as_ref(), device, decoders: None }
 }
 
 pub fn go_on(_done: usize, _total: usize) -> ControlFlow<()> {

@@ -30,23 +30,35 @@ use crate::{
     RopeTable, Strided, StridedMut,
 };
 use std::ops::Range;
+use std::sync::Arc;
 use tailorq_tensor::{Matrix, Weight};
 
 /// See the module.
 pub(crate) struct Cpu {
     isa: simd::Isa,
     activations: Activations,
+    peers: Vec<Arc<dyn Device>>,
 }
 
 impl Cpu {
     /// One device for each instruction set that this processor has, the best first; there is always one.
     pub(crate) fn variants() -> Vec<Cpu> {
-        simd::Isa::available().into_iter().map(|isa| Cpu { isa, activations: Activations::F32 }).collect()
+        simd::Isa::available()
+            .into_iter()
+            .map(|isa| Cpu { isa, activations: Activations::F32, peers: Vec::new() })
+            .collect()
     }
 
     /// The same with activations of another precision.
     pub(crate) fn with(self, activations: Activations) -> Cpu {
         Cpu { activations, ..self }
+    }
+
+    /// The same with so many others as its peers.
+    pub(crate) fn beside(self, n: usize) -> Cpu {
+        let peer =
+            |_| Arc::new(Cpu { isa: self.isa, activations: self.activations, peers: Vec::new() }) as Arc<dyn Device>;
+        Cpu { peers: (0..n).map(peer).collect(), ..self }
     }
 }
 
@@ -61,6 +73,10 @@ impl Device for Cpu {
             Activations::F32 => format!("cpu {}", self.isa.name()),
             Activations::Int8 => format!("cpu {}, int8 activations", self.isa.name()),
         }
+    }
+
+    fn peers(&self) -> &[Arc<dyn Device>] {
+        &self.peers
     }
 
     fn linear_rows(&self, x: &[f32], w: &Weight, bias: Option<&[f32]>, rows: Range<usize>, y: &mut [f32]) {

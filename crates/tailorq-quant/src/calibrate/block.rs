@@ -21,7 +21,8 @@ pub const KEPT_INPUT_BYTES: usize = 512 << 20;
 /// `true_sequential`) with one copy, and the inputs kept under [`KEPT_INPUT_BYTES`].
 #[derive(Clone, Copy)]
 pub struct BlockQuantizer<'a> {
-    /// Where it runs.
+    /// Where it runs. Micro-batches go through the device of the group that they are on, Hessians are added up, and layers
+    /// quantized, on this one.
     pub device: &'a dyn Device,
     /// The model as loaded.
     pub model: &'a Model,
@@ -97,17 +98,18 @@ impl QuantizedBlock {
 /// if there is one, through the model's own block. The same code moves them on while the block is being quantized, so a
 /// resumed run sees the same bits as one that was never interrupted.
 pub fn advance(device: &dyn Device, model: &Model, (block_idx, block): (usize, &Block), acts: &mut Activations) {
-    let through = |block: &Block, residual: &mut Matrix, spans: &[Range<usize>]| {
-        let stage = BlockStage { model, block, device };
+    let group = device.group();
+    let through = |block: &Block, residual: &mut Matrix, spans: &[Range<usize>], place: usize| {
+        let stage = BlockStage { model, block, device: group[place] };
         let mixed = mixed(&stage, residual, spans);
         stage.add_attention(&mixed, residual);
         let hidden = hidden(&stage, residual);
         stage.add_mlp(&hidden, residual);
     };
-    for MicroBatch { residual, original, spans } in &mut acts.batches {
-        through(block, residual, spans);
+    for MicroBatch { residual, original, spans, place } in &mut acts.batches {
+        through(block, residual, spans, *place);
         if let Some(original) = original {
-            through(&model.blocks[block_idx], original, spans);
+            through(&model.blocks[block_idx], original, spans, *place);
         }
     }
 }
@@ -179,6 +181,16 @@ fn no_stats(_: Slot) -> LayerStats<'static> {
     LayerStats::default()
 }
 
+/// Takes a micro-batch into the sums of the device that it is on; the others pass over it.
+fn add_to(sums: &mut [InputHessians], place: usize, device: &dyn Device, x: &Matrix, spans: &[Range<usize>]) {
+    for (i, hessians) in sums.iter_mut().enumerate() {
+        match i == place {
+            true => hessians.add(device, x, spans),
+            false => hessians.pass(x.rows(), spans.len()),
+        }
+    }
+}
+
 /// A block in the middle of its quantization.
 struct Work<'a> {
     run: &'a BlockQuantizer<'a>,
@@ -205,14 +217,14 @@ struct Kept {
 }
 
 impl Work<'_> {
-    fn stage(&self) -> BlockStage<'_> {
-        BlockStage { model: self.run.model, block: &self.block, device: self.run.device }
-    }
-
-    /// The block before anything was quantized.
-    fn original_stage(&self) -> BlockStage<'_> {
+    /// The block on every device of the group, as far as it is quantized, and before anything was.
+    fn stages(&self) -> Vec<(BlockStage<'_>, BlockStage<'_>)> {
         let model = self.run.model;
-        BlockStage { model, block: &model.blocks[self.block_idx], device: self.run.device }
+        let of = |device| {
+            let stage = |block| BlockStage { model, block, device };
+            (stage(&self.block), stage(&model.blocks[self.block_idx]))
+        };
+        self.run.device.group().into_iter().map(of).collect()
     }
 
     fn is_quantizable(&self, slot: Slot) -> bool {
@@ -335,13 +347,14 @@ impl Work<'_> {
 
     /// Adds what the layers that read some input make of it to both residual streams.
     fn step(&self, acts: &mut Activations, kept: Vec<Kept>, input: &Input<'_>, add: &Add<'_>) {
-        let (stage, original_stage) = (self.stage(), self.original_stage());
-        for (MicroBatch { residual, original, spans }, kept) in acts.batches.iter_mut().zip(kept) {
-            let x = kept.x.unwrap_or_else(|| input(&stage, residual, spans));
-            add(&stage, &x, residual);
+        let stages = self.stages();
+        for (MicroBatch { residual, original, spans, place }, kept) in acts.batches.iter_mut().zip(kept) {
+            let (stage, original_stage) = &stages[*place];
+            let x = kept.x.unwrap_or_else(|| input(stage, residual, spans));
+            add(stage, &x, residual);
             if let Some(original) = original {
-                let x = kept.original.unwrap_or_else(|| input(&original_stage, original, spans));
-                add(&original_stage, &x, original);
+                let x = kept.original.unwrap_or_else(|| input(original_stage, original, spans));
+                add(original_stage, &x, original);
             }
         }
     }
@@ -360,29 +373,37 @@ impl Work<'_> {
             return Ok(kept);
         }
         let writes_stream = matches!(group, InputGroup::AttentionOutput | InputGroup::MlpOutput);
-        let mut room = if writes_stream { self.kept_bytes } else { 0 };
-        let mut keep = |x: Matrix| {
+        let stages = self.stages();
+        let mut room = vec![if writes_stream { self.kept_bytes } else { 0 }; stages.len()];
+        let mut keep = |x: Matrix, place: usize| {
             let bytes = x.bytes();
-            (bytes <= room).then(|| {
-                room -= bytes;
+            (bytes <= room[place]).then(|| {
+                room[place] -= bytes;
                 x
             })
         };
-        let mut hessians = self.empty_hessians(group, acts)?;
-        if self.run.drift.is_on() {
-            hessians.follow_drift(writes_stream.then_some(self.run.model.config.hidden));
-        }
-        for (MicroBatch { residual, original, spans }, place) in acts.batches.iter().zip(&mut kept) {
-            let x = input(&self.stage(), residual, spans);
-            if let Some(original) = original.as_ref().filter(|_| self.run.drift.is_on()) {
-                let y = input(&self.original_stage(), original, spans);
-                let streams = writes_stream.then_some((residual, original));
-                hessians.add_drift(self.run.device, &Drift { quantized: &x, original: &y, streams }, spans);
-                place.original = keep(y);
+        let empty = || {
+            let mut hessians = self.empty_hessians(group, acts)?;
+            if self.run.drift.is_on() {
+                hessians.follow_drift(writes_stream.then_some(self.run.model.config.hidden));
             }
-            hessians.add(self.run.device, &x, spans);
-            place.x = keep(x);
+            Ok(hessians)
+        };
+        let mut sums = stages.iter().map(|_| empty()).collect::<Result<Vec<_>, QuantError>>()?;
+        for (MicroBatch { residual, original, spans, place }, kept) in acts.batches.iter().zip(&mut kept) {
+            let (stage, original_stage) = &stages[*place];
+            let x = input(stage, residual, spans);
+            if let Some(original) = original.as_ref().filter(|_| self.run.drift.is_on()) {
+                let y = input(original_stage, original, spans);
+                let streams = writes_stream.then_some((residual, original));
+                sums[*place].add_drift(stage.device, &Drift { quantized: &x, original: &y, streams }, spans);
+                kept.original = keep(y, *place);
+            }
+            add_to(&mut sums, *place, stage.device, &x, spans);
+            kept.x = keep(x, *place);
         }
+        drop(stages);
+        let mut hessians = InputHessians::together(self.run.device, sums);
         hessians.shrink(self.run.shrink as f32);
         let stats = |slot| hessians.of(slot).unwrap_or_default();
         self.quantize_group(group, &stats, Some(&hessians), watch)?;
@@ -394,12 +415,14 @@ impl Work<'_> {
         if !self.run.quantizer.needs().hessian {
             return Ok(Vec::new());
         }
-        let hessians = InputGroup::ALL.map(|group| self.empty_hessians(group, acts));
-        let mut hessians = hessians.into_iter().collect::<Result<Vec<_>, _>>()?;
-        let stage = self.stage();
+        let stages = self.stages();
+        let of_group = |group| stages.iter().map(|_| self.empty_hessians(group, acts)).collect();
+        let sums = InputGroup::ALL.map(of_group).into_iter();
+        let mut sums = sums.collect::<Result<Vec<Vec<InputHessians>>, QuantError>>()?;
         for batch in &acts.batches {
+            let (stage, _) = &stages[batch.place];
             let mut add = |group: InputGroup, x: &Matrix| {
-                hessians[group as usize].add(self.run.device, x, &batch.spans);
+                add_to(&mut sums[group as usize], batch.place, stage.device, x, &batch.spans);
             };
             let x = stage.attention_input(&batch.residual);
             add(InputGroup::Attention, &x);
@@ -411,6 +434,8 @@ impl Work<'_> {
             add(InputGroup::Mlp, &x);
             add(InputGroup::MlpOutput, &stage.mlp_hidden(&x));
         }
+        let together = |of_group| InputHessians::together(self.run.device, of_group);
+        let mut hessians: Vec<InputHessians> = sums.into_iter().map(together).collect();
         hessians.iter_mut().for_each(|h| h.shrink(self.run.shrink as f32));
         Ok(hessians)
     }

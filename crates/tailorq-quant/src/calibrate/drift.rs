@@ -80,6 +80,14 @@ impl DriftSums {
         }
     }
 
+    /// Takes in what a peer of `device` has summed of other tokens.
+    pub(super) fn merge(&mut self, device: &dyn Device, other: &DriftSums) {
+        device.add_from_peer(&other.inputs, &mut self.inputs);
+        if let (Some(residual), Some(other)) = (&mut self.residual, &other.residual) {
+            device.add_from_peer(other, residual);
+        }
+    }
+
     /// The weights to quantize in the place of `weights` `[out, in]`, given the lower triangle of the Hessian; `None` when
     /// it cannot be factored with this damping, a share of its mean diagonal.
     pub(super) fn targets(

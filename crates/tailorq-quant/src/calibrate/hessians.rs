@@ -101,6 +101,19 @@ impl OneHessian {
         more.n_held += sum(held, &mut [(&mut more.held_out, kind)]);
     }
 
+    /// Takes in what a peer of `device` has summed of other tokens.
+    fn merge(&mut self, device: &dyn Device, other: &OneHessian) {
+        device.add_from_peer(&other.hessian, &mut self.hessian);
+        if let (Some(more), Some(other)) = (&mut self.more, &other.more) {
+            device.add_from_peer(&other.held_out, &mut more.held_out);
+            device.add_from_peer(&other.normalised, &mut more.normalised);
+            more.n_held += other.n_held;
+        }
+        if let (Some(drift), Some(other)) = (&mut self.drift, &other.drift) {
+            drift.merge(device, other);
+        }
+    }
+
     fn stats(&self, n_tokens: usize) -> LayerStats<'_> {
         let more = self.more.as_ref().filter(|m| m.n_held > 0);
         LayerStats {
@@ -130,6 +143,22 @@ impl InputHessians {
         }
         self.n_tokens += x.rows();
         self.n_seen += spans.len();
+    }
+
+    /// Passes over tokens that another device takes in.
+    pub(super) fn pass(&mut self, n_tokens: usize, n_sequences: usize) {
+        self.n_tokens += n_tokens;
+        self.n_seen += n_sequences;
+    }
+
+    /// The sums of a device and its peers, each of which took in some of the same calibration and passed over the rest; in this
+    /// order.
+    pub(super) fn together(device: &dyn Device, mut all: Vec<InputHessians>) -> InputHessians {
+        let mut first = all.remove(0);
+        for other in &all {
+            first.list.iter_mut().zip(&other.list).for_each(|(one, other)| one.merge(device, other));
+        }
+        first
     }
 
     /// Sums the drift of the inputs too, and that of a stream of width `hidden`.

@@ -6,8 +6,8 @@ mod drift;
 mod hessians;
 mod tokens;
 
-pub(crate) use activations::micro_batches;
 pub use activations::{Activations, MICRO_BATCH_TOKENS, MicroBatch};
+pub(crate) use activations::{micro_batches, shares};
 pub use block::{BlockQuantizer, KEPT_INPUT_BYTES, QuantizedBlock, QuantizedLayer, Squares, TokenEnergies, advance};
 pub use drift::DriftCorrection;
 pub use tokens::TokenWeight;

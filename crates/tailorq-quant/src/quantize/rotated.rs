@@ -11,7 +11,7 @@
 //! the correction that makes the error of the whole row's output least, given the base: they can make up for errors of
 //! other weights, as the kept weights of plain GPTQ do, which take in the errors of earlier columns.
 
-use super::feedback::check_hessian;
+use super::feedback::check_hessian_on;
 use super::rows::{check_finite, check_mask};
 use super::stored::relative_error;
 use super::{LayerStats, Note, OfHessian, Quantized, QuantizedWeight, SharedWork, proxy_loss, shared};
@@ -37,10 +37,12 @@ pub(super) fn in_rotation(
 ) -> Result<Quantized, QuantError> {
     let cols = weights.cols();
     check_mask(weights, plan)?;
-    check_finite(weights, 0, weights.rows())?;
+    if !device.is_finite(weights) {
+        check_finite(weights, 0, weights.rows())?;
+    }
     let transform = InputTransform::new(cols, settings.spec(cols))?;
     let rotation = match stats.hessian.filter(|_| reads_hessian) {
-        Some(hessian) => Some(shared::rotation((hessian, stats.shared), &transform)?),
+        Some(hessian) => Some(shared::rotation(device, (hessian, stats.shared), &transform)?),
         None => None,
     };
     let rotated_stats = LayerStats {
@@ -51,7 +53,7 @@ pub(super) fn in_rotation(
         ..LayerStats::default()
     };
     let rotated_plan = LayerPlan::from(LayerSettings { transform: None, ..plan.settings });
-    let rotated = rotated_rest(&transform, weights, plan);
+    let rotated = rotated_rest(device, &transform, weights, plan);
     let mut quantized = quantize(&rotated, &rotated_stats, &rotated_plan)?;
     drop(rotated);
     let QuantizedWeight::Packed(base) = quantized.weight else {
@@ -79,47 +81,58 @@ pub(super) struct Rotation {
 
 impl Rotation {
     /// Of a lower triangle.
-    pub(super) fn new(hessian: &Matrix, transform: &InputTransform) -> Result<Self, QuantError> {
+    pub(super) fn new(device: &dyn Device, hessian: &Matrix, transform: &InputTransform) -> Result<Self, QuantError> {
         let cols = transform.width();
         assert_eq!((hessian.rows(), hessian.cols()), (cols, cols), "the Hessian belongs to another input");
-        check_hessian(hessian)?;
+        check_hessian_on(device, hessian)?;
         let mut notes = Vec::new();
-        let complete = completed(hessian, &mut notes);
-        let rotated = rotate_both(transform, &complete);
+        let complete = completed(device, hessian, &mut notes);
+        let rotated = rotate_both(device, transform, &complete);
         Ok(Rotation { complete, rotated, notes, work: SharedWork::default() })
     }
 }
 
 /// The whole Hessian of its lower triangle. Inputs that were never active get the mean of the others' diagonals, so that their
 /// weights are not given away for nothing: the task's own prompts may use them.
-fn completed(hessian: &Matrix, notes: &mut Vec<Note>) -> Matrix {
+fn completed(device: &dyn Device, hessian: &Matrix, notes: &mut Vec<Note>) -> Matrix {
     let n = hessian.rows();
-    let diagonal = || (0..n).map(|i| f64::from(hessian.row(i)[i]));
-    let n_dead = diagonal().filter(|d| *d == 0.0).count();
-    if n_dead > 0 {
-        notes.push(Note::DeadColumns { count: n_dead });
+    let on_diagonal: Vec<(usize, usize)> = (0..n).map(|i| (i, i)).collect();
+    let diagonal = device.pick(hessian, &on_diagonal);
+    let dead: Vec<(usize, usize)> = on_diagonal.into_iter().filter(|&(i, _)| diagonal[i] == 0.0).collect();
+    if !dead.is_empty() {
+        notes.push(Note::DeadColumns { count: dead.len() });
     }
-    let sum: f64 = diagonal().sum();
-    let mean = if sum > 0.0 { sum / (n - n_dead) as f64 } else { 1.0 };
+    let sum: f64 = diagonal.iter().map(|d| f64::from(*d)).sum();
+    let mean = if sum > 0.0 { sum / (n - dead.len()) as f64 } else { 1.0 };
     let mut whole = hessian.clone();
-    let data = whole.data_mut();
-    for_each_pair(n, |above, below| data[above] = data[below]);
-    for diagonal in data.iter_mut().step_by(n + 1).filter(|d| **d == 0.0) {
-        *diagonal = mean as f32;
+    match device.resident() {
+        Some(resident) => resident.complete_upper(&mut whole),
+        None => {
+            let data = whole.data_mut();
+            for_each_pair(n, |above, below| data[above] = data[below]);
+        }
     }
+    device.add_at(&mut whole, &dead, &vec![mean as f32; dead.len()]);
     whole
 }
 
 /// `T H T^T` of a symmetric matrix.
-fn rotate_both(transform: &InputTransform, hessian: &Matrix) -> Matrix {
+fn rotate_both(device: &dyn Device, transform: &InputTransform, hessian: &Matrix) -> Matrix {
     let mut rotated = hessian.clone();
-    rotate_rows(transform, &mut rotated);
-    transpose(&mut rotated);
-    rotate_rows(transform, &mut rotated);
+    rotate_rows(device, transform, &mut rotated);
+    match device.resident() {
+        Some(resident) => resident.transpose(&mut rotated),
+        None => transpose(&mut rotated),
+    }
+    rotate_rows(device, transform, &mut rotated);
     rotated
 }
 
-fn rotate_rows(transform: &InputTransform, matrix: &mut Matrix) {
+fn rotate_rows(device: &dyn Device, transform: &InputTransform, matrix: &mut Matrix) {
+    if let Some(resident) = device.resident() {
+        resident.rotate_rows(matrix, transform);
+        return;
+    }
     let cols = matrix.cols();
     matrix.data_mut().par_chunks_exact_mut(cols.max(1)).for_each(|row| transform.forward(row));
 }
@@ -145,7 +158,7 @@ fn for_each_pair(n: usize, mut visit: impl FnMut(usize, usize)) {
 }
 
 /// The weights without the kept ones, rotated.
-fn rotated_rest(transform: &InputTransform, weights: &Matrix, plan: &LayerPlan) -> Matrix {
+fn rotated_rest(device: &dyn Device, transform: &InputTransform, weights: &Matrix, plan: &LayerPlan) -> Matrix {
     let mut rest = weights.clone();
     if let Some(mask) = plan.kept.as_deref() {
         for r in 0..rest.rows() {
@@ -153,7 +166,7 @@ fn rotated_rest(transform: &InputTransform, weights: &Matrix, plan: &LayerPlan) 
             mask.row(r).iter().for_each(|&c| row[c as usize] = 0.0);
         }
     }
-    rotate_rows(transform, &mut rest);
+    rotate_rows(device, transform, &mut rest);
     rest
 }
 
@@ -241,7 +254,7 @@ mod tests {
             let m = Matrix::from_vec(n, n, (0..n * n).map(|_| rng.normal()).collect());
             let (mut transposed, mut notes) = (m.clone(), Vec::new());
             transpose(&mut transposed);
-            let whole = completed(&m, &mut notes);
+            let whole = completed(&*tailorq_kernels::cpu(), &m, &mut notes);
             for (r, c) in (0..n * n).map(|i| (i / n, i % n)) {
                 assert_eq!(transposed.row(r)[c], m.row(c)[r]);
                 assert_eq!(whole.row(r)[c], m.row(r.max(c))[r.min(c)]);

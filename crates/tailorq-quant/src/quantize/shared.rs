@@ -86,16 +86,19 @@ pub(super) fn factor(
 
 /// [`Rotation::new`], unless another layer had it made.
 pub(super) fn rotation(
+    device: &dyn Device,
     (hessian, shared): (&Matrix, Option<OfHessian<'_>>),
     transform: &InputTransform,
 ) -> Result<Arc<Rotation>, QuantError> {
-    let Some(work) = OfHessian::of(shared, hessian) else { return Rotation::new(hessian, transform).map(Arc::new) };
+    let Some(work) = OfHessian::of(shared, hessian) else {
+        return Rotation::new(device, hessian, transform).map(Arc::new);
+    };
     let mut made = work.made();
     if let Some((_, rotation)) = made.rotation.as_ref().filter(|(spec, _)| *spec == transform.spec()) {
         return Ok(rotation.clone());
     }
     made.rotation = None;
-    let rotation = Arc::new(Rotation::new(hessian, transform)?);
+    let rotation = Arc::new(Rotation::new(device, hessian, transform)?);
     made.rotation = Some((transform.spec(), rotation.clone()));
     Ok(rotation)
 }

@@ -167,7 +167,7 @@ impl DamageSurvey<'_> {
             let mut batches = Vec::new();
             for i in 0..streams.batches.len() {
                 let spans = streams.batches[i].spans.clone();
-                batches.push(MicroBatch { residual: streams.copy(block_idx, i)?, original: None, spans });
+                batches.push(MicroBatch { residual: streams.copy(block_idx, i)?, original: None, spans, place: 0 });
             }
             inputs = Some(Activations { batches });
         }

@@ -12,6 +12,7 @@ mod damage;
 mod judged;
 mod noise;
 mod run;
+mod several;
 mod stability;
 mod stats;
 mod streams;

@@ -30,7 +30,7 @@ pub enum Loss<'a> {
 /// A survey to be run.
 #[derive(Clone, Copy)]
 pub struct Survey<'a> {
-    /// Where it runs.
+    /// Where it runs; with peers, each takes a share of the samples.
     pub device: &'a dyn Device,
     /// The model, stored, dense or packed.
     pub model: &'a Model,
@@ -38,7 +38,7 @@ pub struct Survey<'a> {
     pub loss: Loss<'a>,
     /// What to gather.
     pub needs: &'a Needs,
-    /// Block inputs (and gradients) held in memory, in bytes; what is beyond is spilled.
+    /// Block inputs (and gradients) held in memory, in bytes, of each device's where it has its own; what is beyond is spilled.
     pub tape_bytes: usize,
 }
 
@@ -61,7 +61,19 @@ struct Part {
     targets: Vec<Target>,
 }
 
-type Sink<'a> = dyn FnMut(BlockStats) -> Result<ControlFlow<()>, QuantError> + 'a;
+/// Micro-batches of samples.
+fn parts(samples: &[&SurveySample]) -> Vec<Part> {
+    let ids: Vec<Vec<u32>> = samples.iter().map(|s| s.ids.clone()).collect();
+    let mut rest = samples.iter();
+    let part = |batch: Batch| {
+        let spans = batch.spans.iter().zip(rest.by_ref());
+        let targets = spans.flat_map(|(span, s)| next_token_targets(&s.ids, s.scored.as_deref(), span.start));
+        Part { targets: targets.collect(), batch }
+    };
+    micro_batches(&ids).into_iter().map(part).collect()
+}
+
+pub(super) type Sink<'a> = dyn FnMut(BlockStats) -> Result<ControlFlow<()>, QuantError> + 'a;
 
 impl Survey<'_> {
     /// Runs over all samples and hands each finished block to `sink`, which may stop the run with
@@ -73,7 +85,21 @@ impl Survey<'_> {
         spill: Option<&mut dyn Spill>,
         sink: &mut Sink<'_>,
     ) -> Result<Summary, QuantError> {
-        let parts = self.parts(samples)?;
+        let samples = self.counting(samples)?;
+        if self.device.peers().is_empty() || samples.len() == 1 {
+            return self.run_alone(&samples, spill, sink);
+        }
+        super::several::run(self, &samples, spill, sink)
+    }
+
+    /// The same on the one device, over samples that all count.
+    pub(super) fn run_alone(
+        &self,
+        samples: &[&SurveySample],
+        spill: Option<&mut dyn Spill>,
+        sink: &mut Sink<'_>,
+    ) -> Result<Summary, QuantError> {
+        let parts = parts(samples);
         let mut tape = Tape::new(self.device, self.tape_bytes, spill);
         let count = |f: &dyn Fn(&Part) -> usize| parts.iter().map(f).sum::<usize>();
         let n_samples = count(&|p| p.batch.spans.len());
@@ -87,8 +113,8 @@ impl Survey<'_> {
         Ok(summary)
     }
 
-    /// Micro-batches of the samples that count.
-    fn parts(&self, samples: &[SurveySample]) -> Result<Vec<Part>, QuantError> {
+    /// The samples that count, if the models know their tokens.
+    fn counting<'s>(&self, samples: &'s [SurveySample]) -> Result<Vec<&'s SurveySample>, QuantError> {
         let counts = |s: &&SurveySample| {
             let has_target = !next_token_targets(&s.ids, s.scored.as_deref(), 0).is_empty();
             !s.ids.is_empty() && (has_target || !self.needs.gradients())
@@ -105,15 +131,7 @@ impl Survey<'_> {
             let problem = format!("the reference has {other} words and the model {vocab}: use models of one tokenizer");
             return Err(QuantError::Settings(problem));
         }
-        let ids: Vec<Vec<u32>> = samples.iter().map(|s| s.ids.clone()).collect();
-        let mut rest = samples.into_iter();
-        let part = |batch: Batch| {
-            let spans = batch.spans.iter().zip(rest.by_ref());
-            let targets = spans.flat_map(|(span, s)| next_token_targets(&s.ids, s.scored.as_deref(), span.start));
-            Part { targets: targets.collect(), batch }
-        };
-        let parts: Vec<Part> = micro_batches(&ids).into_iter().map(part).collect();
-        if parts.is_empty() { Err(QuantError::NoCalibration) } else { Ok(parts) }
+        if samples.is_empty() { Err(QuantError::NoCalibration) } else { Ok(samples) }
     }
 
     fn stage(&self, block_idx: usize) -> BlockStage<'_> {

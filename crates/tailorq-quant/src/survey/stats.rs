@@ -164,6 +164,30 @@ impl BlockStats {
         }
     }
 
+    /// Takes in the statistics of the same block that a peer of `device` gathered of the samples that follow.
+    pub(super) fn merge(&mut self, device: &dyn Device, other: BlockStats) {
+        let add = |from: &Option<Matrix>, into: &mut Option<Matrix>| {
+            if let (Some(from), Some(into)) = (from, into) {
+                device.add_from_peer(from, into);
+            }
+        };
+        let add_all = |from: &[(TokenWeight, Matrix)], into: &mut [(TokenWeight, Matrix)]| {
+            from.iter().zip(into).for_each(|((_, from), (_, into))| device.add_from_peer(from, into));
+        };
+        for (group, more) in self.groups.iter_mut().zip(other.groups) {
+            add_all(&more.hessians, &mut group.hessians);
+            group.token_norms.extend(more.token_norms);
+            group.input_energies.iter_mut().zip(more.input_energies).for_each(|(sum, e)| *sum += e);
+        }
+        for (layer, more) in self.layers.iter_mut().zip(other.layers) {
+            add(&more.sum, &mut layer.sum);
+            add(&more.absolute, &mut layer.absolute);
+            add(&more.square, &mut layer.square);
+            add_all(&more.hessians, &mut layer.hessians);
+            layer.token_energies.extend(more.token_energies);
+        }
+    }
+
     /// The first linear or input whose statistics hold NaN or infinity.
     pub(super) fn not_finite(&self, device: &dyn Device) -> Option<Slot> {
         let bad = |m: &Matrix| !device.is_finite(m);

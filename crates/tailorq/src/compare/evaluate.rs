@@ -130,6 +130,7 @@ impl<'a> Evaluation<'a> {
             tokenizer: &opened.tokenizer,
             template: opened.template.as_ref(),
             device,
+            decoders: None,
         };
         let mut measured = Measured::default();
         for part in &self.parts {

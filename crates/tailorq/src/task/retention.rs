@@ -114,7 +114,8 @@ impl Gate {
     ) -> Result<RetentionReport, PipelineError> {
         let items = &self.held_out.items;
         observer.stage("measuring held-out items", items.len() as u64);
-        let subject = |name, model| Subject { name, model, tokenizer: &opened.tokenizer, template: None, device };
+        let subject =
+            |name, model| Subject { name, model, tokenizer: &opened.tokenizer, template: None, device, decoders: None };
         let (original, quantized) = (subject("the original", &opened.model), subject("the quantized model", model));
         let found = tailorq_eval::retention(&original, &quantized, items, &mut |done, _| {
             observer.progress(done as u64, "");

@@ -115,7 +115,14 @@ fn is_demo(output: &Path) -> bool {
 }
 
 fn subject<'a>(name: &'a str, device: &'a dyn Device, opened: &'a OpenedModel) -> Subject<'a> {
-    Subject { name, model: &opened.model, tokenizer: &opened.tokenizer, template: opened.template.as_ref(), device }
+    Subject {
+        name,
+        model: &opened.model,
+        tokenizer: &opened.tokenizer,
+        template: opened.template.as_ref(),
+        device,
+        decoders: None,
+    }
 }
 
 fn compare(

@@ -83,9 +83,10 @@ pub struct EvalArgs {
     /// Compare with this model (usually the original)
     #[arg(long, value_name = "MODEL")]
     reference: Option<String>,
-    /// Precision in which packed weights meet activations: f32, or int8 as `run` has it. The reference always has f32
-    #[arg(long, default_value_t = Activations::F32, value_name = "TYPE")]
-    activations: Activations,
+    /// Precision in which packed weights meet activations: f32, or int8 as `run` has it [default: f32; on a GPU half precision
+    /// while answers are generated, with f16 keys and values, as `run` has it there]. The reference always has f32
+    #[arg(long, value_name = "TYPE")]
+    activations: Option<Activations>,
 }
 
 fn after_help() -> String {
@@ -122,10 +123,16 @@ pub fn execute(args: &EvalArgs, console: &Console) -> anyhow::Result<()> {
     let opened = super::open(&args.model, console)?;
     let reference = args.reference.as_deref().map(|source| super::open(source, console)).transpose()?;
     let calibration = calibration_items([Some(&opened), reference.as_ref()])?;
-    let device = crate::device::open_with(args.activations, console)?;
+    let activations = args.activations.unwrap_or(Activations::F32);
+    let device = crate::device::open_with(activations, console)?;
+    let decoders = match device.resident() {
+        Some(_) if args.activations.is_none() => crate::device::decoders()?,
+        Some(_) => super::engine::refuse_int8(args.activations).map(|()| None)?,
+        None => None,
+    };
     // On the CPU the original is measured with f32 activations whatever its copy is measured with.
     let exact = if device.resident().is_some() { device.clone() } else { tailorq::cpu() };
-    let computed = (device.as_ref(), args.activations);
+    let computed = (device.as_ref(), activations);
     let hashes = args.cache.as_ref().map(|_| model_hashes(&opened, reference.as_ref(), computed)).transpose()?;
     let cache = args.cache.as_deref().zip(hashes.as_ref());
     // Opened when nothing stands in the way any more: the log of an earlier run is not lost to a mistake in the command.
@@ -147,7 +154,7 @@ pub fn execute(args: &EvalArgs, console: &Console) -> anyhow::Result<()> {
             ..args.items()
         },
     };
-    let model = subject(&opened, device.as_ref());
+    let model = Subject { decoders: decoders.as_deref(), ..subject(&opened, device.as_ref()) };
     check(&tasks, &model, &options)?;
     if let Some(path) = &args.log_samples {
         let created = SampleLog::create(path)?;
@@ -236,6 +243,7 @@ fn subject<'a>(opened: &'a OpenedModel, device: &'a dyn Device) -> Subject<'a> {
         tokenizer: &opened.tokenizer,
         template: opened.template.as_ref(),
         device,
+        decoders: None,
     }
 }
 

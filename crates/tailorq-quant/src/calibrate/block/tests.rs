@@ -444,3 +444,34 @@ fn sequences_are_held_out_for_who_chooses() {
     let done = run.quantize_block(0, Some(&mut f.acts()), &mut go_on).unwrap();
     assert!(done.layers.iter().all(|l| l.notes.iter().any(|n| matches!(n, Note::Chosen { .. }))));
 }
+
+/// Micro-batches on several devices: the Hessians are the same up to the order of their sums, and so are the layers' losses.
+#[test]
+fn devices_share_the_micro_batches() {
+    let alone = Fixture::new();
+    for n in [2, 3] {
+        let several = Fixture { device: tailorq_kernels::cpu_with_peers(n - 1), model: model() };
+        for (quantizer, true_sequential) in [(&Gptq as &dyn Quantizer, true), (&Gptq, false), (&Best, true)] {
+            let drift =
+                if true_sequential { DriftCorrection { inputs: 0.5, residual: 0.5 } } else { Default::default() };
+            let quantize = |f: &Fixture| {
+                let run = BlockQuantizer { drift, ..f.run(quantizer, true_sequential) };
+                let embed = || Activations::embed_beside(&*f.device, &f.model, &f.model, &samples()).unwrap();
+                let mut acts = embed();
+                let block = run.quantize_block(0, Some(&mut acts), &mut go_on).unwrap();
+                let mut replayed = embed();
+                advance(&*f.device, &f.model, (0, &block.install(&f.model.blocks[0])), &mut replayed);
+                assert_eq!(residuals(&replayed), residuals(&acts), "a replay has the same bits");
+                (acts, block)
+            };
+            let ((_, expected), (acts, found)) = (quantize(&alone), quantize(&several));
+            let places: Vec<usize> = acts.batches.iter().map(|b| b.place).collect();
+            assert_eq!(places, (0..places.len()).map(|i| i % n).collect::<Vec<_>>());
+            for (found, expected) in found.layers.iter().zip(&expected.layers) {
+                let (a, b) = (found.proxy_loss.unwrap(), expected.proxy_loss.unwrap());
+                assert!((a - b).abs() < 0.02 * b, "{}: {a}, alone {b}", found.name);
+            }
+            assert_eq!(codes(&quantize(&several).1), codes(&found), "the same devices give the same bits");
+        }
+    }
+}
