@@ -31,6 +31,23 @@ def script(name, *arguments):
     subprocess.run([sys.executable, str(HERE / name), *map(str, arguments)], check=True)
 
 
+def directory(options):
+    """Where the model stands as transformers opens it."""
+    return pathlib.Path(options.work) / "models" / pathlib.Path(options.model).stem
+
+
+def ask_harness(options, runs):
+    """Asks the harness what it has not yet been asked: one process for each batch size, since it opens the model."""
+    for batch in options.batch.split(","):
+        left = [run.spec for run in runs if not (run.folder / f"harness-{batch}.json").exists()]
+        if left:
+            script(
+                "ask_harness.py", directory(options), "--data", options.data, "--tasks", ",".join(left),
+                "--items", options.items, "--threads", options.threads, "--batch", batch,
+                "--device", options.device, "--out", runs[0].folder.parent,
+            )
+
+
 class Run:
     """One task of one model by both programs."""
 
@@ -40,23 +57,14 @@ class Run:
         self.task, _, self.shots = spec.partition(":")
         self.folder = pathlib.Path(options.work) / pathlib.Path(options.model).stem / spec.replace(":", "-")
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.directory = pathlib.Path(options.work) / "models" / pathlib.Path(options.model).stem
+        self.directory = directory(options)
 
     def harness(self):
         """What the harness says of each item; the quickest of the batch sizes counts."""
-        told = []
-        for batch in self.options.batch.split(","):
-            out = self.folder / f"harness-{batch}.jsonl"
-            if not out.with_suffix(".json").exists():
-                shots = ["--shots", self.shots] if self.shots else []
-                script(
-                    "ask_harness.py", self.directory, "--data", self.options.data, "--task", self.task, *shots,
-                    "--items", self.options.items, "--threads", self.options.threads, "--batch", batch,
-                    "--device", self.options.device, "--out", out,
-                )
-            told.append((json.loads(out.with_suffix(".json").read_text()), out))
-        best, out = min(told, key=lambda one: one[0]["seconds"])
-        return best, read(out)
+        logs = [self.folder / f"harness-{batch}.jsonl" for batch in self.options.batch.split(",")]
+        told = [(json.loads(log.with_suffix(".json").read_text()), log) for log in logs]
+        best, log = min(told, key=lambda one: one[0]["seconds"])
+        return best, read(log)
 
     def tailorq(self):
         out, log = self.folder / "tailorq.json", self.folder / "tailorq.jsonl"
@@ -64,7 +72,7 @@ class Run:
             shots = ["--num-fewshot", self.shots] if self.shots else []
             command = [
                 self.options.tailorq, "eval", self.options.model, "--tasks", self.task, "--data", self.options.data,
-                "--limit", self.options.items, "--threads", self.options.threads, "--device", "cpu",
+                "--limit", self.options.items, "--threads", self.options.threads, "--device", self.options.device,
                 "--json", "--quiet", "--log-samples", log, *shots,
             ]
             done = subprocess.run(list(map(str, command)), check=True, stdout=subprocess.PIPE)
@@ -152,11 +160,12 @@ def main():
     parser.add_argument("--items", type=int, default=100)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch", default="16", help="batch sizes of the harness, of which the quickest counts")
-    parser.add_argument("--device", default="cpu", help="of the harness")
+    parser.add_argument("--device", default="cpu", help="of both: cpu or cuda:0")
     options = parser.parse_args()
 
     runs = [Run(options, spec) for spec in options.tasks.split(",")]
-    convert(options.model, runs[0].directory)
+    convert(options.model, directory(options))
+    ask_harness(options, runs)
     rows = []
     for run in runs:
         rows.append(run.row())

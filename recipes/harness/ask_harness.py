@@ -1,11 +1,11 @@
 """Asks lm-evaluation-harness the first items of local JSONL files and writes one line an item.
 
-    python ask_harness.py MODEL_DIR --data DIR --task gsm8k --items 100 --threads 2 --batch 16 --out FILE.jsonl
+    python ask_harness.py MODEL_DIR --data DIR --tasks gsm8k,mmlu:5 --items 100 --threads 2 --batch 16 --out FOLDER
 
 The tasks are the harness's own definitions; only where their items come from is replaced: `DIR/<task>/test.jsonl`, with
-examples from `train.jsonl` or else `calib.jsonl` (MMLU: `dev.jsonl`). Nothing is fetched. A line has `task`, `index`,
-`prediction`, `gold` and `loglikelihoods` or `completion`, as those of `tailorq eval --log-samples`; FILE.json has the metrics
-and the seconds.
+examples from `train.jsonl` or else `calib.jsonl` (MMLU: `dev.jsonl`). Nothing is fetched. A line of `FOLDER/TASK/harness-16.jsonl`
+(16 is the batch size) has `task`, `index`, `prediction`, `gold` and `loglikelihoods` or `completion`, as those of
+`tailorq eval --log-samples`; `harness-16.json` has the metrics and the seconds. `mmlu:5` is MMLU with five examples.
 """
 
 import argparse
@@ -129,47 +129,59 @@ def timed(function, seconds):
     return call
 
 
+def ask(model, spec, options):
+    """Has one task scored and writes what came out."""
+    task, _, shots = spec.partition(":")
+    tasks = tasks_of(task, options.data, options.items)
+    # What counts is the evaluation alone: `simple_evaluate` also asks for the packages and processors of the machine.
+    whole, asked = [], []
+    evaluate, requests = lm_eval.evaluator.evaluate, ("loglikelihood", "generate_until")
+    lm_eval.evaluator.evaluate = timed(evaluate, whole)
+    for request in requests:
+        setattr(model, request, timed(getattr(type(model), request).__get__(model), asked))
+    try:
+        results = lm_eval.evaluator.simple_evaluate(
+            model=model, tasks=tasks, num_fewshot=int(shots) if shots else None, log_samples=True
+        )
+    finally:
+        lm_eval.evaluator.evaluate = evaluate
+    lines = lines_of(task, results)
+    told = {
+        "seconds": sum(whole),
+        "seconds_in_model": sum(asked),
+        "items": len(lines),
+        "batch": options.batch,
+        "device": options.device,
+        "results": results["results"],
+        "versions": {"lm_eval": lm_eval.__version__, "torch": torch.__version__},
+    }
+    return lines, told
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("--data", required=True)
-    parser.add_argument("--task", required=True)
-    parser.add_argument("--shots", type=int)
+    parser.add_argument("--tasks", required=True)
     parser.add_argument("--items", type=int, default=100)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", required=True)
-    arguments = parser.parse_args()
+    options = parser.parse_args()
 
-    torch.set_num_threads(arguments.threads)
+    torch.set_num_threads(options.threads)
     torch.backends.cuda.matmul.allow_tf32 = False
-    tasks = tasks_of(arguments.task, arguments.data, arguments.items)
-    model = HFLM(
-        pretrained=arguments.model, dtype="float32", batch_size=arguments.batch, device=arguments.device
-    )
-    # What counts is the evaluation alone: `simple_evaluate` also asks for the packages and processors of the machine.
-    whole, asked = [], []
-    lm_eval.evaluator.evaluate = timed(lm_eval.evaluator.evaluate, whole)
-    for request in ("loglikelihood", "generate_until"):
-        setattr(model, request, timed(getattr(model, request), asked))
-    results = lm_eval.evaluator.simple_evaluate(
-        model=model, tasks=tasks, num_fewshot=arguments.shots, log_samples=True
-    )
-
-    lines = lines_of(arguments.task, results)
-    with open(arguments.out, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    told = {
-        "seconds": sum(whole),
-        "seconds_in_model": sum(asked),
-        "items": len(lines),
-        "batch": arguments.batch,
-        "device": arguments.device,
-        "results": results["results"],
-        "versions": {"lm_eval": lm_eval.__version__, "torch": torch.__version__},
-    }
-    pathlib.Path(arguments.out).with_suffix(".json").write_text(json.dumps(told, default=str))
+    model = HFLM(pretrained=options.model, dtype="float32", batch_size=options.batch, device=options.device)
+    for spec in options.tasks.split(","):
+        out = pathlib.Path(options.out) / spec.replace(":", "-") / f"harness-{options.batch}.jsonl"
+        if out.with_suffix(".json").exists():
+            continue
+        lines, told = ask(model, spec, options)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with open(out, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        out.with_suffix(".json").write_text(json.dumps(told, default=str))
 
 
 if __name__ == "__main__":
