@@ -11,6 +11,7 @@ mod feedback;
 mod gptq;
 mod grid;
 mod keep_half;
+mod kept;
 mod levels;
 mod loss;
 mod on_device;

@@ -12,6 +12,7 @@
 //! other weights, as the kept weights of plain GPTQ do, which take in the errors of earlier columns.
 
 use super::feedback::check_hessian_on;
+use super::kept::least_error;
 use super::rows::{check_finite, check_mask};
 use super::stored::relative_error;
 use super::{LayerStats, Note, OfHessian, Quantized, QuantizedWeight, SharedWork, proxy_loss, shared};
@@ -20,9 +21,6 @@ use half::f16;
 use rayon::prelude::*;
 use tailorq_kernels::Device;
 use tailorq_tensor::{ElementCorrections, InputTransform, Matrix, PackedMatrix};
-
-/// Rounds of coordinate descent for kept elements; few rows change anything after the fourth.
-const ROUNDS: usize = 16;
 
 /// Rows and columns of a tile in which a matrix is mirrored.
 const TILE: usize = 32;
@@ -201,47 +199,6 @@ fn with_kept(
     Ok(base.with_elements(ElementCorrections::from_rows(cols, &corrections)?)?)
 }
 
-/// The corrections `c` at the `kept` columns, in f16, that make `(e - c) (H + added I) (e - c)^T` least, for the errors `e` of one
-/// row: coordinate descent, one element after another, from the corrections that leave no error there. No step raises it.
-fn least_error(hessian: &Matrix, added: f64, kept: &[u32], mut errors: Vec<f32>) -> Vec<f16> {
-    let of = |i: usize| (kept[i] as usize, hessian.row(kept[i] as usize));
-    let before: Vec<f32> = kept.iter().map(|&c| errors[c as usize]).collect();
-    let mut corrections: Vec<f16> = before.iter().map(|e| f16::from_f32(*e)).collect();
-    for ((&c, before), correction) in kept.iter().zip(&before).zip(&corrections) {
-        errors[c as usize] = before - correction.to_f32();
-    }
-    // Half the slope along each kept element.
-    let slope = |i: usize| -> f64 {
-        let (column, row) = of(i);
-        let product: f64 = row.iter().zip(&errors).map(|(h, e)| f64::from(*h) * f64::from(*e)).sum();
-        product + added * f64::from(errors[column])
-    };
-    let mut slopes: Vec<f64> = (0..kept.len()).map(slope).collect();
-    for _ in 0..ROUNDS {
-        let mut changed = false;
-        for i in 0..kept.len() {
-            let (column, row) = of(i);
-            let curvature = f64::from(row[column]) + added;
-            let best = corrections[i].to_f64() + slopes[i] / curvature;
-            // The nearest f16 is the best one of a parabola; one that overflows is no better than the old.
-            let new = f16::from_f64(best);
-            if new == corrections[i] || !new.is_finite() {
-                continue;
-            }
-            let step = corrections[i].to_f64() - new.to_f64();
-            corrections[i] = new;
-            for (j, slope) in slopes.iter_mut().enumerate() {
-                *slope += step * (f64::from(row[kept[j] as usize]) + if i == j { added } else { 0.0 });
-            }
-            changed = true;
-        }
-        if !changed {
-            break;
-        }
-    }
-    corrections
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -260,40 +217,6 @@ mod tests {
                 assert_eq!(whole.row(r)[c], m.row(r.max(c))[r.min(c)]);
             }
             assert!(notes.is_empty());
-        }
-    }
-
-    /// The minimum over the kept elements by hand, and that it is one.
-    #[test]
-    fn kept_elements_make_the_error_least() {
-        let n = 24;
-        let mut rng = Rng::new(3);
-        let x: Vec<f32> = (0..n * 60).map(|_| rng.normal()).collect();
-        let mut h = Matrix::zeros(n, n);
-        for (r, c) in (0..n * n).map(|i| (i / n, i % n)) {
-            h.row_mut(r)[c] = (0..60).map(|t| x[t * n + r] * x[t * n + c] + x[t * n]).sum();
-        }
-        for (r, c) in (0..n * n).map(|i| (i / n, i % n)).filter(|(r, c)| r < c) {
-            let low = h.row(c)[r];
-            h.row_mut(r)[c] = low;
-        }
-        let errors: Vec<f32> = (0..n).map(|_| 0.1 * rng.normal()).collect();
-        let kept = [1u32, 4, 5, 17];
-        let loss = |c: &[f32]| -> f64 {
-            let mut e = errors.clone();
-            kept.iter().zip(c).for_each(|(&k, c)| e[k as usize] -= c);
-            let product = |r: usize| -> f64 { h.row(r).iter().zip(&e).map(|(h, e)| f64::from(h * e)).sum() };
-            (0..n).map(|r| f64::from(e[r]) * (product(r) + 0.5 * f64::from(e[r]))).sum()
-        };
-        let found: Vec<f32> = least_error(&h, 0.5, &kept, errors.clone()).iter().map(|c| c.to_f32()).collect();
-        let exact: Vec<f32> = kept.iter().map(|&k| errors[k as usize]).collect();
-        assert!(loss(&found) < 0.9 * loss(&exact), "{} {}", loss(&found), loss(&exact));
-        for i in 0..kept.len() {
-            for step in [-1e-3, 1e-3] {
-                let mut other = found.clone();
-                other[i] += step;
-                assert!(loss(&other) > loss(&found), "{i} {step}");
-            }
         }
     }
 }
