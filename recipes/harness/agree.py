@@ -9,6 +9,7 @@ WORK and is not run again. Start it under `taskset -c 0,1` to hold both to two c
 import argparse
 import json
 import pathlib
+import resource
 import subprocess
 import sys
 
@@ -48,6 +49,12 @@ def ask_harness(options, runs):
             )
 
 
+def processor_seconds():
+    """Of all processes that ended so far."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 class Run:
     """One task of one model by both programs."""
 
@@ -75,8 +82,10 @@ class Run:
                 "--limit", self.options.items, "--threads", self.options.threads, "--device", self.options.device,
                 "--json", "--quiet", "--log-samples", log, *shots,
             ]
+            before = processor_seconds()
             done = subprocess.run(list(map(str, command)), check=True, stdout=subprocess.PIPE)
-            out.write_bytes(done.stdout)
+            told = dict(json.loads(done.stdout), processor_seconds=processor_seconds() - before)
+            out.write_text(json.dumps(told))
         return json.loads(out.read_text()), read(log)
 
     def row(self):
@@ -94,6 +103,8 @@ class Run:
             "batch": theirs["batch"],
             "harness_seconds": theirs["seconds"],
             "tailorq_seconds": ours["seconds"][self.task],
+            "harness_processor_seconds": theirs["processor_seconds"],
+            "tailorq_processor_seconds": ours["processor_seconds"],
         }
         row["times_faster"] = row["harness_seconds"] / row["tailorq_seconds"]
         (self.folder / "row.json").write_text(json.dumps(row, indent=1, ensure_ascii=False))

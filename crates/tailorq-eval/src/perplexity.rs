@@ -9,7 +9,7 @@ use crate::cache::{Contents, Finished, Whose};
 use crate::corpus::{Corpus, text_or_corpus};
 use crate::error::EvalError;
 use crate::metric::{Metric, ratio_and_stderr};
-use crate::online::{PairDivergence, TargetNll};
+use crate::online::{PairDivergence, Piece, TargetNll};
 use crate::task::{Progress, Subject, Task, TaskOption, TaskOptions, TaskResult};
 use crate::windows::WindowOptions;
 use rayon::prelude::*;
@@ -178,8 +178,11 @@ fn compare_window(subject: &Subject<'_>, reference: &Subject<'_>, window: &[u32]
     reference.model.for_each_logits(reference.device, &reference_hidden, &mut |words, reference_logits| {
         let n_words = words.len();
         let logits = subject.device.linear_matrix(&hidden, &subject.model.head, None, words.clone());
-        let pairs = reference_logits.data().par_chunks(n_words).zip(logits.data().par_chunks(n_words));
-        rows.par_iter_mut().zip(pairs).for_each(|(row, (r, m))| row.add(words.start, r, m));
+        let theirs = Piece::of_rows(reference.device, reference_logits);
+        let ours = Piece::of_rows(subject.device, &logits);
+        let theirs = reference_logits.data().par_chunks(n_words).zip(theirs);
+        let ours = logits.data().par_chunks(n_words).zip(ours);
+        rows.par_iter_mut().zip(theirs).zip(ours).for_each(|((row, r), m)| row.add(words.start, r, m));
     });
     let sum = |of: fn(&PairDivergence) -> f64| rows.iter().map(of).sum();
     let agreed = rows.iter().filter(|r| r.agrees()).count() as f64;

@@ -1,7 +1,7 @@
 //! Positions whose next-word distribution is needed, and what is kept of each.
 
 use super::Likelihood;
-use crate::online::LogSumExp;
+use crate::online::{LogSumExp, Piece};
 use crate::task::Subject;
 use rayon::prelude::*;
 use std::collections::HashMap;
@@ -27,35 +27,35 @@ struct Row {
 }
 
 impl Row {
-    fn add(&mut self, first_word: usize, logits: &[f32]) {
-        self.total.add(logits);
+    /// Takes the logits of the words `first_word..`, of which `largest` is the largest.
+    fn look(&mut self, first_word: usize, logits: &[f32], largest: f32) {
         for (word, kept) in &mut self.targets {
             if let Some(logit) = word.checked_sub(first_word).and_then(|at| logits.get(at)) {
                 *kept = *logit;
             }
         }
-        for (word, &logit) in (first_word..).zip(logits) {
-            // Strictly greater: of equals the first word counts.
-            if logit > self.best.1 {
-                self.best = (word, logit);
-            }
+        // Strictly greater: of equals the first word counts.
+        if largest > self.best.1
+            && let Some(at) = logits.iter().position(|logit| *logit == largest)
+        {
+            self.best = (first_word + at, largest);
         }
     }
 }
 
 /// Takes the logits of the words `first_word..` into all rows, `[rows, words]`.
 fn add_all(device: &dyn Device, rows: &mut [Row], first_word: usize, logits: &Matrix) {
+    let pieces = Piece::of_rows(device, logits);
+    for (row, piece) in rows.iter_mut().zip(&pieces) {
+        row.total.merge(*piece);
+    }
     let n_words = logits.cols();
     let Some(resident) = device.resident() else {
-        let pairs = rows.par_iter_mut().zip(logits.data().par_chunks(n_words));
-        return pairs.for_each(|(row, logits)| row.add(first_word, logits));
+        let pairs = rows.par_iter_mut().zip(&pieces).zip(logits.data().par_chunks(n_words));
+        return pairs.for_each(|((row, piece), logits)| row.look(first_word, logits, piece.max));
     };
     // What leaves the device is a few numbers a row.
-    let mut sums = vec![Default::default(); rows.len()];
-    resident.log_sum_exp(logits, &mut sums);
-    let best = resident.row_max(logits);
-    for ((row, sum), (word, logit)) in rows.iter_mut().zip(sums).zip(best) {
-        row.total.merge(sum.max, sum.sum);
+    for (row, (word, logit)) in rows.iter_mut().zip(resident.row_max(logits)) {
         if logit > row.best.1 {
             row.best = (first_word + word, logit);
         }
