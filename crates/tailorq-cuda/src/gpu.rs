@@ -57,6 +57,8 @@ pub(crate) struct Gpu {
     name: String,
     /// Streaming multiprocessors.
     pub(crate) n_processors: u32,
+    /// Bytes of shared memory that a block can have.
+    pub(crate) shared_a_block: u32,
     /// Bytes of all buffers.
     held: AtomicUsize,
     functions: Mutex<HashMap<(&'static str, &'static str), Function>>,
@@ -95,6 +97,8 @@ impl Gpu {
         let stream = context.new_stream().map_err(driver("make a stream"))?;
         let attribute = Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
         let n_processors = context.attribute(attribute).map_err(driver("count processors"))?.max(1) as u32;
+        let attribute = Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
+        let shared = context.attribute(attribute).map_err(driver("tell its shared memory"))?;
         keep_freed_memory(&context).map_err(driver("set up the memory pool"))?;
         Ok(Arc::new(Gpu {
             context,
@@ -102,6 +106,7 @@ impl Gpu {
             arch: format!("sm_{major}{minor}"),
             name,
             n_processors,
+            shared_a_block: shared.max(48 << 10) as u32,
             held: AtomicUsize::new(0),
             functions: Mutex::default(),
             modules: Mutex::default(),
@@ -357,12 +362,20 @@ impl Gpu {
 
     /// Lets a kernel use more shared memory than the 48 KiB that every kernel has.
     pub(crate) fn allow_shared(&self, function: Function, bytes: u32) {
-        self.enter();
         let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        self.set_attribute("raise the limit of shared memory", function, attribute, bytes as i32);
+    }
+
+    /// Lets a kernel's processors use as much of their nearest memory as shared memory as they can.
+    pub(crate) fn prefer_shared(&self, function: Function) {
+        let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
+        self.set_attribute("divide the nearest memory", function, attribute, 100);
+    }
+
+    fn set_attribute(&self, what: &str, function: Function, attribute: sys::CUfunction_attribute, value: i32) {
+        self.enter();
         // SAFETY: the function is alive.
-        must("raise the limit of shared memory", unsafe {
-            result::function::set_function_attribute(function.0, attribute, bytes as i32)
-        });
+        must(what, unsafe { result::function::set_function_attribute(function.0, attribute, value) });
     }
 }
 

@@ -6,11 +6,8 @@ use cudarc::driver::CudaGraph;
 use std::any::Any;
 use std::sync::Arc;
 
-/// Dynamic shared memory beyond which a kernel must be allowed more.
-const PLAIN_SHARED: u32 = 48 << 10;
-
-/// What every supported device gives a block.
-pub(super) const MOST_SHARED: u32 = 96 << 10;
+/// Bytes of shared memory that a kernel may have declared itself.
+pub(super) const OWN_SHARED: u32 = 1 << 10;
 
 /// A kernel with its arguments, ready to be started any number of times.
 pub(super) struct Launch {
@@ -29,9 +26,9 @@ impl Launch {
         params: T,
     ) -> Launch {
         let function = gpu.function(source, name);
-        if grid.shared > PLAIN_SHARED {
-            gpu.allow_shared(function, MOST_SHARED);
-        }
+        gpu.allow_shared(function, gpu.shared_a_block - OWN_SHARED);
+        // Kernels that want the same of a processor can be there at once.
+        gpu.prefer_shared(function);
         Launch { function, grid, params: Box::new(params) }
     }
 

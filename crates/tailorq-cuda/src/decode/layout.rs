@@ -1,6 +1,6 @@
 //! Matrices as the kernels of `decode_gemv.cu` read them, arranged in the host's memory.
 //!
-//! A matrix lies in tiles of 16 rows and units of 128 columns (64 of a dense one). In a unit lane `4 g + t` of a warp holds
+//! A matrix lies in tiles of 16 rows and units of 128 columns (64 of a dense one), which `stream` puts in order. In a unit lane `4 g + t` of a warp holds
 //! rows `g` and `g + 8` of the tile at columns `16 step + 8 high + 2 t + odd`; where in its words each code lies is what
 //! [`Format::pieces`] says. Rows past the last and columns past the last have codes, scales and zeros of 0.
 
@@ -70,7 +70,7 @@ impl Format {
     }
 
     /// Where the code of column `16 step + 8 high + 2 t + odd` lies in the words that lane `t` has of a row; see `pair` in
-    /// `decode_gemv.cu`.
+    /// `decode_codes.cuh`.
     fn pieces(self, step: usize, high: usize, odd: usize) -> Vec<Piece> {
         let upper = 16 * odd as u32;
         let whole = |word: usize, to: u32, width: u32| vec![Piece { word, to: to + upper, from: 0, width }];
@@ -123,22 +123,29 @@ fn table(format: Format) -> Vec<Vec<Piece>> {
 /// Which row of which matrix lies where: tiles from one or several matrices of the same columns.
 pub(super) struct Tiles<'a> {
     pub(super) matrices: Vec<&'a Weight>,
-    /// `(matrix, tile of it)`.
-    pub(super) order: Vec<(usize, usize)>,
+    /// `(matrix, its first row)` of the upper and of the lower eight rows of each tile.
+    order: Vec<[(usize, usize); 2]>,
 }
 
 impl<'a> Tiles<'a> {
     /// One under the other. All but the last have whole tiles.
     pub(super) fn stacked(matrices: Vec<&'a Weight>) -> Self {
         let tiles = |m: &Weight| m.rows().div_ceil(TILE_ROWS);
-        let order = (matrices.iter().enumerate()).flat_map(|(i, m)| (0..tiles(m)).map(move |t| (i, t))).collect();
+        let tile = |i: usize, t: usize| [(i, t * TILE_ROWS), (i, t * TILE_ROWS + TILE_ROWS / 2)];
+        let order = (matrices.iter().enumerate()).flat_map(|(i, m)| (0..tiles(m)).map(move |t| tile(i, t))).collect();
         Tiles { matrices, order }
     }
 
-    /// Tiles of two matrices of the same rows in turn.
+    /// Two matrices of the same rows: eight rows of the first and the same eight of the second in a tile.
     pub(super) fn paired(first: &'a Weight, second: &'a Weight) -> Self {
-        let order = (0..first.rows().div_ceil(TILE_ROWS)).flat_map(|t| [(0, t), (1, t)]).collect();
+        let half = TILE_ROWS / 2;
+        let order = (0..first.rows().div_ceil(half)).map(|t| [(0, t * half), (1, t * half)]).collect();
         Tiles { matrices: vec![first, second], order }
+    }
+
+    /// How many there are.
+    pub(super) fn len(&self) -> usize {
+        self.order.len()
     }
 
     pub(super) fn cols(&self) -> usize {
@@ -149,11 +156,11 @@ impl<'a> Tiles<'a> {
         self.cols().div_ceil(CHUNK)
     }
 
-    /// The matrix that a tile is of, and the tile's row `r` of it, if it has that row.
+    /// The matrix that row `r` of a tile is of, and which of its rows, if it has that row.
     fn row(&self, tile: usize, r: usize) -> (&'a Weight, Option<usize>) {
-        let (matrix, of) = self.order[tile];
+        let (matrix, first) = self.order[tile][r / (TILE_ROWS / 2)];
         let weight = self.matrices[matrix];
-        let row = of * TILE_ROWS + r;
+        let row = first + r % (TILE_ROWS / 2);
         (weight, (row < weight.rows()).then_some(row))
     }
 
@@ -169,8 +176,8 @@ impl<'a> Tiles<'a> {
         let mut all = vec![0.0; self.order.len() * TILE_ROWS];
         for (tile, out) in all.chunks_exact_mut(TILE_ROWS).enumerate() {
             for (r, out) in out.iter_mut().enumerate() {
-                let (matrix, of) = self.order[tile];
-                let at = of * TILE_ROWS + r;
+                let (matrix, first) = self.order[tile][r / (TILE_ROWS / 2)];
+                let at = first + r % (TILE_ROWS / 2);
                 *out = values[matrix].and_then(|v| v.get(at)).copied().unwrap_or(0.0);
             }
         }
@@ -253,19 +260,13 @@ impl<'a> Tiles<'a> {
         all
     }
 
-    /// Zeros of rows `g` and `g + 8` at the same bits of both halves of a word: `[tiles, groups, words]`. A symmetric
-    /// layout has one for all, four times over.
-    pub(super) fn zeros(&self, groups: usize, bits: Bits, is_symmetric: bool) -> Vec<u32> {
+    /// Zeros of rows `g` and `g + 8` at the same bits of both halves of a word: `[tiles, groups, words]`.
+    pub(super) fn zeros(&self, groups: usize, bits: Bits) -> Vec<u32> {
         let width = zero_bits(bits);
         let (words, rows) = (width / 2, 16 / width);
         let put = |out: &mut [u32], r: usize, zero: u8| {
             out[r % 8 / rows] |= u32::from(zero) << (r % 8 % rows * width + r / 8 * 16);
         };
-        if is_symmetric {
-            let mut one = vec![0u32; words];
-            (0..TILE_ROWS).for_each(|r| put(&mut one, r, bits.middle()));
-            return one.repeat(4);
-        }
         let mut all = vec![0u32; self.order.len() * groups * words];
         for (tile, out) in all.chunks_exact_mut(groups * words).enumerate() {
             for r in 0..TILE_ROWS {
@@ -361,6 +362,11 @@ fn zero_bits(bits: Bits) -> usize {
 /// Words of a group of zeros.
 pub(super) fn zero_words(bits: Bits) -> usize {
     zero_bits(bits) / 2
+}
+
+/// The zero of a symmetric layout at all places of a word.
+pub(super) fn middle_word(bits: Bits) -> u32 {
+    (0..32).step_by(zero_bits(bits)).fold(0, |word, at| word | u32::from(bits.middle()) << at)
 }
 
 /// Steps of 16 columns in a group; 0: one group a row.

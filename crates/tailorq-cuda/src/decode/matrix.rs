@@ -1,7 +1,9 @@
 //! A matrix on the device, and its product with a few vectors.
 
-use super::launch::{Launch, MOST_SHARED};
+use super::launch::{self, Launch};
 use super::layout::{self, DenseWeights, Format, TILE_ROWS, Tiles};
+use super::step::MOST_SHARED;
+use super::stream::{self, BLOCK_THREADS, Plan, Unit};
 use crate::error::CudaError;
 use crate::gpu::{Buffer, Gpu, Grid, Source};
 use std::sync::Arc;
@@ -13,11 +15,13 @@ macro_rules! source {
             name: $name,
             code: concat!(
                 include_str!("../kernels/decode_parts.cuh"),
+                include_str!("../kernels/decode_ring.cuh"),
                 "#define FORMAT ",
                 $format,
                 "\n#define CODEBOOK ",
                 $codebook,
                 "\n",
+                include_str!("../kernels/decode_codes.cuh"),
                 include_str!("../kernels/decode_gemv.cu")
             ),
         }
@@ -39,26 +43,23 @@ pub(crate) static SOURCES: [Source; 10] = [
     source!("decode_bf16", "17", "0"),
 ];
 
-/// Warps that a processor holds at the registers which the kernels take.
-const WARPS_A_PROCESSOR: u32 = 28;
-
-/// Warps of a block at most.
-const WARPS_A_BLOCK: u32 = 14;
-
-/// Warps that add corrections while the others multiply.
-const SPARSE_WARPS: u32 = 4;
-
-/// What it costs a block to begin and to end, in units of a warp.
-const BLOCK_COST: u32 = 3;
-
 /// The most vectors of a product.
 pub(super) const MOST_ROWS: usize = 8;
+
+/// Stages of a warp: two at least, so that one is filled while another is read.
+const DEPTHS: [usize; 2] = [2, 8];
+
+/// Bytes of shared memory that the kernels take beside what they are given.
+const OWN_SHARED: usize = 128;
+
+/// Bytes of shared memory of a processor that each block takes beside its own.
+const BLOCK_SHARED: u32 = 1024;
 
 /// The argument of the kernels, as `Gemv` in `decode_gemv.cu`.
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct Gemv {
-    codes: u64,
+    stream: u64,
     scales: u64,
     zeros: u64,
     element_starts: u64,
@@ -66,6 +67,8 @@ struct Gemv {
     tile_starts: u64,
     tile_heads: u64,
     tile_codes: u64,
+    stream_in: u64,
+    norm: u64,
     x: u64,
     sums: u64,
     plain: u64,
@@ -73,27 +76,48 @@ struct Gemv {
     y: u64,
     out: u64,
     out_sums: u64,
+    block_bytes: u64,
+    warp_bytes: u32,
     levels: [u32; 8],
-    zero_step: u32,
+    middle: u32,
     rows: u32,
     n_tiles: u32,
     n_units: u32,
     n_groups: u32,
     tiles_a_block: u32,
+    units_a_warp: u32,
     n_warps: u32,
     n_sparse: u32,
     n: u32,
     y_stride: u32,
     mode: u32,
     wide: u32,
-    stages: u32,
+    columns: u32,
+    eps: f32,
+    depth: u32,
+    at_stages: u32,
+    at_x: u32,
+    at_eighths: u32,
+    at_sums: u32,
+    at_parts: u32,
+    at_sparse: u32,
+    x_is_shared: u32,
 }
 
-/// Activations on the device: fragments and the sums of 16 each, for `n` tokens.
+/// Activations on the device: fragments and the sums of 8 each, for `n` tokens.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Fragments {
     pub(super) data: u64,
     pub(super) sums: u64,
+}
+
+/// What a product multiplies.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Input {
+    /// What the base meets, and what corrections meet.
+    Fragments { x: Fragments, plain: Fragments },
+    /// The norm of one vector of numbers, which each block takes for itself; see [`DeviceMatrix::takes_norms`].
+    Norm { stream: u64, weight: u64, eps: f32 },
 }
 
 /// What a product does with its numbers.
@@ -121,13 +145,16 @@ pub(super) struct DeviceMatrix {
     group: Group,
     rows: usize,
     cols: usize,
-    n_tiles: usize,
     n_groups: usize,
     is_paired: bool,
-    codes: Buffer,
+    plan: Plan,
+    unit: Unit,
+    stream: Buffer,
+    /// Of one group a row; else they are in the stream.
     scales: Option<Buffer>,
     zeros: Option<Buffer>,
-    zero_step: usize,
+    /// The zero of a symmetric layout, see [`layout::middle_word`]; else 0.
+    middle: u32,
     levels: [u32; 8],
     elements: Option<[Buffer; 2]>,
     is_wide: bool,
@@ -155,7 +182,7 @@ impl DeviceMatrix {
         dense: DenseWeights,
     ) -> Result<Self, CudaError> {
         let tiles = Tiles::paired(parts[0].0, parts[1].0);
-        let rows = tiles.order.len() * TILE_ROWS;
+        let rows = tiles.len() * TILE_ROWS;
         Ok(DeviceMatrix { is_paired: true, ..DeviceMatrix::new(gpu, &tiles, parts, rows, dense)? })
     }
 
@@ -173,49 +200,66 @@ impl DeviceMatrix {
             _ => None,
         };
         let group = packed.map_or(Group::Row, |m| m.layout().group);
-        let steps = layout::group_steps(group);
-        let n_groups = (tiles.chunks() * 8).checked_div(steps).unwrap_or(1);
-        let (mut zeros, mut zero_step) = (None, 0);
+        let n_groups = (tiles.chunks() * 8).checked_div(layout::group_steps(group)).unwrap_or(1);
+        let scales = packed.map_or(Vec::new(), |_| tiles.scales(n_groups));
+        let (mut zeros, mut middle) = (Vec::new(), 0);
         if let (Some(m), Format::Affine(bits)) = (packed, format) {
-            let symmetric = m.layout().symmetric;
-            zeros = Some(gpu.upload(&tiles.zeros(n_groups, bits, symmetric)));
-            let groups_a_unit = 8usize.checked_div(steps).unwrap_or(1);
-            zero_step = if symmetric { 0 } else { layout::zero_words(bits) * groups_a_unit };
+            match m.layout().symmetric {
+                true => middle = layout::middle_word(bits),
+                false => zeros = tiles.zeros(n_groups, bits),
+            }
         }
         let elements = tiles.elements();
+        let corrections = tiles.tile_corrections();
+        let n_units = tiles.chunks() * layout::CHUNK / format.unit_columns();
+        let has_corrections = elements.is_some() || corrections.is_some();
+        let plan = Plan::new(tiles.len(), n_units, has_corrections, gpu.n_processors as usize);
+        let unit = Unit::new(format, group, !zeros.is_empty());
+        let stream = stream::interleave(&plan, &unit, &tiles.codes(format), &scales, &zeros);
+        let beside = |words: &[u32]| (group == Group::Row && !words.is_empty()).then(|| gpu.upload(words));
         let biases: Vec<_> = parts.iter().map(|p| p.1).collect();
-        let transform = packed.and_then(|m| m.transform());
-        if let Some(t) = transform
-            && t.width() % t.block() != 0
-            && t.width() * 4 > MOST_SHARED as usize
-        {
-            let what = format!("an input transform of {} inputs in blocks of {}", t.width(), t.block());
-            return Err(CudaError::Unsupported { what });
-        }
-        Ok(DeviceMatrix {
+        let matrix = DeviceMatrix {
             gpu: gpu.clone(),
             format,
             group,
             rows,
             cols: tiles.cols(),
-            n_tiles: tiles.order.len(),
             n_groups,
             is_paired: false,
-            codes: gpu.upload(&tiles.codes(format)),
-            scales: packed.map(|_| gpu.upload(&tiles.scales(n_groups))),
-            zeros,
-            zero_step,
+            plan,
+            unit,
+            stream: gpu.upload(&stream),
+            scales: beside(&scales),
+            zeros: beside(&zeros),
+            middle,
             levels: packed.and_then(|m| m.levels()).map_or([0; 8], layout::level_words),
             is_wide: elements.as_ref().is_some_and(|e| e.is_wide),
             elements: elements.map(|e| [gpu.upload(&e.starts), gpu.upload(&e.words)]),
-            tiles: tiles.tile_corrections().map(|t| [t.starts, t.heads, t.codes].map(|part| gpu.upload(&part))),
+            tiles: corrections.map(|t| [t.starts, t.heads, t.codes].map(|part| gpu.upload(&part))),
             bias: biases.iter().any(Option::is_some).then(|| gpu.upload(&tiles.per_row(&biases))),
-            transform: transform.map(|t| DeviceTransform {
+            transform: packed.and_then(|m| m.transform()).map(|t| DeviceTransform {
                 signs: gpu.upload(t.signs()),
                 width: t.width(),
                 block: t.block(),
             }),
-        })
+        };
+        matrix.check()?;
+        Ok(matrix)
+    }
+
+    /// Whether the kernels have room for such a matrix.
+    fn check(&self) -> Result<(), CudaError> {
+        let refused = |what: String| Err(CudaError::Unsupported { what });
+        if let Some(t) = &self.transform
+            && t.width % t.block != 0
+            && t.width * 4 > MOST_SHARED as usize
+        {
+            return refused(format!("an input transform of {} inputs in blocks of {}", t.width, t.block));
+        }
+        match self.shared(Kernel::Many { n_shared: 0 }) {
+            Some(_) => Ok(()),
+            None => refused(format!("products of {} inputs in groups of {} on this device", self.cols, self.group)),
+        }
     }
 
     /// The same matrix in memory of its own.
@@ -223,7 +267,7 @@ impl DeviceMatrix {
         let copy = Buffer::duplicate;
         DeviceMatrix {
             gpu: self.gpu.clone(),
-            codes: copy(&self.codes),
+            stream: copy(&self.stream),
             scales: self.scales.as_ref().map(copy),
             zeros: self.zeros.as_ref().map(copy),
             elements: self.elements.as_ref().map(|e| e.each_ref().map(copy)),
@@ -249,22 +293,32 @@ impl DeviceMatrix {
         self.transform.is_some()
     }
 
+    /// Whether a product with one vector can take its norm.
+    pub(super) fn takes_norms(&self) -> bool {
+        !self.is_rotated() && self.shared(Kernel::One { with_norm: true }).is_some()
+    }
+
     /// Bytes that a product reads of the matrix.
     pub(super) fn bytes(&self) -> usize {
-        let one = [Some(&self.codes), self.scales.as_ref(), self.zeros.as_ref(), self.bias.as_ref()];
+        let one = [self.scales.as_ref(), self.zeros.as_ref(), self.bias.as_ref()];
         let sparse = self.elements.iter().flatten().chain(self.tiles.iter().flatten());
-        one.into_iter().flatten().chain(sparse).map(Buffer::bytes).sum()
+        let beside: usize = one.into_iter().flatten().chain(sparse).map(Buffer::bytes).sum();
+        self.plan.n_tiles * self.plan.n_units * self.unit.bytes() + beside
     }
 
-    fn n_units(&self) -> usize {
-        self.cols.div_ceil(layout::CHUNK) * layout::CHUNK / self.format.unit_columns()
-    }
-
-    /// The product with `n` vectors. `x` is what the base meets, `plain` what corrections meet.
-    pub(super) fn product(&self, n: usize, x: Fragments, plain: Fragments, output: Output) -> Launch {
+    /// The product with `n` vectors.
+    pub(super) fn product(&self, n: usize, input: Input, output: Output) -> Launch {
         assert!((1..=MOST_ROWS).contains(&n), "a product with 1 to {MOST_ROWS} vectors");
-        let ptr = |b: Option<&Buffer>| b.map_or(0, Buffer::ptr);
-        let part = |b: Option<&[Buffer; 2]>, i: usize| b.map_or(0, |b| b[i].ptr());
+        let with_norm = matches!(input, Input::Norm { .. });
+        let one = Kernel::One { with_norm };
+        let kernels = [(n == 1).then_some(one), Some(Kernel::Many { n_shared: n }), Some(Kernel::Many { n_shared: 0 })];
+        let with_room = |kernel| self.shared(kernel).map(|shared| (kernel, shared));
+        let found = kernels.into_iter().flatten().find_map(with_room);
+        let (kernel, shared) = found.expect("checked when the matrix was made");
+        assert!(!with_norm || kernel == one, "the norm of a single vector, where there is room for it");
+        let (plan, strides) = (&self.plan, stream::strides(&self.plan, &self.unit));
+        let of = |b: Option<&Buffer>| b.map_or(0, Buffer::ptr);
+        let element = |i: usize| self.elements.as_ref().map_or(0, |b| b[i].ptr());
         let tile = |i: usize| self.tiles.as_ref().map_or(0, |t| t[i].ptr());
         let (mode, y, stride, out) = match output {
             Output::Store { y, stride } => (0, y, stride, None),
@@ -272,56 +326,58 @@ impl DeviceMatrix {
             Output::SwiGlu { out, y, stride } => (2, y, stride, Some(out)),
         };
         assert_eq!(out.is_some(), self.is_paired, "pairs become hidden numbers, and nothing else does");
-        let n_sparse = if self.elements.is_some() || self.tiles.is_some() { SPARSE_WARPS } else { 0 };
-        let width = if n == 1 { 1 } else { MOST_ROWS };
-        let shape = Shape {
-            n_tiles: self.n_tiles as u32,
-            n_units: self.n_units() as u32,
-            is_paired: self.is_paired,
-            n_sparse,
-            stages: self.stage_bytes(),
-            sums: 4 * self.n_sums() as u32,
+        let (x, plain, (stream_in, norm, eps)) = match input {
+            Input::Fragments { x, plain } => (x, plain.data, (0, 0, 0.0)),
+            Input::Norm { stream, weight, eps } => (Fragments { data: 0, sums: 0 }, 0, (stream, weight, eps)),
         };
-        let (tiles_a_block, n_warps) = share(&shape, self.gpu.n_processors);
-        let stages = shape.before_stages(tiles_a_block, n_warps, width as u32);
-        let shared = stages + n_warps * shape.stages;
         let args = Gemv {
-            codes: self.codes.ptr(),
-            scales: ptr(self.scales.as_ref()),
-            zeros: ptr(self.zeros.as_ref()),
-            element_starts: part(self.elements.as_ref(), 0),
-            elements: part(self.elements.as_ref(), 1),
+            stream: self.stream.ptr(),
+            scales: of(self.scales.as_ref()),
+            zeros: of(self.zeros.as_ref()),
+            element_starts: element(0),
+            elements: element(1),
             tile_starts: tile(0),
             tile_heads: tile(1),
             tile_codes: tile(2),
+            stream_in,
+            norm,
             x: x.data,
             sums: x.sums,
-            plain: plain.data,
-            bias: ptr(self.bias.as_ref()),
+            plain,
+            bias: of(self.bias.as_ref()),
             y,
             out: out.map_or(0, |o| o.data),
             out_sums: out.map_or(0, |o| o.sums),
+            block_bytes: strides.1 as u64,
+            warp_bytes: strides.0 as u32,
             levels: self.levels,
-            zero_step: self.zero_step as u32,
+            middle: self.middle,
             rows: self.rows as u32,
-            n_tiles: self.n_tiles as u32,
-            n_units: self.n_units() as u32,
+            n_tiles: plan.n_tiles as u32,
+            n_units: plan.n_units as u32,
             n_groups: self.n_groups as u32,
-            tiles_a_block,
-            n_warps,
-            n_sparse,
+            tiles_a_block: plan.tiles_a_block as u32,
+            units_a_warp: plan.units_a_warp as u32,
+            n_warps: plan.n_warps as u32,
+            n_sparse: plan.n_sparse as u32,
             n: n as u32,
             y_stride: stride as u32,
             mode,
             wide: u32::from(self.is_wide),
-            stages,
+            columns: self.cols as u32,
+            eps,
+            depth: shared.depth as u32,
+            at_stages: shared.stages as u32,
+            at_x: shared.x as u32,
+            at_eighths: shared.eighths as u32,
+            at_sums: shared.sums as u32,
+            at_parts: shared.parts as u32,
+            at_sparse: shared.sparse as u32,
+            x_is_shared: u32::from(kernel != Kernel::Many { n_shared: 0 }),
         };
-        let grid = Grid {
-            blocks: ((self.n_tiles as u32).div_ceil(tiles_a_block), 1, 1),
-            threads: 32 * (n_warps + n_sparse),
-            shared,
-        };
-        Launch::new(&self.gpu, self.source(), self.kernel(n), grid, args)
+        let grid =
+            Grid { blocks: (plan.n_blocks() as u32, 1, 1), threads: BLOCK_THREADS, shared: shared.end as u32 };
+        Launch::new(&self.gpu, self.source(), self.kernel(kernel), grid, args)
     }
 
     /// The rotation of `n` vectors `x` (`[n, cols]`, numbers), where there is a transform.
@@ -353,16 +409,44 @@ impl DeviceMatrix {
         }
     }
 
-    /// Bytes of shared memory in which a warp has the units that are under way, see `Stage` in `decode_gemv.cu`.
-    fn stage_bytes(&self) -> u32 {
-        let groups = 8u32.checked_div(layout::group_steps(self.group) as u32).unwrap_or(0);
-        let planes = match self.format {
-            Format::Affine(_) => 2 * groups,
-            Format::Codebook(_) => groups,
-            Format::Dense(_) => 0,
+    /// The shared memory of a block: half of a processor's, so that the next kernel's block has room beside it, or all of it
+    /// where that is too little.
+    fn shared(&self, kernel: Kernel) -> Option<Shared> {
+        let all = self.gpu.shared_a_block;
+        let rooms = [(all + BLOCK_SHARED) / 2 - BLOCK_SHARED, all - launch::OWN_SHARED];
+        rooms.into_iter().find_map(|room| self.shared_within(kernel, room as usize))
+    }
+
+    fn shared_within(&self, kernel: Kernel, room: usize) -> Option<Shared> {
+        let padded = self.cols.next_multiple_of(layout::CHUNK);
+        let (x, eighths, width) = match kernel {
+            Kernel::Many { n_shared } => (2 * n_shared * padded, 0, MOST_ROWS),
+            Kernel::One { with_norm: false } => (2 * padded, 0, 1),
+            Kernel::One { with_norm: true } => (2 * padded, 4 * padded / 8, 1),
         };
-        let one = 128 * (self.format.lane_words() as u32 + planes);
-        one * (4096 / one).clamp(2, 4)
+        let row = 4 * TILE_ROWS * width;
+        let parts = (self.plan.tiles_a_block + self.plan.n_warps) * row;
+        let sparse = if self.plan.n_sparse > 0 { self.plan.tiles_a_block * row } else { 0 };
+        let sums = (4 * self.n_sums() * width).next_multiple_of(16);
+        let beside = x + eighths + sums + parts + sparse + OWN_SHARED;
+        // A stage with its barrier.
+        let stage = self.plan.n_warps * (self.unit.stage_bytes() + 8);
+        let depth = (room.checked_sub(beside + 16)? / stage).min(DEPTHS[1]);
+        let stages = (8 * self.plan.n_warps * depth).next_multiple_of(16);
+        let x_at = stages + self.plan.n_warps * depth * self.unit.stage_bytes();
+        let (eighths_at, sums_at) = (x_at + x, x_at + x + eighths);
+        let (parts_at, sparse_at) = (sums_at + sums, sums_at + sums + parts);
+        let end = sparse_at + sparse;
+        (depth >= DEPTHS[0]).then_some(Shared {
+            depth,
+            stages,
+            x: x_at,
+            eighths: eighths_at,
+            sums: sums_at,
+            parts: parts_at,
+            sparse: sparse_at,
+            end,
+        })
     }
 
     fn source(&self) -> &'static Source {
@@ -376,18 +460,38 @@ impl DeviceMatrix {
         }]
     }
 
-    fn kernel(&self, n: usize) -> &'static str {
-        match (self.group, n) {
-            (Group::Inputs(32), 1) => "gemv_32_one",
-            (Group::Inputs(32), _) => "gemv_32_many",
-            (Group::Inputs(64), 1) => "gemv_64_one",
-            (Group::Inputs(64), _) => "gemv_64_many",
-            (Group::Inputs(_), 1) => "gemv_128_one",
-            (Group::Inputs(_), _) => "gemv_128_many",
-            (Group::Row, 1) => "gemv_row_one",
-            (Group::Row, _) => "gemv_row_many",
+    fn kernel(&self, kernel: Kernel) -> &'static str {
+        match (self.group, kernel) {
+            (Group::Inputs(32), Kernel::One { .. }) => "gemv_32_one",
+            (Group::Inputs(32), Kernel::Many { .. }) => "gemv_32_many",
+            (Group::Inputs(64), Kernel::One { .. }) => "gemv_64_one",
+            (Group::Inputs(64), Kernel::Many { .. }) => "gemv_64_many",
+            (Group::Inputs(_), Kernel::One { .. }) => "gemv_128_one",
+            (Group::Inputs(_), Kernel::Many { .. }) => "gemv_128_many",
+            (Group::Row, Kernel::One { .. }) => "gemv_row_one",
+            (Group::Row, Kernel::Many { .. }) => "gemv_row_many",
         }
     }
+}
+
+/// A single vector lies in shared memory, and so do several if they have room; else each warp reads what it needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kernel {
+    One { with_norm: bool },
+    Many { n_shared: usize },
+}
+
+/// Where things lie in a block's shared memory, and how many stages each warp has.
+#[derive(Clone, Copy, Debug)]
+struct Shared {
+    depth: usize,
+    stages: usize,
+    x: usize,
+    eighths: usize,
+    sums: usize,
+    parts: usize,
+    sparse: usize,
+    end: usize,
 }
 
 /// The argument of `rotate` in `decode_step.cu`.
@@ -402,72 +506,4 @@ struct Rotate {
     block: u32,
     part: u32,
     n: u32,
-}
-
-/// What decides how a product is shared out.
-#[derive(Clone, Copy)]
-struct Shape {
-    n_tiles: u32,
-    n_units: u32,
-    is_paired: bool,
-    n_sparse: u32,
-    /// Bytes of the stages of a warp.
-    stages: u32,
-    /// Bytes of the sums of a token.
-    sums: u32,
-}
-
-impl Shape {
-    /// Bytes of shared memory for outputs and sums, with `width` tokens.
-    fn before_stages(&self, tiles: u32, warps: u32, width: u32) -> u32 {
-        ((warps + 1) * tiles * TILE_ROWS as u32 * width * 4 + self.sums * width).next_multiple_of(16)
-    }
-}
-
-/// Tiles of a block and its warps, such that all processors are busy to the end. The shape alone decides, so that a token's
-/// numbers do not depend on those beside it.
-fn share(shape: &Shape, n_processors: u32) -> (u32, u32) {
-    let mut best = (f64::INFINITY, (if shape.is_paired { 2 } else { 1 }, 1));
-    for tiles in [1, 2, 4] {
-        if shape.is_paired && tiles == 1 {
-            continue;
-        }
-        for warps in 1..=WARPS_A_BLOCK - shape.n_sparse {
-            let shared = shape.before_stages(tiles, warps, MOST_ROWS as u32) + warps * shape.stages;
-            if shared > MOST_SHARED {
-                continue;
-            }
-            let on_one = WARPS_A_PROCESSOR / (warps + shape.n_sparse);
-            let (blocks, at_once) = (shape.n_tiles.div_ceil(tiles), on_one * n_processors);
-            let units = (tiles * shape.n_units).div_ceil(warps) + BLOCK_COST;
-            // Fewer blocks than fit share the same bandwidth, but less than half as many cannot use all of it.
-            let last = f64::from(blocks % at_once) / f64::from(at_once);
-            let rounds = f64::from(blocks / at_once) + if last > 0.0 { last.max(0.5) } else { 0.0 };
-            let cost = rounds * f64::from(units) * f64::from(on_one * warps + WARPS_A_PROCESSOR / 2);
-            if cost < best.0 {
-                best = (cost, (tiles, warps));
-            }
-        }
-    }
-    best.1
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn blocks_have_tiles_and_warps() {
-        for (n_tiles, n_units) in [(1, 1), (2, 5), (56, 38), (304, 7), (512, 224), (256, 112), (1184, 28)] {
-            for is_paired in [false, true] {
-                for n_sparse in [0, 4] {
-                    let shape = Shape { n_tiles, n_units, is_paired, n_sparse, stages: 4608, sums: 4 * 4 * n_units };
-                    let (tiles, warps) = share(&shape, 132);
-                    assert!(warps >= 1 && warps + n_sparse <= WARPS_A_BLOCK && tiles >= 1);
-                    assert!(!is_paired || tiles % 2 == 0);
-                    assert!(shape.before_stages(tiles, warps, 8) + warps * shape.stages <= MOST_SHARED);
-                }
-            }
-        }
-    }
 }

@@ -2,7 +2,7 @@
 
 use super::launch::Graph;
 use super::layout::{CHUNK, DenseWeights};
-use super::matrix::{DeviceMatrix, Fragments, MOST_ROWS, Output};
+use super::matrix::{DeviceMatrix, Fragments, Input, MOST_ROWS, Output};
 use super::step;
 use crate::error::CudaError;
 use crate::gpu::{Buffer, Gpu};
@@ -55,13 +55,14 @@ impl MatVec {
         matrices.push(first);
         let cols = weight.cols();
         let padded = cols.next_multiple_of(CHUNK);
-        let fragments = || [gpu.zeros(2 * n * padded), gpu.zeros(4 * n * padded / 16)];
+        let fragments = || [gpu.zeros(2 * n * padded), gpu.zeros(4 * n * padded / 8)];
         let (plain, rotated) = (fragments(), fragments());
         let (x, y) = (gpu.zeros(4 * n * cols), gpu.zeros(4 * n * weight.rows()));
         let of = |f: &[Buffer; 2]| Fragments { data: f[0].ptr(), sums: f[1].ptr() };
         let output = Output::Store { y: y.ptr(), stride: weight.rows() };
         let base = if matrices[0].is_rotated() { of(&rotated) } else { of(&plain) };
-        let product = |m: &DeviceMatrix| m.product(n, base, of(&plain), output);
+        let input = Input::Fragments { x: base, plain: of(&plain) };
+        let product = |m: &DeviceMatrix| m.product(n, input, output);
         let mut launches = vec![step::arrange(gpu, n, cols, x.ptr(), 0, (of(&plain), 0))];
         launches.extend(matrices[0].rotation(n, x.ptr(), of(&rotated)));
         launches.push(product(&matrices[0]));

@@ -11,6 +11,7 @@ mod matrix;
 mod matvec;
 mod pipeline;
 mod step;
+mod stream;
 mod weights;
 
 pub use layout::DenseWeights;
@@ -24,7 +25,7 @@ pub(crate) use step::SOURCE as STEP;
 use crate::error::CudaError;
 use crate::gpu::{Buffer, Gpu};
 use launch::{Graph, Launch};
-use matrix::{DeviceMatrix, Fragments, MOST_ROWS, Output};
+use matrix::{DeviceMatrix, Fragments, Input, MOST_ROWS, Output};
 use std::collections::HashMap;
 use std::sync::Arc;
 use step::{Attention, AttentionIo, Choice, Embedding};
@@ -320,8 +321,10 @@ impl Decoder {
             let pick = self.choice.launch(gpu, n, logits, self.options.capacity, tokens.ptr(), positions.ptr());
             recorder.launches.push(pick);
         }
-        let is_first = self.part.is_first;
-        recorder.embedding = is_first.then(|| Embedding { table: self.weights.embedding.ptr(), tokens: tokens.ptr() });
+        if self.part.is_first && kind != Kind::Choose {
+            let embedding = Embedding { table: self.weights.embedding.ptr(), tokens: tokens.ptr() };
+            recorder.launches.push(step::embed(gpu, n, config.hidden, embedding, recorder.residual));
+        }
         recorder.positions = (positions.ptr(), sequences.ptr());
         for block in self.weights.blocks.iter().filter(|_| kind != Kind::Choose) {
             recorder.block(block);
@@ -335,6 +338,11 @@ impl Decoder {
     }
 }
 
+/// Activations as fragments, and as numbers only where a rotation wants them.
+fn numbers_too(out: (Fragments, u64), is_rotated: bool) -> (Fragments, u64) {
+    (out.0, if is_rotated { out.1 } else { 0 })
+}
+
 /// The launches of a step while they are written down.
 struct Recorder<'a> {
     decoder: &'a Decoder,
@@ -342,7 +350,6 @@ struct Recorder<'a> {
     kind: Kind,
     launches: Vec<Launch>,
     buffers: Vec<Buffer>,
-    embedding: Option<Embedding>,
     /// Positions and sequences.
     positions: (u64, u64),
     residual: u64,
@@ -371,8 +378,8 @@ impl<'a> Recorder<'a> {
         let (query, intermediate) = (config.query_width(), config.intermediate);
         let mut both = |width: usize| {
             let padded = width.next_multiple_of(layout::CHUNK);
-            // Two bytes a number; sums of sixteen.
-            let fragments = Fragments { data: numbers(n * padded / 2), sums: numbers(n * padded / 16) };
+            // Two bytes a number; sums of eight.
+            let fragments = Fragments { data: numbers(n * padded / 2), sums: numbers(n * padded / 8) };
             (fragments, numbers(n * width))
         };
         let (normed, mixed, hidden) = (both(config.hidden), both(query), both(intermediate));
@@ -383,14 +390,13 @@ impl<'a> Recorder<'a> {
         numbers(decoder.attention.n_parts(n));
         numbers(n * config.n_kv_heads);
         let (parts, arrivals) = (buffers.len() - 2, buffers.len() - 1);
-        let (launches, embedding, positions) = (Vec::new(), None, (0, 0));
+        let (launches, positions) = (Vec::new(), (0, 0));
         Recorder {
             decoder,
             n,
             kind,
             launches,
             buffers,
-            embedding,
             positions,
             residual,
             normed,
@@ -405,66 +411,73 @@ impl<'a> Recorder<'a> {
         }
     }
 
-    /// The norm of the stream, which begins with the embedding the first time.
-    fn norm(&mut self, weight: &Buffer) {
-        let weight = (weight, self.decoder.config.rms_eps);
-        let embedding = self.embedding.take();
-        self.launches.push(step::norm(&self.decoder.gpu, self.n, embedding, self.residual, weight, self.normed));
+    /// Products with the norm of the stream. A single vector's norm is taken by each block of each product, where all can.
+    fn normed_products(&mut self, weight: &Buffer, products: &[(&DeviceMatrix, Output)]) {
+        let eps = self.decoder.config.rms_eps;
+        if self.n == 1 && products.iter().all(|(matrix, _)| matrix.takes_norms()) {
+            let input = Input::Norm { stream: self.residual, weight: weight.ptr(), eps };
+            self.launches.extend(products.iter().map(|(matrix, output)| matrix.product(1, input, *output)));
+            return;
+        }
+        let is_rotated = products.iter().any(|(matrix, _)| matrix.is_rotated());
+        let out = numbers_too(self.normed, is_rotated);
+        self.launches.push(step::norm(&self.decoder.gpu, self.n, self.residual, (weight, eps), out));
+        for (matrix, output) in products {
+            self.product(matrix, self.normed, *output);
+        }
     }
 
     /// A product with inputs that are there as fragments and as numbers.
     fn product(&mut self, matrix: &DeviceMatrix, input: (Fragments, u64), output: Output) {
         let (plain, numbers) = input;
         let rotated = self.rotated[&matrix.cols()];
-        let base = match matrix.rotation(self.n, numbers, rotated) {
+        let x = match matrix.rotation(self.n, numbers, rotated) {
             None => plain,
             Some(rotation) => {
                 self.launches.push(rotation);
                 rotated
             }
         };
-        self.launches.push(matrix.product(self.n, base, plain, output));
+        self.launches.push(matrix.product(self.n, Input::Fragments { x, plain }, output));
     }
 
     fn block(&mut self, block: &DecoderBlock) {
         let Decoder { gpu, config, attention, .. } = self.decoder;
         let stride = config.query_width() + 2 * config.kv_width();
-        self.norm(&block.attention_norm);
-        match &block.attending {
-            Attending::Together(qkv) => {
-                self.product(qkv, self.normed, Output::Store { y: self.heads, stride });
-            }
-            Attending::Apart(parts) => {
-                let mut y = self.heads;
-                for matrix in parts.iter() {
-                    self.product(matrix, self.normed, Output::Store { y, stride });
-                    y += 4 * matrix.rows() as u64;
-                }
-            }
-        }
+        let mut y = self.heads;
+        let mut heads = |matrix: &DeviceMatrix| {
+            let output = Output::Store { y, stride };
+            y += 4 * matrix.rows() as u64;
+            output
+        };
+        let products: Vec<_> = match &block.attending {
+            Attending::Together(qkv) => vec![(&**qkv, heads(qkv))],
+            Attending::Apart(parts) => parts.iter().map(|matrix| (matrix, heads(matrix))).collect(),
+        };
+        self.normed_products(&block.attention_norm, &products);
         let io = AttentionIo {
             heads: self.heads,
             norms: block.qk_norm.as_ref(),
             positions: self.positions.0,
             sequences: self.positions.1,
             cache: (&block.keys, &block.values),
-            out: self.mixed,
+            out: numbers_too(self.mixed, block.output.is_rotated()),
             parts: &self.buffers[self.parts],
             arrivals: &self.buffers[self.arrivals],
         };
         self.launches.extend(attention.launches(gpu, self.n, &io, self.kind == Kind::Prompt));
         let residual = Output::Add { y: self.residual, stride: config.hidden };
         self.product(&block.output, self.mixed, residual);
-        self.norm(&block.mlp_norm);
+        let stride = config.intermediate;
         match &block.feed_forward {
             FeedForward::Together(pair) => {
-                let (out, y) = self.hidden;
-                self.product(pair, self.normed, Output::SwiGlu { out, y, stride: config.intermediate });
+                let (out, y) = numbers_too(self.hidden, block.down.is_rotated());
+                self.normed_products(&block.mlp_norm, &[(pair, Output::SwiGlu { out, y, stride })]);
             }
             FeedForward::Apart { gate, up } => {
-                let stride = config.intermediate;
-                self.product(gate, self.normed, Output::Store { y: self.gate, stride });
-                self.product(up, self.normed, Output::Store { y: self.up, stride });
+                let products = [(&**gate, self.gate), (&**up, self.up)];
+                let products = products.map(|(matrix, y)| (matrix, Output::Store { y, stride }));
+                self.normed_products(&block.mlp_norm, &products);
                 let hidden = step::arrange(gpu, self.n, stride, self.gate, self.up, self.hidden);
                 self.launches.push(hidden);
             }
@@ -474,8 +487,7 @@ impl<'a> Recorder<'a> {
 
     /// The last norm and the head.
     fn head(&mut self, logits: u64) {
-        let weights = &self.decoder.weights;
-        self.norm(&weights.norm);
-        self.product(&weights.head, self.normed, Output::Store { y: logits, stride: self.decoder.config.vocab });
+        let (weights, stride) = (&self.decoder.weights, self.decoder.config.vocab);
+        self.normed_products(&weights.norm, &[(&weights.head, Output::Store { y: logits, stride })]);
     }
 }

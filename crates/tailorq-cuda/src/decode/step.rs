@@ -1,7 +1,8 @@
-//! What lies between the matrices of a step, as launches of the kernels of `decode_step.cu`.
+//! What lies between the matrices of a step, as launches of the kernels of `decode_step.cu` and `decode_attention.cu`.
 
-use super::launch::{Launch, MOST_SHARED};
+use super::launch::Launch;
 use super::matrix::Fragments;
+use super::stream::BLOCK_THREADS;
 use crate::error::CudaError;
 use crate::gpu::{Buffer, Gpu, Grid, Source};
 use std::sync::Arc;
@@ -10,18 +11,26 @@ use tailorq_model::ModelConfig;
 /// The kernels.
 pub(crate) static SOURCE: Source = Source {
     name: "decode_step",
-    code: concat!(include_str!("../kernels/decode_parts.cuh"), include_str!("../kernels/decode_step.cu")),
+    code: concat!(
+        include_str!("../kernels/decode_parts.cuh"),
+        include_str!("../kernels/decode_attention.cu"),
+        include_str!("../kernels/decode_step.cu")
+    ),
 };
 
+/// Dynamic shared memory of these kernels at most: what every supported device gives a block.
+pub(super) const MOST_SHARED: u32 = 96 << 10;
+
 /// Positions of a split of attention, unless there would be more than [`MOST_SPLITS`].
-const SPLIT: usize = 64;
+const SPLIT: usize = 256;
 const MOST_SPLITS: usize = 64;
 
 /// Blocks that look for the largest logit of a token.
 const PICK_BLOCKS: usize = 32;
 
-/// Threads of `attend`.
-const ATTENTION_THREADS: u32 = 128;
+/// Threads of `attend`, and heads whose values it sums at once.
+const ATTENTION_THREADS: u32 = 512;
+const HEADS_AT_ONCE: usize = 2;
 
 /// Where the embedding of the tokens comes from.
 #[derive(Clone, Copy, Debug)]
@@ -32,10 +41,25 @@ pub(super) struct Embedding {
 
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct Norm {
+struct Embed {
     embedding: u64,
     tokens: u64,
-    residual: u64,
+    stream: u64,
+    width: u32,
+    end: u32,
+}
+
+/// The stream of `n` tokens begins with their embeddings, `[n, width]`.
+pub(super) fn embed(gpu: &Gpu, n: usize, width: usize, embedding: Embedding, stream: u64) -> Launch {
+    let args = Embed { embedding: embedding.table, tokens: embedding.tokens, stream, width: width as u32, end: 0 };
+    let grid = Grid { blocks: (width.div_ceil(256) as u32, n as u32, 1), threads: 256, shared: 0 };
+    Launch::new(gpu, &SOURCE, "embed", grid, args)
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Norm {
+    stream: u64,
     weight: u64,
     out: u64,
     out_sums: u64,
@@ -46,20 +70,11 @@ struct Norm {
     end: u32,
 }
 
-/// RMS norm of the stream of `n` tokens, which begins with `embedding` where that is given. `plain`: as numbers too.
-pub(super) fn norm(
-    gpu: &Gpu,
-    n: usize,
-    embedding: Option<Embedding>,
-    residual: u64,
-    weight: (&Buffer, f32),
-    out: (Fragments, u64),
-) -> Launch {
+/// RMS norm of the stream of `n` tokens. `plain`: as numbers too.
+pub(super) fn norm(gpu: &Gpu, n: usize, stream: u64, weight: (&Buffer, f32), out: (Fragments, u64)) -> Launch {
     let width = weight.0.bytes() / 4;
     let args = Norm {
-        embedding: embedding.map_or(0, |e| e.table),
-        tokens: embedding.map_or(0, |e| e.tokens),
-        residual,
+        stream,
         weight: weight.0.ptr(),
         out: out.0.data,
         out_sums: out.0.sums,
@@ -69,9 +84,7 @@ pub(super) fn norm(
         n: n as u32,
         end: 0,
     };
-    let threads = width.next_multiple_of(32).min(1024) as u32;
-    let grid = Grid { blocks: (n as u32, 1, 1), threads, shared: 4 * width as u32 };
-    Launch::new(gpu, &SOURCE, "rms_norm", grid, args)
+    Launch::new(gpu, &SOURCE, "rms_norm", Grid { blocks: (n as u32, 1, 1), threads: BLOCK_THREADS, shared: 0 }, args)
 }
 
 #[repr(C)]
@@ -185,9 +198,9 @@ impl Attention {
     /// Bytes of shared memory of `attend`.
     fn shared(&self) -> u32 {
         let (group, width) = (self.group(), self.config.head_dim);
-        let lanes = (width / 8).next_power_of_two().max(2);
-        let reduced = ATTENTION_THREADS as usize / lanes * 4 * width;
-        4 * (group * (width + self.split) + reduced) as u32
+        let reduced = ATTENTION_THREADS as usize / 32 * HEADS_AT_ONCE * width;
+        // Each head's largest weight and sum, up to whole pieces of 16 bytes; the newest value.
+        (4 * (group * (width + self.split) + reduced + 2 * group + 2) + 2 * width) as u32
     }
 
     /// Numbers of the parts of `n` tokens.
@@ -229,7 +242,7 @@ impl Attention {
         let heads = config.n_kv_heads as u32;
         let mut launches = Vec::new();
         if is_prompt {
-            let grid = Grid { blocks: (heads, n as u32, 1), threads: 32, shared: 0 };
+            let grid = Grid { blocks: (heads, n as u32, 1), threads: 64, shared: 0 };
             launches.push(Launch::new(gpu, &SOURCE, "store", grid, args));
         }
         let blocks = (self.n_splits as u32, heads, n as u32);

@@ -4,8 +4,8 @@
 // inputs come in chunks of 128, a chunk in 8 steps of 16. Two steps of one token are 32 numbers: of input
 // `c = 128 chunk + 16 step + 8 high + 2 quarter + odd` of token `i` the place is
 // `((4 chunk + step / 2) n + i) 32 + 8 quarter + 4 (step % 2) + 2 high + odd`.
-// Past the last input there are zeros up to the end of the chunk. Beside them lie the sums of 16 inputs each, taken of the
-// rounded numbers: `[steps, n]`.
+// Past the last input there are zeros up to the end of the chunk. Beside them lie the sums of 8 inputs each, taken of the
+// rounded numbers: `[eighths, n]`.
 
 __device__ __forceinline__ u64 fragment_place(u32 c, u32 n, u32 i) {
     u32 two_steps = c >> 5, in_step = c & 15;
@@ -15,22 +15,102 @@ __device__ __forceinline__ u64 fragment_place(u32 c, u32 n, u32 i) {
 // To half precision; what is too large becomes the largest number.
 __device__ __forceinline__ u16 saturated_half(float x) { return float_to_half(fminf(fmaxf(x, -65504.0f), 65504.0f)); }
 
-// The sum over the 16 lanes of a half warp, in a fixed order.
-__device__ __forceinline__ float half_warp_sum(float x) {
-    for (int offset = 8; offset > 0; offset >>= 1) x += __shfl_xor_sync(0xffffffffu, x, offset);
+// The sum over 8 neighbouring lanes: pairs first, then pairs of pairs.
+__device__ __forceinline__ float eighth_sum(float x) {
+    for (int offset = 1; offset < 8; offset *= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
     return x;
 }
 
-// Every kernel of a step calls both: the kernel after it may start while this one runs, and waits for its end before it
-// looks at anything that kernels write.
+// Writes one number of one token as a fragment, and with its neighbours the sum of eight. All lanes of a warp call this with
+// neighbouring columns.
+__device__ __forceinline__ void write_fragment(u16* out, float* sums, u32 c, u32 n, u32 i, bool is_there, float x) {
+    u16 rounded = saturated_half(is_there ? x : 0.0f);
+    float sum = eighth_sum(half_to_float(rounded));
+    if (!is_there) return;
+    out[fragment_place(c, n, i)] = rounded;
+    if ((c & 7) == 0) sums[(u64)(c >> 3) * n + i] = sum;
+}
+
+// Every kernel of a step calls both, in this order. A kernel starts when all blocks of the one before it have got here, so
+// all others before it have ended; it may read what those wrote, and waits before it looks at what the one before it writes.
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 __device__ __forceinline__ void let_next_start() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 
-__device__ __forceinline__ void wait_for_previous() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
+// Threads of a block that computes a norm or a product: the order of a norm's sum depends on it.
+#define BLOCK_THREADS 384
+
+// A thread computes eight columns of a norm at a time, those that lie side by side among fragments: column `j` of item `i`.
+__device__ __forceinline__ u32 item_column(u32 item, u32 j) {
+    return (item >> 2) * 32 + (j >> 2) * 16 + ((j >> 1) & 1) * 8 + (item & 3) * 2 + (j & 1);
+}
+
+// Items that a thread keeps in registers; of wider rows each item is read twice.
+#define NORM_ITEMS 3
+
+// Where the norm of a row goes: fragments of token `i` among `n`, and as numbers unless that is null.
+struct NormOut {
+    u16* x;
+    float* sums;
+    float* plain;
+    u32 n, i;
+};
+
+__device__ __forceinline__ void load_items(const float* row, u32 width, u32 first, float (*v)[8]) {
+#pragma unroll
+    for (u32 k = 0; k < NORM_ITEMS; k++)
+#pragma unroll
+        for (u32 j = 0; j < 8; j++) {
+            u32 c = item_column(first + threadIdx.x + k * BLOCK_THREADS, j);
+            v[k][j] = c < width ? __ldcg(row + c) : 0.0f;
+        }
+}
+
+// The block: RMS norm of a row up to the end of its chunk. `partial` is 32 floats in shared memory.
+__device__ __forceinline__ void norm_row(const float* row, const float* weight, u32 width, float eps, const NormOut& out, float* partial) {
+    u32 n_items = ((width + 127) & ~127u) / 8;
+    float v[NORM_ITEMS][8], sum = 0.0f;
+    for (u32 first = 0; first < n_items; first += NORM_ITEMS * BLOCK_THREADS) {
+        load_items(row, width, first, v);
+#pragma unroll
+        for (u32 k = 0; k < NORM_ITEMS; k++)
+#pragma unroll
+            for (u32 j = 0; j < 8; j++) sum = fmaf(v[k][j], v[k][j], sum);
+    }
+    float scale = rsqrtf(block_sum(sum, partial) / (float)width + eps);
+    for (u32 first = 0; first < n_items; first += NORM_ITEMS * BLOCK_THREADS) {
+        if (n_items > NORM_ITEMS * BLOCK_THREADS) load_items(row, width, first, v);
+#pragma unroll
+        for (u32 k = 0; k < NORM_ITEMS; k++) {
+            u32 item = first + threadIdx.x + k * BLOCK_THREADS, words[4];
+            // Whole warps go on together: they add each other's numbers.
+            if ((item & ~31u) >= n_items) continue;
+#pragma unroll
+            for (u32 two = 0; two < 4; two++) {
+                u32 c = item_column(item, 2 * two);
+                float a = c < width ? v[k][2 * two] * scale * __ldg(weight + c) : 0.0f;
+                float b = c + 1 < width ? v[k][2 * two + 1] * scale * __ldg(weight + c + 1) : 0.0f;
+                if (out.plain && c < width) out.plain[c] = a;
+                if (out.plain && c + 1 < width) out.plain[c + 1] = b;
+                u16 low = saturated_half(a), high = saturated_half(b);
+                words[two] = low | (u32)high << 16;
+                float pairs = half_to_float(low) + half_to_float(high);
+                pairs += __shfl_xor_sync(0xffffffffu, pairs, 1);
+                pairs += __shfl_xor_sync(0xffffffffu, pairs, 2);
+                if (item < n_items && (item & 3) == 0) out.sums[(u64)((item >> 2) * 4 + two) * out.n + out.i] = pairs;
+            }
+            if (item < n_items) {
+                u64 place = ((u64)(item >> 2) * out.n + out.i) * 32 + (item & 3) * 8;
+                *(uint4*)(out.x + place) = make_uint4(words[0], words[1], words[2], words[3]);
+            }
+        }
+    }
 }
