@@ -1,7 +1,8 @@
 //! Matrix times vector on packed weights against the bandwidth of a copy and against cuBLAS, and tokens a second of a model of
 //! the shape of Llama 2 7B with random weights.
 //!
-//! `cargo bench -p tailorq-cuda --bench decode [-- gemv|model|bf16 ...]`. Matrices are read one after the other in a graph,
+//! `cargo bench -p tailorq-cuda --bench decode [-- gemv|model|bf16|8192x28672 ...]`; a shape asks for products of that shape
+//! alone. Matrices are read one after the other in a graph,
 //! from so many copies that the L2 cache holds none of them when its turn comes again. A copy on the device counts the bytes
 //! that it reads and those that it writes.
 #![allow(clippy::print_stdout, reason = "a benchmark is a program")]
@@ -22,7 +23,7 @@ use tailorq_tensor::{
 };
 
 /// Bytes of all copies of a matrix at least.
-const WORKING_SET: usize = 400 << 20;
+const WORKING_SET: usize = 2 << 30;
 /// Tokens of a measured generation.
 const TOKENS: usize = 256;
 
@@ -194,12 +195,16 @@ impl Yardstick {
     }
 }
 
-fn products(yardstick: &Yardstick, copy: f64) {
+fn products(yardstick: &Yardstick, copy: f64, asked: &[String]) {
     let device = Products::open(0).expect("a device");
     println!(
         "\nmatrix times vector, group 128, asymmetric; % of the copy's {copy:.0} GB/s; times as fast as cuBLAS in bf16"
     );
+    let is_shape = |a: &String| a.contains('x');
     for (rows, cols) in SHAPES {
+        if asked.iter().any(is_shape) && !asked.contains(&format!("{rows}x{cols}")) {
+            continue;
+        }
         let bf16 = yardstick.bf16_gemv(rows, cols);
         let bytes = 2 * rows * cols;
         let rate = bytes as f64 / f64::from(bf16) / 1e6;
@@ -299,8 +304,8 @@ fn main() {
     let yardstick = Yardstick::new();
     let copy = yardstick.copy_bandwidth();
     println!("copy on the device: {copy:.0} GB/s read and written");
-    if wants("gemv") {
-        products(&yardstick, copy);
+    if wants("gemv") || asked.iter().any(|a| a.contains('x')) {
+        products(&yardstick, copy, &asked);
     }
     let two = |rng: &mut Rng, rows: usize, cols: usize| packed(rng, rows, cols, &CASES[0]);
     let head = packed(&mut Rng::new(4), 32000, 4096, &CASES[3]);

@@ -3,7 +3,7 @@
 use super::launch::{self, Launch};
 use super::layout::{self, DenseWeights, Format, TILE_ROWS, Tiles};
 use super::step::MOST_SHARED;
-use super::stream::{self, BLOCK_THREADS, Plan, Unit};
+use super::stream::{self, BLOCK_THREADS, Plan, Unit, WARPS};
 use crate::error::CudaError;
 use crate::gpu::{Buffer, Gpu, Grid, Source};
 use std::sync::Arc;
@@ -59,7 +59,7 @@ const BLOCK_SHARED: u32 = 1024;
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct Gemv {
-    stream: u64,
+    stages: u64,
     scales: u64,
     zeros: u64,
     element_starts: u64,
@@ -76,16 +76,15 @@ struct Gemv {
     y: u64,
     out: u64,
     out_sums: u64,
-    block_bytes: u64,
-    warp_bytes: u32,
     levels: [u32; 8],
     middle: u32,
     rows: u32,
     n_tiles: u32,
     n_units: u32,
     n_groups: u32,
+    stages_a_tile: u32,
     tiles_a_block: u32,
-    units_a_warp: u32,
+    stages_a_warp: u32,
     n_warps: u32,
     n_sparse: u32,
     n: u32,
@@ -147,10 +146,12 @@ pub(super) struct DeviceMatrix {
     cols: usize,
     n_groups: usize,
     is_paired: bool,
+    /// Of a tile.
+    n_units: usize,
     plan: Plan,
     unit: Unit,
-    stream: Buffer,
-    /// Of one group a row; else they are in the stream.
+    stages: Buffer,
+    /// Of one group a row; else they are in the stages.
     scales: Option<Buffer>,
     zeros: Option<Buffer>,
     /// The zero of a symmetric layout, see [`layout::middle_word`]; else 0.
@@ -213,12 +214,15 @@ impl DeviceMatrix {
         let corrections = tiles.tile_corrections();
         let n_units = tiles.chunks() * layout::CHUNK / format.unit_columns();
         let has_corrections = elements.is_some() || corrections.is_some();
-        let plan = Plan::new(tiles.len(), n_units, has_corrections, gpu.n_processors as usize);
         let unit = Unit::new(format, group, !zeros.is_empty());
-        let stream = stream::interleave(&plan, &unit, &tiles.codes(format), &scales, &zeros);
+        let plan = |n_warps: usize| {
+            let n_stages = unit.stages(n_units);
+            Plan::new(tiles.len(), n_stages, n_warps, has_corrections, gpu.n_processors as usize)
+        };
+        let stages = stream::interleave(n_units, &unit, &tiles.codes(format), &scales, &zeros);
         let beside = |words: &[u32]| (group == Group::Row && !words.is_empty()).then(|| gpu.upload(words));
         let biases: Vec<_> = parts.iter().map(|p| p.1).collect();
-        let matrix = DeviceMatrix {
+        let mut matrix = DeviceMatrix {
             gpu: gpu.clone(),
             format,
             group,
@@ -226,9 +230,10 @@ impl DeviceMatrix {
             cols: tiles.cols(),
             n_groups,
             is_paired: false,
-            plan,
+            n_units,
+            plan: plan(WARPS[0]),
             unit,
-            stream: gpu.upload(&stream),
+            stages: gpu.upload(&stages),
             scales: beside(&scales),
             zeros: beside(&zeros),
             middle,
@@ -243,6 +248,14 @@ impl DeviceMatrix {
                 block: t.block(),
             }),
         };
+        // A single vector is what counts.
+        let has_room = |matrix: &DeviceMatrix| matrix.shared_beside(Kernel::One { with_norm: false }).is_some();
+        for n_warps in WARPS {
+            matrix.plan = plan(n_warps);
+            if has_room(&matrix) {
+                break;
+            }
+        }
         matrix.check()?;
         Ok(matrix)
     }
@@ -267,7 +280,7 @@ impl DeviceMatrix {
         let copy = Buffer::duplicate;
         DeviceMatrix {
             gpu: self.gpu.clone(),
-            stream: copy(&self.stream),
+            stages: copy(&self.stages),
             scales: self.scales.as_ref().map(copy),
             zeros: self.zeros.as_ref().map(copy),
             elements: self.elements.as_ref().map(|e| e.each_ref().map(copy)),
@@ -303,7 +316,7 @@ impl DeviceMatrix {
         let one = [self.scales.as_ref(), self.zeros.as_ref(), self.bias.as_ref()];
         let sparse = self.elements.iter().flatten().chain(self.tiles.iter().flatten());
         let beside: usize = one.into_iter().flatten().chain(sparse).map(Buffer::bytes).sum();
-        self.plan.n_tiles * self.plan.n_units * self.unit.bytes() + beside
+        self.plan.n_tiles * self.n_units * self.unit.bytes() + beside
     }
 
     /// The product with `n` vectors.
@@ -316,7 +329,7 @@ impl DeviceMatrix {
         let found = kernels.into_iter().flatten().find_map(with_room);
         let (kernel, shared) = found.expect("checked when the matrix was made");
         assert!(!with_norm || kernel == one, "the norm of a single vector, where there is room for it");
-        let (plan, strides) = (&self.plan, stream::strides(&self.plan, &self.unit));
+        let plan = &self.plan;
         let of = |b: Option<&Buffer>| b.map_or(0, Buffer::ptr);
         let element = |i: usize| self.elements.as_ref().map_or(0, |b| b[i].ptr());
         let tile = |i: usize| self.tiles.as_ref().map_or(0, |t| t[i].ptr());
@@ -331,7 +344,7 @@ impl DeviceMatrix {
             Input::Norm { stream, weight, eps } => (Fragments { data: 0, sums: 0 }, 0, (stream, weight, eps)),
         };
         let args = Gemv {
-            stream: self.stream.ptr(),
+            stages: self.stages.ptr(),
             scales: of(self.scales.as_ref()),
             zeros: of(self.zeros.as_ref()),
             element_starts: element(0),
@@ -348,16 +361,15 @@ impl DeviceMatrix {
             y,
             out: out.map_or(0, |o| o.data),
             out_sums: out.map_or(0, |o| o.sums),
-            block_bytes: strides.1 as u64,
-            warp_bytes: strides.0 as u32,
             levels: self.levels,
             middle: self.middle,
             rows: self.rows as u32,
             n_tiles: plan.n_tiles as u32,
-            n_units: plan.n_units as u32,
+            n_units: self.n_units as u32,
             n_groups: self.n_groups as u32,
+            stages_a_tile: plan.stages_a_tile as u32,
             tiles_a_block: plan.tiles_a_block as u32,
-            units_a_warp: plan.units_a_warp as u32,
+            stages_a_warp: plan.stages_a_warp as u32,
             n_warps: plan.n_warps as u32,
             n_sparse: plan.n_sparse as u32,
             n: n as u32,
@@ -375,8 +387,7 @@ impl DeviceMatrix {
             at_sparse: shared.sparse as u32,
             x_is_shared: u32::from(kernel != Kernel::Many { n_shared: 0 }),
         };
-        let grid =
-            Grid { blocks: (plan.n_blocks() as u32, 1, 1), threads: BLOCK_THREADS, shared: shared.end as u32 };
+        let grid = Grid { blocks: (plan.n_blocks() as u32, 1, 1), threads: BLOCK_THREADS, shared: shared.end as u32 };
         Launch::new(&self.gpu, self.source(), self.kernel(kernel), grid, args)
     }
 
@@ -412,9 +423,13 @@ impl DeviceMatrix {
     /// The shared memory of a block: half of a processor's, so that the next kernel's block has room beside it, or all of it
     /// where that is too little.
     fn shared(&self, kernel: Kernel) -> Option<Shared> {
-        let all = self.gpu.shared_a_block;
-        let rooms = [(all + BLOCK_SHARED) / 2 - BLOCK_SHARED, all - launch::OWN_SHARED];
-        rooms.into_iter().find_map(|room| self.shared_within(kernel, room as usize))
+        let all = self.gpu.shared_a_block - launch::OWN_SHARED;
+        self.shared_beside(kernel).or_else(|| self.shared_within(kernel, all as usize))
+    }
+
+    fn shared_beside(&self, kernel: Kernel) -> Option<Shared> {
+        let room = (self.gpu.shared_a_block + BLOCK_SHARED) / 2 - BLOCK_SHARED;
+        self.shared_within(kernel, room as usize)
     }
 
     fn shared_within(&self, kernel: Kernel, room: usize) -> Option<Shared> {
@@ -431,8 +446,9 @@ impl DeviceMatrix {
         let beside = x + eighths + sums + parts + sparse + OWN_SHARED;
         // A stage with its barrier.
         let stage = self.plan.n_warps * (self.unit.stage_bytes() + 8);
-        let depth = (room.checked_sub(beside + 16)? / stage).min(DEPTHS[1]);
-        let stages = (8 * self.plan.n_warps * depth).next_multiple_of(16);
+        let depth = (room.checked_sub(beside + 32)? / stage).min(DEPTHS[1]);
+        // A barrier for the vectors comes first.
+        let stages = (8 + 8 * self.plan.n_warps * depth).next_multiple_of(16);
         let x_at = stages + self.plan.n_warps * depth * self.unit.stage_bytes();
         let (eighths_at, sums_at) = (x_at + x, x_at + x + eighths);
         let (parts_at, sparse_at) = (sums_at + sums, sums_at + sums + parts);

@@ -1,19 +1,19 @@
 // Matrices of a few bits times 1 to 8 vectors, on the tensor cores.
 //
-// A matrix lies in tiles of 16 rows and units of 128 columns (64 of a dense one), and is stored in the order in which it is
-// read: a block computes some tiles, its warps share their units, and what a warp reads is one stream of stages, each of some
-// units: their codes, then their scales, then their zeros. A lane finds in 16 bytes what the tensor core wants of its left
-// operand (`decode_codes.cuh`). With `acc` the sum of `code * x`, a group adds `scale * (acc - zero * sum of x)`.
+// A matrix lies in tiles of 16 rows and units of 128 columns (64 of a dense one). Some units of a tile are a stage, which is
+// read as one: their codes, then their scales, then their zeros. A lane finds in 16 bytes what the tensor core wants of its
+// left operand (`decode_codes.cuh`). With `acc` the sum of `code * x`, a group adds `scale * (acc - zero * sum of x)`.
 //
-// Stages are copied to shared memory without waiting (`decode_ring.cuh`). A block takes no more than half of a processor, and
-// begins to copy while the kernel before it still runs: the memory does not rest between two products.
+// A block computes some tiles; its warps have their stages in equal shares, one after the other, and copy them to shared memory
+// without waiting (`decode_ring.cuh`). A block takes no more than half of a processor: that of the next kernel begins to copy
+// when this one has nothing left to ask for, so that the memory does not rest between two products.
 //
-// Each warp has the units of at most a few tiles. Partial sums of the warps meet in shared memory in a fixed order, which
-// depends on the shape alone: a token's numbers do not depend on those beside it.
+// Partial sums of the warps meet in shared memory in a fixed order, which depends on the shape alone: a token's numbers do not
+// depend on those beside it.
 
 struct Gemv {
-    const u8* stream;        // [blocks, warps, stages]
-    const u32* scales;       // one group a row: [tiles, 8], half-precision scales of rows r and r + 8; else in the stream
+    const u8* stages;        // [tiles, stages]
+    const u32* scales;       // one group a row: [tiles, 8], half-precision scales of rows r and r + 8; else in the stages
     const u32* zeros;        // one group a row: [tiles, words], rows r and r + 8 at the same bits of both halves of a word
     const u32* element_starts;  // [rows + 1], null when there are none
     const u32* elements;     // place of the column in fragments of one token, value in the upper half; wide: two words
@@ -29,12 +29,10 @@ struct Gemv {
     float* y;                // [n, y_stride], null: none
     u16* out;                // fragments of `silu(gate) up`
     float* out_sums;
-    u64 block_bytes;         // of the stream
-    u32 warp_bytes;
     u32 levels[8];           // lower bytes of 16 levels, upper bytes
     u32 middle;              // zeros of a symmetric layout at all places of a word; 0: there are zeros
     u32 rows, n_tiles, n_units, n_groups;  // units of a tile; groups of a tile, those past the end included
-    u32 tiles_a_block, units_a_warp, n_warps, n_sparse;
+    u32 stages_a_tile, tiles_a_block, stages_a_warp, n_warps, n_sparse;
     u32 n, y_stride, mode, wide;
     u32 columns;
     float eps;
@@ -48,7 +46,7 @@ struct Gemv {
 #define MODE_SWIGLU 2  // rows 0 to 7 of a tile are gates, the others what they gate
 
 #define UNIT_CODES (WORDS * 128)  // bytes
-#define STAGE_UNITS (UNIT_CODES < 1024 ? 1024 / UNIT_CODES : 1)
+#define STAGE_UNITS (UNIT_CODES < 2048 ? 2048 / UNIT_CODES : 1)
 
 // A unit in a stage. Must agree with `Unit` in `stream.rs`. GROUP is in steps of 16 columns; 0: one group a row.
 template <u32 GROUP>
@@ -71,7 +69,7 @@ __device__ __forceinline__ void load_fragments(const u16* x, u32 has_token, u32*
         : "memory");
 }
 
-// Where a lane finds what belongs to a unit.
+// Where a lane finds what belongs to a stage.
 struct Place {
     u32 codes, scales, zeros;  // in shared memory
     const u16* x;              // fragments of many tokens
@@ -79,90 +77,159 @@ struct Place {
     u32 sums;                  // in shared memory
 };
 
-// Adds a unit to the totals: of one token, or of the lane's two.
-template <u32 GROUP, bool MANY>
-__device__ __forceinline__ void consume(const Gemv& a, const Place& at, u32 n, u32 has_token, u32 zero_shift, float* total) {
-    u32 b[STEPS][2], words[WORDS];
-#pragma unroll
-    for (int i = 0; i < STEPS / 2; i++) {
-        if (MANY) {
-            load_fragments(at.x + i * n * 32, has_token, b[2 * i]);
-        } else {
-            // All columns of the operand are the one token.
-            uint4 v = shared16(at.one_x + i * 64);
-            b[2 * i][0] = v.x, b[2 * i][1] = v.y, b[2 * i + 1][0] = v.z, b[2 * i + 1][1] = v.w;
-        }
-    }
+// The words of a lane in unit `u`.
+__device__ __forceinline__ void load_words(const Place& at, u32 u, u32* words) {
+    u32 from = at.codes + u * UNIT_CODES;
 #pragma unroll
     for (int i = 0; i < WORDS / 4; i++) {
-        uint4 v = shared16(at.codes + i * 512);
+        uint4 v = shared16(from + i * 512);
         words[4 * i] = v.x, words[4 * i + 1] = v.y, words[4 * i + 2] = v.z, words[4 * i + 3] = v.w;
     }
 #if WORDS % 4 == 2
     // The rest lies in 8 bytes a lane.
-    u32 rest = at.codes + WORDS / 4 * 512 - 8 * (threadIdx.x & 31);
+    u32 rest = from + WORDS / 4 * 512 - 8 * (threadIdx.x & 31);
     words[4] = shared4(rest), words[5] = shared4(rest + 4);
 #endif
-    float acc[CLASSES][4];
-#if FORMAT >= 16
+}
+
+// Products of the words with fragments `b` from step `first` on, `LENGTH` of them; codes at all bits count the same.
+template <int LENGTH>
+__device__ __forceinline__ void multiply_words(const Gemv& a, const u32* words, const u32 (*b)[2], int first, float* sum) {
+    float acc[CLASSES][4] = {};
 #pragma unroll
-    for (int i = 0; i < 4; i++) acc[0][i] = acc[1][i] = 0.0f;
-#pragma unroll
-    for (int step = 0; step < STEPS; step++) {
-        const u32* w = words + 4 * step;
+    for (int step = first; step < first + LENGTH; step++) {
 #if FORMAT == 16
+        const u32* w = words + 4 * step;
         multiply(acc[step & 1], w[0], w[1], w[2], w[3], b[step][0], b[step][1]);
-#else
+#elif FORMAT == 17
+        const u32* w = words + 4 * step;
         u32 upper0, lower0, upper1, lower1;
         split(b[step][0], upper0, lower0);
         split(b[step][1], upper1, lower1);
         multiply(acc[0], w[0], w[1], w[2], w[3], upper0, upper1);
         multiply(acc[1], w[0], w[1], w[2], w[3], lower0, lower1);
-#endif
-    }
-#pragma unroll
-    for (int i = 0; i < 4; i++) total[i] += acc[0][i] + acc[1][i];
 #else
-    const u32 *r0 = words, *r8 = words + WORDS / 2;
-    constexpr int LENGTH = GROUP ? GROUP : 8;
-#pragma unroll
-    for (int group = 0; group < 8 / LENGTH; group++) {
-#pragma unroll
-        for (int c = 0; c < CLASSES; c++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) acc[c][i] = 0.0f;
-#pragma unroll
-        for (int step = group * LENGTH; step < (group + 1) * LENGTH; step++) {
-            multiply(acc[class_of(step)], pair(a.levels, r0, step, 0), pair(a.levels, r8, step, 0), pair(a.levels, r0, step, 1),
-                     pair(a.levels, r8, step, 1), b[step][0], b[step][1]);
-        }
-        float scale[2] = {1.0f, 1.0f}, sum[4];
-#pragma unroll
-        for (int i = 0; i < 4; i++) sum[i] = acc[0][i];
-        if (GROUP) {
-            u32 scales = shared4(at.scales + group * 32);
-            scale[0] = half_to_float((u16)scales), scale[1] = half_to_float((u16)(scales >> 16));
-#if !CODEBOOK
-            // The zeros of both rows as subnormal numbers, as the codes are.
-            u32 both = a.middle ? a.middle : shared4(at.zeros + group * (ZERO_WORDS * 4)) >> zero_shift;
-            both &= ZERO_MASK * 0x10001u;
-            float zero[2] = {half_to_float((u16)both), half_to_float((u16)(both >> 16))};
-            float s0 = __uint_as_float(shared4(at.sums + (MANY ? 32 : 4) * group));
-            float s1 = MANY ? __uint_as_float(shared4(at.sums + 32 * group + 4)) : 0.0f;
-            sum[0] = fmaf(zero[0], s0, sum[0]), sum[2] = fmaf(zero[1], s0, sum[2]);
-            if (MANY) sum[1] = fmaf(zero[0], s1, sum[1]), sum[3] = fmaf(zero[1], s1, sum[3]);
+        const u32 *r0 = words, *r8 = words + WORDS / 2;
+        multiply(acc[class_of(step)], pair(a.levels, r0, step, 0), pair(a.levels, r8, step, 0), pair(a.levels, r0, step, 1),
+                 pair(a.levels, r8, step, 1), b[step][0], b[step][1]);
 #endif
-        }
+    }
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            if (!MANY && (i & 1)) continue;
-            // Codes at higher bits are too large.
+    for (int i = 0; i < 4; i++) {
+        sum[i] = acc[0][i];
 #pragma unroll
-            for (int c = 1; c < CLASSES; c++) sum[i] = fmaf(acc[c][i], 1.0f / (float)(1 << (c * CLASS_SHIFT)), sum[i]);
-            total[i] = GROUP ? fmaf(scale[i >> 1], sum[i], total[i]) : total[i] + sum[i];
+        for (int c = 1; c < CLASSES; c++) sum[i] = fmaf(acc[c][i], 1.0f / (float)(1 << (c * CLASS_SHIFT)), sum[i]);
+    }
+}
+
+// The scales of both rows in group `group` of a stage, and their zeros as subnormal numbers, as the codes are.
+struct Grid {
+    float scale[2], zero[2];
+
+    __device__ __forceinline__ Grid(const Gemv& a, const Place& at, u32 zero_shift, u32 group) {
+        u32 scales = shared4(at.scales + group * 32);
+        scale[0] = half_to_float((u16)scales), scale[1] = half_to_float((u16)(scales >> 16));
+#if FORMAT < 16 && !CODEBOOK
+        u32 both = (a.middle ? a.middle : shared4(at.zeros + group * (ZERO_WORDS * 4)) >> zero_shift) & (ZERO_MASK * 0x10001u);
+        zero[0] = half_to_float((u16)both), zero[1] = half_to_float((u16)(both >> 16));
+#endif
+    }
+
+    // `sum` is of row `row`, `minus` is the negative sum of x.
+    __device__ __forceinline__ void add(float& total, u32 row, float sum, float minus) const {
+#if FORMAT < 16 && !CODEBOOK
+        sum = fmaf(zero[row], minus, sum);
+#endif
+        total = fmaf(scale[row], sum, total);
+    }
+};
+
+// The negative sum of x over a group, of the token at `offset`.
+__device__ __forceinline__ float group_sum(const Place& at, u32 group, u32 width, u32 offset) {
+#if FORMAT < 16 && !CODEBOOK
+    return __uint_as_float(shared4(at.sums + group * width * 4 + offset * 4));
+#else
+    return 0.0f;
+#endif
+}
+
+// Adds a stage of one token. The token fills one column of the operand: each unit of the stage has a column of its own, so that
+// its fragments are read once a stage, and only the lanes that get this column of the products keep them. Those of unit `u` are
+// lanes of quarter `u`, each with a total of its own.
+template <u32 GROUP>
+__device__ __forceinline__ void consume_one(const Gemv& a, const Place& at, u32 n_units, u32 zero_shift, float* total) {
+    constexpr u32 GROUPS = Unit<GROUP>::GROUPS;
+    constexpr int LENGTH = GROUP ? GROUP : STEPS;
+    const u32 column = (threadIdx.x & 31) >> 2, quarter = threadIdx.x & 3;
+    u32 b[STEPS][2], x = at.one_x + (STAGE_UNITS > 1 ? min(column / 2, n_units - 1) * (STEPS * 32) : 0);
+#pragma unroll
+    for (int i = 0; i < STEPS / 2; i++) {
+        uint4 v = shared16(x + i * 64);
+        b[2 * i][0] = v.x, b[2 * i][1] = v.y, b[2 * i + 1][0] = v.z, b[2 * i + 1][1] = v.w;
+    }
+    float kept[2] = {0.0f, 0.0f};
+#pragma unroll 1
+    for (u32 u = 0; u < n_units; u++) {
+        u32 words[WORDS];
+        load_words(at, u, words);
+#pragma unroll
+        for (int group = 0; group < STEPS / LENGTH; group++) {
+            float sum[4];
+            multiply_words<LENGTH>(a, words, b, group * LENGTH, sum);
+            if (GROUPS > 1) {
+                Grid grid(a, at, zero_shift, u * GROUPS + group);
+                float minus = group_sum(at, u * GROUPS + group, 1, 0);
+                if (quarter == u) grid.add(total[0], 0, sum[0], minus), grid.add(total[1], 1, sum[2], minus);
+            } else if (quarter == u) {
+                kept[0] = sum[0], kept[1] = sum[2];
+            }
         }
     }
-#endif
+    if (GROUPS > 1 || quarter >= n_units) return;
+    if (GROUPS == 1) {
+        Grid grid(a, at, zero_shift, quarter);
+        float minus = group_sum(at, quarter, 1, 0);
+        grid.add(total[0], 0, kept[0], minus), grid.add(total[1], 1, kept[1], minus);
+    } else {
+        total[0] += kept[0], total[1] += kept[1];
+    }
+}
+
+// Adds a stage of several tokens, of which a lane has two: `total` is [STAGE_UNITS, 4], so that sums are taken as for one token.
+template <u32 GROUP>
+__device__ __forceinline__ void consume_many(const Gemv& a, const Place& at, u32 n_units, u32 has_token, u32 zero_shift, float* total) {
+    constexpr u32 GROUPS = Unit<GROUP>::GROUPS;
+    constexpr int LENGTH = GROUP ? GROUP : STEPS;
+#pragma unroll 1
+    for (u32 u = 0; u < n_units; u++) {
+        u32 b[STEPS][2], words[WORDS];
+#pragma unroll
+        for (int i = 0; i < STEPS / 2; i++) load_fragments(at.x + (u * (STEPS / 2) + i) * a.n * 32, has_token, b[2 * i]);
+        load_words(at, u, words);
+#pragma unroll
+        for (int group = 0; group < STEPS / LENGTH; group++) {
+            float sum[4];
+            multiply_words<LENGTH>(a, words, b, group * LENGTH, sum);
+            if (GROUPS) {
+                Grid grid(a, at, zero_shift, u * GROUPS + group);
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    float minus = group_sum(at, u * GROUPS + group, 8, i & 1);
+#pragma unroll
+                    for (u32 k = 0; k < STAGE_UNITS; k++) {
+                        if (u == k) grid.add(total[4 * k + i], i >> 1, sum[i], minus);
+                    }
+                }
+            } else {
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+#pragma unroll
+                    for (u32 k = 0; k < STAGE_UNITS; k++) {
+                        if (u == k) total[4 * k + i] += sum[i];
+                    }
+            }
+        }
+    }
 }
 
 // Where number `k` of a token lies among fragments of `n`, from where it lies among those of one.
@@ -266,17 +333,24 @@ __device__ void corrections(const Gemv& a, const u16* plain, u32 first_row, u32 
 }
 
 // The negative sums of x over every group into shared memory, [groups, tokens]; for one group a row, that over all.
-// `eighths` are sums of 8 inputs.
+// `eighths` are sums of 8 inputs, `first` is where the thread begins.
 template <u32 GROUP, bool MANY>
-__device__ __forceinline__ void group_sums(const Gemv& a, const float* eighths, float* sums) {
+__device__ __forceinline__ void group_sums(const Gemv& a, const float* eighths, float* sums, u32 first) {
     constexpr u32 WIDTH = MANY ? 8 : 1;
     const u32 n = MANY ? a.n : 1;
     if (GROUP) {
-        for (u32 i = threadIdx.x; i < a.n_groups * WIDTH; i += BLOCK_THREADS) {
+        for (u32 i = first; i < a.n_groups * WIDTH; i += BLOCK_THREADS) {
             u32 group = i / WIDTH, k = min(i % WIDTH, n - 1);
-            float sum = 0.0f;
+            float sum = 0.0f, v[2 * (GROUP ? GROUP : 1)];
+            if (MANY) {
 #pragma unroll
-            for (u32 j = 0; j < 2 * GROUP; j++) sum += eighths[(u64)(group * 2 * GROUP + j) * n + k];
+                for (u32 j = 0; j < 2 * GROUP; j++) v[j] = eighths[(u64)(group * 2 * GROUP + j) * n + k];
+            } else {
+#pragma unroll
+                for (u32 j = 0; j < GROUP / 2; j++) *(float4*)(v + 4 * j) = *(const float4*)(eighths + group * 2 * GROUP + 4 * j);
+            }
+#pragma unroll
+            for (u32 j = 0; j < 2 * GROUP; j++) sum += v[j];
             sums[i] = -sum;
         }
     } else {
@@ -290,28 +364,29 @@ __device__ __forceinline__ void group_sums(const Gemv& a, const float* eighths, 
     }
 }
 
-// The stream of a warp: where its next stage comes from and where it goes.
+// What a warp has yet to fetch, and where it goes.
 template <u32 GROUP>
-struct Stream {
+struct Stages {
     static constexpr u32 UNIT_BYTES = UNIT_CODES + Unit<GROUP>::SCALES + Unit<GROUP>::ZEROS;
     const u8* from;
-    u32 unit_bytes, barriers, stages, unfetched;
+    u32 barriers, slots, unfetched, before_last, bytes, last_bytes;
 
-    __device__ __forceinline__ Stream(const Gemv& a, u32 shared, u32 warp, u32 n_units) {
-        unit_bytes = a.middle ? UNIT_BYTES - Unit<GROUP>::ZEROS : UNIT_BYTES;
-        from = a.stream + blockIdx.x * a.block_bytes + warp * a.warp_bytes;
+    // From stage `first` of the block on.
+    __device__ __forceinline__ Stages(const Gemv& a, u32 shared, u32 warp, u32 first, u32 n) {
+        u32 unit = a.middle ? UNIT_BYTES - Unit<GROUP>::ZEROS : UNIT_BYTES;
+        u32 last_units = a.n_units - (a.stages_a_tile - 1) * STAGE_UNITS;
+        bytes = (STAGE_UNITS * unit + 15) & ~15u, last_bytes = (last_units * unit + 15) & ~15u;
+        from = a.stages + ((u64)blockIdx.x * a.tiles_a_block * a.stages_a_tile + first) * bytes;
         barriers = shared + warp * a.depth * 8;
-        stages = shared + a.at_stages + warp * a.depth * stage_bytes(STAGE_UNITS);
-        unfetched = n_units;
+        slots = shared + a.at_stages + warp * a.depth * bytes;
+        unfetched = n, before_last = a.stages_a_tile - 1 - first % a.stages_a_tile;
     }
 
-    __device__ __forceinline__ u32 stage_bytes(u32 n) const { return (n * unit_bytes + 15) & ~15u; }
-
-    __device__ __forceinline__ void fetch(u32 slot, u32 lane) {
+    __device__ __forceinline__ void fetch(const Gemv& a, u32 slot, u32 lane) {
         if (!unfetched) return;
-        u32 n = min(unfetched, STAGE_UNITS), bytes = stage_bytes(n);
-        fill_stage(stages + slot * stage_bytes(STAGE_UNITS), from, bytes, barriers + 8 * slot, lane);
-        from += bytes, unfetched -= n;
+        fill_stage(slots + slot * bytes, from, before_last ? bytes : last_bytes, barriers + 8 * slot, lane);
+        from += bytes, unfetched--;
+        before_last = before_last ? before_last - 1 : a.stages_a_tile - 1;
     }
 };
 
@@ -329,7 +404,7 @@ struct Block {
 template <u32 GROUP, bool MANY>
 __device__ __forceinline__ float output(const Gemv& a, const Block& block, u32 tile, u32 r, u32 k) {
     constexpr u32 WIDTH = MANY ? 8 : 1;
-    u32 first = tile * a.n_units / a.units_a_warp, last = ((tile + 1) * a.n_units - 1) / a.units_a_warp;
+    u32 first = tile * a.stages_a_tile / a.stages_a_warp, last = ((tile + 1) * a.stages_a_tile - 1) / a.stages_a_warp;
     float sum = 0.0f;
     for (u32 w = first; w <= last; w++) sum += block.parts[((w + tile) * 16 + r) * WIDTH + k];
     sum *= POWER;
@@ -382,95 +457,171 @@ __device__ __forceinline__ void write_hidden(const Gemv& a, const Block& block) 
     }
 }
 
+// A vector to shared memory; the first sums of groups are asked for before it, so that nothing waits twice.
+template <u32 GROUP>
+__device__ __forceinline__ void copy_vector(const Gemv& a, const Block& block) {
+    constexpr u32 PIECES = 8;
+    float4 eighths[GROUP / 2 + 1];
+#if FORMAT < 16 && !CODEBOOK
+    bool has_sum = GROUP && threadIdx.x < a.n_groups;
+#pragma unroll
+    for (u32 j = 0; j < GROUP / 2; j++) {
+        if (has_sum) eighths[j] = __ldcg((const float4*)(a.sums + threadIdx.x * 2 * GROUP) + j);
+    }
+#endif
+    u32 n_pieces = ((a.columns + 127) & ~127u) / 8;
+    for (u32 first = threadIdx.x; first < n_pieces; first += PIECES * BLOCK_THREADS) {
+        uint4 v[PIECES];
+#pragma unroll
+        for (u32 i = 0; i < PIECES; i++) {
+            if (first + i * BLOCK_THREADS < n_pieces) v[i] = __ldcg((const uint4*)a.x + first + i * BLOCK_THREADS);
+        }
+#pragma unroll
+        for (u32 i = 0; i < PIECES; i++) {
+            if (first + i * BLOCK_THREADS < n_pieces) ((uint4*)block.x)[first + i * BLOCK_THREADS] = v[i];
+        }
+    }
+#if FORMAT < 16 && !CODEBOOK
+    if (has_sum) {
+        float sum = 0.0f;
+#pragma unroll
+        for (u32 j = 0; j < GROUP / 2; j++) sum += eighths[j].x, sum += eighths[j].y, sum += eighths[j].z, sum += eighths[j].w;
+        block.sums[threadIdx.x] = -sum;
+    }
+#endif
+}
+
 // The vectors to shared memory, where they have room, a single one with its norm if that is asked for; sums of groups.
 template <u32 GROUP, bool MANY>
 __device__ __forceinline__ void prepare(const Gemv& a, const Block& block, float* partial) {
     const float* eighths = a.sums;
+    u32 first_sum = threadIdx.x;
     if (!MANY && a.norm) {
         norm_row(a.stream_in, a.norm, a.columns, a.eps, NormOut{block.x, block.eighths, nullptr, 1, 0}, partial);
         eighths = block.eighths;
         __syncthreads();
+    } else if (!MANY) {
+        copy_vector<GROUP>(a, block);
+        first_sum += GROUP ? BLOCK_THREADS : 0;
     } else if (a.x_is_shared) {
-        u32 n_pieces = ((a.columns + 127) & ~127u) / 8 * (MANY ? a.n : 1);
+        u32 n_pieces = ((a.columns + 127) & ~127u) / 8 * a.n;
 #pragma unroll 8
         for (u32 i = threadIdx.x; i < n_pieces; i += BLOCK_THREADS) ((uint4*)block.x)[i] = __ldcg((const uint4*)a.x + i);
     }
 #if FORMAT < 16 && !CODEBOOK
-    group_sums<GROUP, MANY>(a, eighths, block.sums);
+    group_sums<GROUP, MANY>(a, eighths, block.sums, first_sum);
 #endif
     __syncthreads();
 }
 
+// What is to be read after the wait: addresses are translated before it, and the norm's weight is brought near.
+__device__ __forceinline__ void expect_reads(const Gemv& a) {
+    const void* all[4] = {a.norm ? (const void*)a.stream_in : a.x, a.sums, a.y ? (const void*)a.y : a.out, a.out_sums};
+    u32 seen;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        if (threadIdx.x == 32 * i && all[i]) asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(seen) : "l"(all[i]));
+    }
+    if (!a.norm) return;
+#pragma unroll 1
+    for (u32 c = threadIdx.x * 32; c < a.columns; c += BLOCK_THREADS * 32) asm volatile("prefetch.global.L2 [%0];" ::"l"(a.norm + c));
+}
+
+// The sum over the units of a stage: pairs first.
+__device__ __forceinline__ float over_units(const float* total, int i) {
+    if (STAGE_UNITS == 1) return total[i];
+    if (STAGE_UNITS == 2) return total[i] + total[4 + i];
+    return (total[i] + total[4 + i]) + (total[8 + i] + total[12 + i]);
+}
+
+// The same of one token, whose units are those of a lane's quarters.
+__device__ __forceinline__ float over_quarters(float total) {
+    if (STAGE_UNITS > 1) total += __shfl_xor_sync(0xffffffffu, total, 1);
+    if (STAGE_UNITS > 2) total += __shfl_xor_sync(0xffffffffu, total, 2);
+    return total;
+}
+
+// All stages of a warp, from stage `first` of the block on.
+template <u32 GROUP, bool MANY>
+__device__ __forceinline__ void multiply_stages(const Gemv& a, const Block& block, Stages<GROUP>& stages, u32 warp, u32 first, u32 left) {
+    constexpr u32 WIDTH = MANY ? 8 : 1;
+    const u32 lane = threadIdx.x & 31, row = lane >> 2, quarter = lane & 3, n = MANY ? a.n : 1, has_token = row < n;
+    u32 tile = first / a.stages_a_tile, stage = first - tile * a.stages_a_tile, zero_shift = 0, my_scales = row * 4, my_zeros = 0;
+    const u32 last_units = a.n_units - (a.stages_a_tile - 1) * STAGE_UNITS;
+#if FORMAT < 16 && !CODEBOOK
+    zero_shift = row % ZERO_ROWS * ZERO_BITS, my_zeros = row / ZERO_ROWS * 4;
+#endif
+    const u16* x = (a.x_is_shared ? block.x : a.x) + row * 32 + quarter * 8;
+    u32 one_x = (u32)__cvta_generic_to_shared(block.x) + quarter * 16;
+    u32 sums = (u32)__cvta_generic_to_shared(block.sums) + (MANY ? 8 * quarter : 0);
+    // The compiler shall keep these, not compute them again for every stage.
+    asm("" : "+l"(x), "+r"(one_x), "+r"(sums), "+r"(zero_shift), "+r"(my_scales), "+r"(my_zeros));
+    float total[MANY ? 4 * STAGE_UNITS : 2] = {};
+    auto deposit = [&]() {
+        float* part = block.parts + (warp + tile) * 16 * WIDTH;
+        if (MANY) {
+            float sum[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) sum[i] = over_units(total, i);
+            *(float2*)(part + row * 8 + 2 * quarter) = make_float2(sum[0], sum[1]);
+            *(float2*)(part + (row + 8) * 8 + 2 * quarter) = make_float2(sum[2], sum[3]);
+        } else {
+            float upper = over_quarters(total[0]), lower = over_quarters(total[1]);
+            if (quarter == 0) part[row] = upper, part[row + 8] = lower;
+        }
+#pragma unroll
+        for (float& t : total) t = 0.0f;
+    };
+    u32 slot = 0, parity = 0;
+#pragma unroll 1
+    for (; left; left--) {
+        wait_for_stage(stages.barriers + 8 * slot, parity);
+        bool is_last = stage == a.stages_a_tile - 1;
+        u32 n_units = is_last ? last_units : STAGE_UNITS;
+        Place at;
+        at.codes = stages.slots + slot * stages.bytes + lane * 16;
+        at.scales = at.codes - lane * 16 + n_units * UNIT_CODES + my_scales;
+        at.zeros = at.scales - my_scales + n_units * Unit<GROUP>::SCALES + my_zeros;
+        at.x = x + (u64)stage * (STAGE_UNITS * STEPS / 2 * 32 * n), at.one_x = one_x + stage * (STAGE_UNITS * STEPS * 32);
+        at.sums = sums + stage * (STAGE_UNITS * Unit<GROUP>::GROUPS * WIDTH * 4);
+        if (MANY) consume_many<GROUP>(a, at, n_units, has_token, zero_shift, total);
+        else consume_one<GROUP>(a, at, n_units, zero_shift, total);
+        // All lanes have read the stage.
+        __syncwarp();
+        stages.fetch(a, slot, lane);
+        if (++slot == a.depth) slot = 0, parity ^= 1;
+        stage++;
+        if (is_last) deposit(), stage = 0, tile++;
+    }
+    // What is left of the last tile.
+    if (stage) deposit();
+}
+
 template <u32 GROUP, bool MANY>
 __device__ __forceinline__ void gemv(const Gemv& a) {
-    constexpr u32 WIDTH = MANY ? 8 : 1;
     extern __shared__ __align__(128) u8 shared[];
     __shared__ float partial[32];
-    u32 lane = threadIdx.x & 31, warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0), row = lane >> 2, quarter = lane & 3;
+    u32 lane = threadIdx.x & 31, warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0);
     Block block = {(u16*)(shared + a.at_x), (float*)(shared + a.at_eighths), (float*)(shared + a.at_sums),
                    (float*)(shared + a.at_parts), (float*)(shared + a.at_sparse), blockIdx.x * a.tiles_a_block, 0};
     block.n_tiles = min(a.tiles_a_block, a.n_tiles - block.first_tile);
-    u32 all = block.n_tiles * a.n_units, first = min(warp < a.n_warps ? warp * a.units_a_warp : all, all);
-    u32 left = min(a.units_a_warp, all - first);
-    Stream<GROUP> stream(a, (u32)__cvta_generic_to_shared(shared), warp, left);
+    u32 all = block.n_tiles * a.stages_a_tile, first = min(warp < a.n_warps ? warp * a.stages_a_warp : all, all);
+    u32 left = min(a.stages_a_warp, all - first);
+    Stages<GROUP> stages(a, (u32)__cvta_generic_to_shared(shared), warp, first, left);
     if (left) {
-        if (lane == 0) make_barriers(stream.barriers, a.depth);
+        if (lane == 0) make_barriers(stages.barriers, a.depth);
         __syncwarp();
-        for (u32 slot = 0; slot < a.depth; slot++) stream.fetch(slot, lane);
+#pragma unroll 1
+        for (u32 slot = 0; slot < a.depth; slot++) stages.fetch(a, slot, lane);
     }
+    expect_reads(a);
     wait_for_previous();
     let_next_start();
     prepare<GROUP, MANY>(a, block, partial);
     if (left) {
-        const u32 n = MANY ? a.n : 1, has_token = row < n;
-        u32 tile = first / a.n_units, unit = first - tile * a.n_units, zero_shift = 0, my_scales = row * 4, my_zeros = 0;
-#if FORMAT < 16 && !CODEBOOK
-        zero_shift = row % ZERO_ROWS * ZERO_BITS, my_zeros = row / ZERO_ROWS * 4;
-#endif
-        const u16* x = (a.x_is_shared ? block.x : a.x) + row * 32 + quarter * 8;
-        u32 one_x = (u32)__cvta_generic_to_shared(block.x) + quarter * 16;
-        u32 sums = (u32)__cvta_generic_to_shared(block.sums) + (MANY ? 8 * quarter : 0);
-        // The compiler shall keep these, not compute them again for every unit.
-        asm("" : "+l"(x), "+r"(one_x), "+r"(sums), "+r"(zero_shift), "+r"(my_scales), "+r"(my_zeros));
-        float total[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-        auto deposit = [&]() {
-            float* part = block.parts + (warp + tile) * 16 * WIDTH;
-            if (MANY) {
-                *(float2*)(part + row * 8 + 2 * quarter) = make_float2(total[0], total[1]);
-                *(float2*)(part + (row + 8) * 8 + 2 * quarter) = make_float2(total[2], total[3]);
-            } else if (quarter == 0) {
-                part[row] = total[0], part[row + 8] = total[2];
-            }
-            total[0] = total[1] = total[2] = total[3] = 0.0f;
-        };
-        u32 slot = 0, parity = 0;
-#pragma unroll 1
-        while (left) {
-            wait_for_stage(stream.barriers + 8 * slot, parity);
-            u32 in_stage = min(left, STAGE_UNITS);
-            Place at;
-            at.codes = stream.stages + slot * stream.stage_bytes(STAGE_UNITS);
-            at.scales = at.codes + in_stage * UNIT_CODES + my_scales;
-            at.zeros = at.scales - my_scales + in_stage * Unit<GROUP>::SCALES + my_zeros;
-            at.codes += lane * 16;
-            left -= in_stage;
-#pragma unroll 1
-            for (; in_stage; in_stage--) {
-                at.x = x + (u64)unit * (STEPS / 2 * 32 * n), at.one_x = one_x + unit * (STEPS * 32);
-                at.sums = sums + unit * (Unit<GROUP>::GROUPS * WIDTH * 4);
-                consume<GROUP, MANY>(a, at, n, has_token, zero_shift, total);
-                at.codes += UNIT_CODES, at.scales += Unit<GROUP>::SCALES, at.zeros += Unit<GROUP>::ZEROS;
-                if (++unit == a.n_units) deposit(), unit = 0, tile++;
-            }
-            // All lanes have read the stage.
-            __syncwarp();
-            stream.fetch(slot, lane);
-            if (++slot == a.depth) slot = 0, parity ^= 1;
-        }
-        // What is left of the last tile.
-        if (unit) deposit();
+        multiply_stages<GROUP, MANY>(a, block, stages, warp, first, left);
 #if FORMAT < 16
-    } else if (warp >= a.n_warps) {
+    } else if (warp - a.n_warps < a.n_sparse) {
         const u16* plain = MANY || a.plain ? a.plain : block.x;
         corrections<MANY>(a, plain, block.first_tile * 16, block.n_tiles * 16, warp - a.n_warps, lane, block.sparse);
 #endif
@@ -480,7 +631,7 @@ __device__ __forceinline__ void gemv(const Gemv& a) {
     else write_rows<GROUP, MANY>(a, block);
 }
 
-// Two blocks a processor, this kernel's and the next one's: 80 registers.
+// Two blocks a processor, this kernel's and the next one's: 64 registers.
 #define VARIANT(NAME, GROUP, MANY) \
     extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 2) NAME(const __grid_constant__ Gemv a) { gemv<GROUP, MANY>(a); }
 

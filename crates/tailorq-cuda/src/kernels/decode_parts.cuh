@@ -31,8 +31,9 @@ __device__ __forceinline__ void write_fragment(u16* out, float* sums, u32 c, u32
     if ((c & 7) == 0) sums[(u64)(c >> 3) * n + i] = sum;
 }
 
-// Every kernel of a step calls both, in this order. A kernel starts when all blocks of the one before it have got here, so
-// all others before it have ended; it may read what those wrote, and waits before it looks at what the one before it writes.
+// Every kernel of a step calls both, in this order. A kernel starts when all
+// blocks of the one before it have called it or ended, so that all others before it have ended: it may read what those wrote,
+// and waits before it looks at what the one before it writes.
 __device__ __forceinline__ void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -46,7 +47,7 @@ __device__ __forceinline__ void let_next_start() {
 }
 
 // Threads of a block that computes a norm or a product: the order of a norm's sum depends on it.
-#define BLOCK_THREADS 384
+#define BLOCK_THREADS 512
 
 // A thread computes eight columns of a norm at a time, those that lie side by side among fragments: column `j` of item `i`.
 __device__ __forceinline__ u32 item_column(u32 item, u32 j) {
@@ -54,7 +55,7 @@ __device__ __forceinline__ u32 item_column(u32 item, u32 j) {
 }
 
 // Items that a thread keeps in registers; of wider rows each item is read twice.
-#define NORM_ITEMS 3
+#define NORM_ITEMS 2
 
 // Where the norm of a row goes: fragments of token `i` among `n`, and as numbers unless that is null.
 struct NormOut {
