@@ -184,6 +184,24 @@ fn codebooks_of_four_bits_multiply() {
     layouts(Bits::Four, true);
 }
 
+/// Rows so long that a warp fills each of its stages several times.
+#[test]
+fn long_rows_multiply() {
+    let Some(products) = on_device(Products::open(0)) else { return };
+    let rng = &mut Rng::new(50);
+    let (rows, cols) = (40, 28_672 - 128);
+    for (bits, group) in [(Bits::Two, 128), (Bits::Two, 32), (Bits::Three, 64), (Bits::Four, 128), (Bits::Eight, 64)] {
+        let layout = Layout { bits, group: Group::Inputs(group), symmetric: false };
+        for beside in [Beside::default(), Beside { elements: true, ..Beside::default() }] {
+            let weight = packed(rng, rows, cols, layout, false, beside).into();
+            check(&products, rng, &format!("{layout}, long rows"), &weight, DenseWeights::F16, 2e-5);
+        }
+    }
+    let numbers = (0..rows * cols).map(|_| f16::from_f32(0.1 * rng.normal()).to_f32()).collect();
+    let weight: Weight = Matrix::from_vec(rows, cols, numbers).into();
+    check(&products, rng, "long rows, dense", &weight, DenseWeights::F16, 2e-5);
+}
+
 #[test]
 fn corrections_are_added() {
     let Some(products) = on_device(Products::open(0)) else { return };

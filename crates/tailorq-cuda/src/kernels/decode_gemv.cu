@@ -5,8 +5,8 @@
 // left operand (`decode_codes.cuh`). With `acc` the sum of `code * x`, a group adds `scale * (acc - zero * sum of x)`.
 //
 // A block computes some tiles; its warps have their stages in equal shares, one after the other, and copy them to shared memory
-// without waiting (`decode_ring.cuh`). A block takes no more than half of a processor: that of the next kernel begins to copy
-// when this one has nothing left to ask for, so that the memory does not rest between two products.
+// without waiting (`decode_ring.cuh`). A block takes no more than half of a processor: that of the next kernel is there before
+// this one has ended, and its stages are full when it may begin.
 //
 // Partial sums of the warps meet in shared memory in a fixed order, which depends on the shape alone: a token's numbers do not
 // depend on those beside it.
@@ -514,14 +514,8 @@ __device__ __forceinline__ void prepare(const Gemv& a, const Block& block, float
     __syncthreads();
 }
 
-// What is to be read after the wait: addresses are translated before it, and the norm's weight is brought near.
-__device__ __forceinline__ void expect_reads(const Gemv& a) {
-    const void* all[4] = {a.norm ? (const void*)a.stream_in : a.x, a.sums, a.y ? (const void*)a.y : a.out, a.out_sums};
-    u32 seen;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        if (threadIdx.x == 32 * i && all[i]) asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(seen) : "l"(all[i]));
-    }
+// Brings the weight of the norm near before the wait: no kernel writes it.
+__device__ __forceinline__ void expect_norm(const Gemv& a) {
     if (!a.norm) return;
 #pragma unroll 1
     for (u32 c = threadIdx.x * 32; c < a.columns; c += BLOCK_THREADS * 32) asm volatile("prefetch.global.L2 [%0];" ::"l"(a.norm + c));
@@ -614,7 +608,7 @@ __device__ __forceinline__ void gemv(const Gemv& a) {
 #pragma unroll 1
         for (u32 slot = 0; slot < a.depth; slot++) stages.fetch(a, slot, lane);
     }
-    expect_reads(a);
+    if (!MANY) expect_norm(a);
     wait_for_previous();
     let_next_start();
     prepare<GROUP, MANY>(a, block, partial);
