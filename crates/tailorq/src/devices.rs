@@ -127,7 +127,7 @@ mod tests {
             ("cuda:2,0,1", DeviceChoice::Cuda(vec![2, 0, 1])),
             ("cuda:all", DeviceChoice::CudaAll),
         ] {
-            assert_eq!(name.parse(), Ok(choice));
+            assert_eq!(name.parse().as_ref(), Ok(&choice));
             assert_eq!(choice.to_string(), name);
         }
         assert_eq!("cuda".parse(), Ok(DeviceChoice::Cuda(vec![0])));
