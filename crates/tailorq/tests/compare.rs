@@ -76,7 +76,7 @@ fn arms_are_methods_and_controls_each_recipe_once() {
     let of_gptq = ["rtn group 64", "gptq group 64 damping 0.1", "gptq group 64 damping 1", "gptq on general text"];
     assert_eq!(names(&arms, "2 bits", Some("gptq")), of_gptq);
     let of_tacq = names(&arms, "2 bits", Some("tacq-plain"));
-    for name in ["random mask of 1 %, group 64", "|w|sqrt(H) mask of 1 %, group 64", "tacq on general text"] {
+    for name in ["random mask of 1 %, group 64", "|w|sqrt(H) mask of 1 %, group 64", "tacq-plain on general text"] {
         assert!(of_tacq.iter().any(|n| n == name), "{name}: {of_tacq:?}");
     }
     assert!(of_tacq.iter().any(|n| n.contains("equal bytes")), "{of_tacq:?}");
@@ -88,7 +88,10 @@ fn arms_are_methods_and_controls_each_recipe_once() {
     let signal = |name: &str| of(name).recipe.circuit.unwrap().signal;
     assert_eq!(signal("random mask of 1 %, group 64"), CircuitSignal::Random);
     assert_eq!(signal("|w|sqrt(H) mask of 1 %, group 64"), CircuitSignal::MagnitudeHessian);
-    assert_eq!(of("tacq on general text").recipe.calibration.as_ref().unwrap().file, PathBuf::from("general.txt"));
+    assert_eq!(
+        of("tacq-plain on general text").recipe.calibration.as_ref().unwrap().file,
+        PathBuf::from("general.txt")
+    );
     assert_eq!(of("random mask of 1 %, group 64").predicted_bytes, of("tacq-plain").predicted_bytes);
     // A uniform width "below" takes less than the method, one "above" not much more.
     for row in arms.rows.iter().filter(|r| r.method.contains("equal bytes")) {
@@ -109,7 +112,7 @@ fn each_idea_stands_beside_chance() {
     let text = EXPERIMENT
         .replace("[calib", "seeds = [0, 3]\n[calib")
         .replace("preset = \"gptq\"\nquantize = { group = 64 }", "preset = \"taqo\"\nallocation = { score = { unit = \"layer\" } }")
-        .replace("preset = \"tacq\"\nquantize = { group = 64 }\ncircuit = { keep = 0.01 }", "preset = \"aligned\"")
+        .replace("preset = \"tacq-plain\"\nquantize = { group = 64 }\ncircuit = { keep = 0.01 }", "preset = \"aligned\"")
         .replace(
             "[evaluation]",
             "[[methods]]\npreset = \"gptq-codebook\"\n[[methods]]\npreset = \"tacq-hadamard\"\n[[methods]]\npreset = \"awq\"\n\
@@ -274,7 +277,7 @@ fn several_measurements_and_data_of_a_methods_own_cross() {
     let text = EXPERIMENT
         .replace("bits = [2, 3]", "bits = [2]")
         .replace(
-            "preset = \"tacq\"\nquantize = { group = 64 }\ncircuit = { keep = 0.01 }",
+            "preset = \"tacq-plain\"\nquantize = { group = 64 }\ncircuit = { keep = 0.01 }",
             &format!("preset = \"gptq\"\n{own}"),
         )
         .replace("[evaluation]", "[[evaluation]]")
@@ -325,7 +328,7 @@ fn an_arm_that_fails_does_not_keep_others_from_being_run() {
     let guided = "preset = \"gptq\"\nname = \"guided\"\nquantize = { token_weight = \"gradient\" }";
     let text =
         text.replacen("preset = \"gptq\"\nquantize = { group = 64 }", guided, 1).replace("bits = [2, 3]", "bits = [2]");
-    let text = text.replace("preset = \"tacq\"", "preset = \"rtn\"").replace("circuit = { keep = 0.01 }", "");
+    let text = text.replace("preset = \"tacq-plain\"", "preset = \"rtn\"").replace("circuit = { keep = 0.01 }", "");
     let error = compare(tailorq::cpu().as_ref(), &bench.experiment(&text).unwrap(), &Silent).unwrap_err();
     assert!(matches!(&error, CompareError::Arms(arms) if arms.len() == 1), "{error}");
     assert!(
@@ -341,7 +344,7 @@ fn an_arm_that_fails_does_not_keep_others_from_being_run() {
 fn a_bad_experiment_is_refused_with_its_key() {
     let bench = Bench::new();
     let bad = [
-        ("preset = \"tacq\"", "preset = \"magic\"", "magic"),
+        ("preset = \"tacq-plain\"", "preset = \"magic\"", "magic"),
         ("keep = 0.01", "keep = 0.5", "methods.circuit of tacq"),
         ("keep = 0.01", "kept = 0.5", "kept"),
         ("bits = [2, 3]", "bits = [5]", "5 bits"),
@@ -350,7 +353,7 @@ fn a_bad_experiment_is_refused_with_its_key() {
         ("samples = 6", "samples = 6\nmix = 1.5", "calibration.mix"),
         ("windows = 2", "window_count = 2", "window_count"),
         ("\"completion_nll\"", "\"poetry\"", "evaluation.tasks"),
-        ("preset = \"tacq\"", "preset = \"gptq\"", "two are called gptq"),
+        ("preset = \"tacq-plain\"", "preset = \"gptq\"", "two are called gptq"),
         ("circuit = { keep", "allocation = { keep", "does not allocate"),
     ];
     for (from, to, words) in bad {
