@@ -55,7 +55,7 @@ pub trait Decoder {
 
     /// For each of some sequences, ascending, whose logits are those of their last token: chooses the most likely token (the first of
     /// equals), reads it, and so on, `n` times; what was chosen comes back in the order of the sequences. A sequence that is full is
-    /// not read on: what comes after its last token means nothing.
+    /// not read on: what comes after its last token means nothing. Logits of the sequences that are not named may be lost.
     fn choose(&mut self, sequences: &[usize], n: usize) -> Result<Vec<Vec<u32>>, DecoderError>;
 }
 

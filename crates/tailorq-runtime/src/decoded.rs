@@ -27,8 +27,8 @@ pub fn generate_batch_decoding(
     let prompts = requests.iter().map(|r| fit(r, limit, model.config.vocab)).collect::<Result<Vec<_>, _>>()?;
     let needed = prompts.iter().zip(requests).map(|(prompt, request)| prompt.len() + request.max_tokens);
     let Some(capacity) = needed.max() else { return Ok(Vec::new()) };
-    let sequences = decoders.most_sequences().min(requests.len());
-    let mut decoder = decoders.open(model, DecoderSize { sequences, capacity })?;
+    let mut decoder =
+        open(model, decoders, DecoderSize { sequences: decoders.most_sequences().min(requests.len()), capacity })?;
     let places = (0..decoder.sequences()).map(|_| Place::default()).collect();
     let mut stage = Stage {
         decoder: decoder.as_mut(),
@@ -57,6 +57,17 @@ pub fn generate_batch_decoding(
         stage.step()?;
     }
     Ok(stage.finished.into_iter().flatten().collect())
+}
+
+/// A decoder with as many sequences as have room: what is generated does not depend on how many there are.
+fn open(model: &Model, decoders: &dyn Decoders, mut size: DecoderSize) -> Result<Box<dyn Decoder>, RuntimeError> {
+    loop {
+        match decoders.open(model, size) {
+            Ok(decoder) => return Ok(decoder),
+            Err(_) if size.sequences > 1 => size.sequences = size.sequences.div_ceil(2),
+            Err(error) => return Err(error.into()),
+        }
+    }
 }
 
 /// A sequence of the decoder.

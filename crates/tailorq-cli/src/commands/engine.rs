@@ -1,7 +1,7 @@
 //! The flags of `run`, `chat` and `bench` that say how a model computes, and what computes so.
 
 use crate::console::Console;
-use anyhow::{bail, ensure};
+use anyhow::{Context, bail, ensure};
 use clap::Args;
 use std::sync::Arc;
 use tailorq::{Activations, Decoders, Device, Model};
@@ -102,7 +102,9 @@ pub fn decoder(decoders: &dyn Decoders, model: &Model, size: DecoderSize) -> any
         "a GPU takes up to {most} sequences together beside packed weights, not {}; --activations f32 takes more",
         size.sequences
     );
-    Ok(decoders.open(model, DecoderSize { capacity: size.capacity.min(model.config.max_positions), ..size })?)
+    decoders.open(model, DecoderSize { capacity: size.capacity.min(model.config.max_positions), ..size }).context(
+        "the GPU cannot take this packed model as it is: --activations f32 unpacks it there, --device cpu needs no GPU",
+    )
 }
 
 #[cfg(test)]

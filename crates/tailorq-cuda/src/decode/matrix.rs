@@ -210,8 +210,11 @@ impl DeviceMatrix {
                 false => zeros = tiles.zeros(n_groups, bits),
             }
         }
-        let elements = tiles.elements();
-        let corrections = tiles.tile_corrections();
+        // Dense values hold their corrections already.
+        let (elements, corrections) = match packed {
+            Some(_) => (tiles.elements(), tiles.tile_corrections()),
+            None => (None, None),
+        };
         let n_units = tiles.chunks() * layout::CHUNK / format.unit_columns();
         let has_corrections = elements.is_some() || corrections.is_some();
         let unit = Unit::new(format, group, !zeros.is_empty());
