@@ -43,7 +43,9 @@ impl LogSumExp {
             self.max = max;
             self.sum *= shrink;
         }
-        self.sum += piece.sum * (max - self.max).exp();
+        if piece.sum != 0.0 {
+            self.sum += piece.sum * (max - self.max).exp();
+        }
         shrink
     }
 
@@ -182,6 +184,16 @@ mod tests {
         let exps: Vec<f64> = logits.iter().map(|l| (f64::from(*l) - max).exp()).collect();
         let sum: f64 = exps.iter().sum();
         exps.iter().map(|e| e / sum).collect()
+    }
+
+    #[test]
+    fn words_that_cannot_be_add_nothing() {
+        let nothing = Piece { max: f32::NEG_INFINITY, sum: 0.0 };
+        let mut sum = LogSumExp { max: f64::NEG_INFINITY, sum: 0.0 };
+        for piece in [nothing, piece(&[1.0, 2.0]), nothing] {
+            sum.merge(piece);
+        }
+        assert!((sum.value() - (1f64.exp() + 2f64.exp()).ln()).abs() < 1e-12);
     }
 
     proptest! {

@@ -202,6 +202,25 @@ fn a_token_and_a_row_are_the_same_alone_and_among_others() {
 }
 
 #[test]
+fn single_rows_of_a_large_matrix_are_those_of_all() {
+    let mut rng = Rng::new(16);
+    // More bytes than a task has at least.
+    let (rows, cols) = (401, 896);
+    let layout = Layout { bits: Bits::Two, group: Group::Inputs(128), symmetric: false };
+    let w: Weight = packed(&mut rng, rows, cols, layout).into();
+    let x = normal(&mut rng, cols);
+    for device in devices() {
+        let mut all = vec![0.0; rows];
+        device.linear(&x, &w, None, &mut all);
+        for range in [0..1, 5..6, 400..401, 7..12] {
+            let mut some = vec![0.0; range.len()];
+            device.linear_rows(&x, &w, None, range.clone(), &mut some);
+            assert_eq!(some, all[range], "{}", device.name());
+        }
+    }
+}
+
+#[test]
 fn activations_that_are_not_numbers_stay_so() {
     let mut rng = Rng::new(15);
     let layout = Layout { bits: Bits::Two, group: Group::Inputs(64), symmetric: false };

@@ -43,6 +43,8 @@ impl ElementCorrections {
     pub fn new(rows: usize, cols: usize, parts: ElementParts) -> Result<Self, PackError> {
         let width = ElementCorrections::index_bytes(cols);
         let too_large = || PackError::TooLarge(rows, cols);
+        // Kernels gather inputs by signed places.
+        i32::try_from(cols).map_err(|_| too_large())?;
         let size = |part, bytes: &SharedBytes, expected: usize| match bytes.len() {
             found if found == expected => Ok(()),
             found => Err(PackError::CorrectionSize { part, found, expected }),

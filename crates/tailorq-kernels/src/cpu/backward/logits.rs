@@ -66,7 +66,8 @@ fn sum_exp_body<S: Simd>(simd: S, row: &[f32]) -> (f32, f32) {
         max = simd.max(simd.load(chunk), max);
     }
     let largest = simd.largest(max);
-    let max = simd.splat(largest);
+    // Where all are infinitely small their sum is 0, not that of differences that are no numbers.
+    let max = simd.splat(if largest == f32::NEG_INFINITY { 0.0 } else { largest });
     let mut sum = simd.splat(0.0);
     for chunk in chunks {
         sum = simd.add(sum, exp(simd, simd.sub(simd.load(chunk), max)));

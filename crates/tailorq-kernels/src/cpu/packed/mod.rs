@@ -78,7 +78,9 @@ pub(super) fn few(isa: Isa, x: &[f32], w: &PackedMatrix, bias: Option<&[f32]>, r
     quantized.fill(isa, inputs_of_base(isa, w, x, &mut rotated), w.cols(), w.layout());
     let (base, tile) = (Base::of(w), Tile::new(y, n, rows.len(), rows.len()));
     // Two tasks a thread, so that one that starts late finds less to do; the partition changes no sum.
-    let least = (rows.len() / (2 * rayon::current_num_threads())).max(FEW_TASK * rows.len() / w.bytes().max(1));
+    // A task has a row at least, also where few rows of a large matrix are asked for.
+    let of_bytes = FEW_TASK * rows.len() / w.bytes().max(1);
+    let least = (rows.len() / (2 * rayon::current_num_threads())).max(of_bytes).max(1);
     let corrections = Corrections::of(w).map(|c| (c, Inputs::of(x, w.cols(), &mut filled)));
     let (tables, corrections) = (Tables::of(&base), corrections.as_ref());
     Products { isa, base, tables: &tables, quantized: &quantized, corrections, bias }.divide(rows.start, tile, least);
