@@ -9,6 +9,9 @@ use std::sync::Arc;
 /// Bytes of shared memory that a kernel may have declared itself.
 pub(super) const OWN_SHARED: u32 = 1 << 10;
 
+/// Threads of a block of every kernel of a step; the kernels are compiled for it.
+pub(super) const BLOCK_THREADS: u32 = 512;
+
 /// A kernel with its arguments, ready to be started any number of times.
 pub(super) struct Launch {
     function: Function,
@@ -17,19 +20,30 @@ pub(super) struct Launch {
 }
 
 impl Launch {
-    /// `params` is the kernel's one argument, a structure of the same layout.
+    /// A kernel that deals its work out to its blocks, of which there are as many as processors at least, with `shared` bytes of
+    /// shared memory. `params` is its one argument, a structure of the same layout.
+    ///
+    /// Whatever it needs, a block takes so much of a processor's shared memory that there is no room for a second one
+    /// (`begin_early` in `decode_parts.cuh`).
     pub(super) fn new<T: Copy + 'static>(
         gpu: &Gpu,
-        source: &'static Source,
-        name: &'static str,
-        grid: Grid,
+        kernel: (&'static Source, &'static str),
+        shared: u32,
         params: T,
     ) -> Launch {
-        let function = gpu.function(source, name);
+        let function = gpu.function(kernel.0, kernel.1);
         gpu.allow_shared(function, gpu.shared_a_block - OWN_SHARED);
-        // Kernels that want the same of a processor can be there at once.
+        // Kernels that want the same of a processor follow one another on it without a pause.
         gpu.prefer_shared(function);
+        let shared = shared.max(gpu.shared_a_block / 7 * 4);
+        let grid = Grid { blocks: (gpu.n_processors, 1, 1), threads: BLOCK_THREADS, shared };
         Launch { function, grid, params: Box::new(params) }
+    }
+
+    /// With so many blocks, if that is more.
+    pub(super) fn blocks(mut self, n: usize) -> Launch {
+        self.grid.blocks.0 = self.grid.blocks.0.max(n as u32);
+        self
     }
 
     fn start(&mut self, gpu: &Gpu) {

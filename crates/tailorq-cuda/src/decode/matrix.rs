@@ -3,9 +3,9 @@
 use super::launch::{self, Launch};
 use super::layout::{self, DenseWeights, Format, TILE_ROWS, Tiles};
 use super::step::MOST_SHARED;
-use super::stream::{self, BLOCK_THREADS, Plan, Unit, WARPS};
+use super::stream::{self, Plan, Unit, WARPS};
 use crate::error::CudaError;
-use crate::gpu::{Buffer, Gpu, Grid, Source};
+use crate::gpu::{Buffer, Gpu, Source};
 use std::sync::Arc;
 use tailorq_tensor::{Bits, Group, Weight};
 
@@ -51,9 +51,6 @@ const DEPTHS: [usize; 2] = [2, 8];
 
 /// Bytes of shared memory that the kernels take beside what they are given.
 const OWN_SHARED: usize = 128;
-
-/// Bytes of shared memory of a processor that each block takes beside its own.
-const BLOCK_SHARED: u32 = 1024;
 
 /// The argument of the kernels, as `Gemv` in `decode_gemv.cu`.
 #[repr(C)]
@@ -252,7 +249,7 @@ impl DeviceMatrix {
             }),
         };
         // A single vector is what counts.
-        let has_room = |matrix: &DeviceMatrix| matrix.shared_beside(Kernel::One { with_norm: false }).is_some();
+        let has_room = |matrix: &DeviceMatrix| matrix.shared(Kernel::One { with_norm: false }).is_some();
         for n_warps in WARPS {
             matrix.plan = plan(n_warps);
             if has_room(&matrix) {
@@ -390,8 +387,8 @@ impl DeviceMatrix {
             at_sparse: shared.sparse as u32,
             x_is_shared: u32::from(kernel != Kernel::Many { n_shared: 0 }),
         };
-        let grid = Grid { blocks: (plan.n_blocks() as u32, 1, 1), threads: BLOCK_THREADS, shared: shared.end as u32 };
-        Launch::new(&self.gpu, self.source(), self.kernel(kernel), grid, args)
+        let kernel = (self.source(), self.kernel(kernel));
+        Launch::new(&self.gpu, kernel, shared.end as u32, args).blocks(plan.n_blocks())
     }
 
     /// The rotation of `n` vectors `x` (`[n, cols]`, numbers), where there is a transform.
@@ -410,8 +407,7 @@ impl DeviceMatrix {
             part: part as u32,
             n: n as u32,
         };
-        let grid = Grid { blocks: (t.width.div_ceil(part) as u32, n as u32, 1), threads: 512, shared: 4 * part as u32 };
-        Some(Launch::new(&self.gpu, &super::step::SOURCE, "rotate", grid, args))
+        Some(Launch::new(&self.gpu, (&super::step::SOURCE, "rotate"), 4 * part as u32, args))
     }
 
     /// Sums of a token's inputs that a block holds.
@@ -423,19 +419,9 @@ impl DeviceMatrix {
         }
     }
 
-    /// The shared memory of a block: half of a processor's, so that the next kernel's block has room beside it, or all of it
-    /// where that is too little.
+    /// The shared memory of a block.
     fn shared(&self, kernel: Kernel) -> Option<Shared> {
-        let all = self.gpu.shared_a_block - launch::OWN_SHARED;
-        self.shared_beside(kernel).or_else(|| self.shared_within(kernel, all as usize))
-    }
-
-    fn shared_beside(&self, kernel: Kernel) -> Option<Shared> {
-        let room = (self.gpu.shared_a_block + BLOCK_SHARED) / 2 - BLOCK_SHARED;
-        self.shared_within(kernel, room as usize)
-    }
-
-    fn shared_within(&self, kernel: Kernel, room: usize) -> Option<Shared> {
+        let room = (self.gpu.shared_a_block - launch::OWN_SHARED) as usize;
         let padded = self.cols.next_multiple_of(layout::CHUNK);
         let (x, eighths, width) = match kernel {
             Kernel::Many { n_shared } => (2 * n_shared * padded, 0, MOST_ROWS),

@@ -1,10 +1,9 @@
 //! What lies between the matrices of a step, as launches of the kernels of `decode_step.cu` and `decode_attention.cu`.
 
-use super::launch::Launch;
+use super::launch::{BLOCK_THREADS, Launch};
 use super::matrix::Fragments;
-use super::stream::BLOCK_THREADS;
 use crate::error::CudaError;
-use crate::gpu::{Buffer, Gpu, Grid, Source};
+use crate::gpu::{Buffer, Gpu, Source};
 use std::sync::Arc;
 use tailorq_model::ModelConfig;
 
@@ -25,11 +24,10 @@ pub(super) const MOST_SHARED: u32 = 96 << 10;
 const SPLIT: usize = 256;
 const MOST_SPLITS: usize = 64;
 
-/// Blocks that look for the largest logit of a token.
+/// Blocks of threads that look for the largest logit of a token, as in `decode_step.cu`.
 const PICK_BLOCKS: usize = 32;
 
-/// Threads of `attend`, and heads whose values it sums at once.
-const ATTENTION_THREADS: u32 = 512;
+/// Heads whose values `attend` sums at once.
 const HEADS_AT_ONCE: usize = 2;
 
 /// Where the embedding of the tokens comes from.
@@ -46,14 +44,13 @@ struct Embed {
     tokens: u64,
     stream: u64,
     width: u32,
-    end: u32,
+    n: u32,
 }
 
 /// The stream of `n` tokens begins with their embeddings, `[n, width]`.
 pub(super) fn embed(gpu: &Gpu, n: usize, width: usize, embedding: Embedding, stream: u64) -> Launch {
-    let args = Embed { embedding: embedding.table, tokens: embedding.tokens, stream, width: width as u32, end: 0 };
-    let grid = Grid { blocks: (width.div_ceil(256) as u32, n as u32, 1), threads: 256, shared: 0 };
-    Launch::new(gpu, &SOURCE, "embed", grid, args)
+    let args = Embed { embedding: embedding.table, tokens: embedding.tokens, stream, width: width as u32, n: n as u32 };
+    Launch::new(gpu, (&SOURCE, "embed"), 0, args)
 }
 
 #[repr(C)]
@@ -84,7 +81,7 @@ pub(super) fn norm(gpu: &Gpu, n: usize, stream: u64, weight: (&Buffer, f32), out
         n: n as u32,
         end: 0,
     };
-    Launch::new(gpu, &SOURCE, "rms_norm", Grid { blocks: (n as u32, 1, 1), threads: BLOCK_THREADS, shared: 0 }, args)
+    Launch::new(gpu, (&SOURCE, "rms_norm"), 0, args)
 }
 
 #[repr(C)]
@@ -102,8 +99,7 @@ struct Arrange {
 /// Numbers `[n, width]` become fragments; with `up`, `silu(x) up` does. `plain`: as numbers too.
 pub(super) fn arrange(gpu: &Gpu, n: usize, width: usize, x: u64, up: u64, out: (Fragments, u64)) -> Launch {
     let args = Arrange { x, up, out: out.0.data, out_sums: out.0.sums, plain: out.1, width: width as u32, n: n as u32 };
-    let grid = Grid { blocks: (width.div_ceil(256) as u32, n as u32, 1), threads: 256, shared: 0 };
-    Launch::new(gpu, &SOURCE, "arrange", grid, args)
+    Launch::new(gpu, (&SOURCE, "arrange"), 0, args)
 }
 
 #[repr(C)]
@@ -198,7 +194,7 @@ impl Attention {
     /// Bytes of shared memory of `attend`.
     fn shared(&self) -> u32 {
         let (group, width) = (self.group(), self.config.head_dim);
-        let reduced = ATTENTION_THREADS as usize / 32 * HEADS_AT_ONCE * width;
+        let reduced = BLOCK_THREADS as usize / 32 * HEADS_AT_ONCE * width;
         // Each head's largest weight and sum, up to whole pieces of 16 bytes; the newest value.
         (4 * (group * (width + self.split) + reduced + 2 * group + 2) + 2 * width) as u32
     }
@@ -239,16 +235,8 @@ impl Attention {
             stores: u32::from(!is_prompt),
             end: 0,
         };
-        let heads = config.n_kv_heads as u32;
-        let mut launches = Vec::new();
-        if is_prompt {
-            let grid = Grid { blocks: (heads, n as u32, 1), threads: 64, shared: 0 };
-            launches.push(Launch::new(gpu, &SOURCE, "store", grid, args));
-        }
-        let blocks = (self.n_splits as u32, heads, n as u32);
-        let grid = Grid { blocks, threads: ATTENTION_THREADS, shared: self.shared() };
-        launches.push(Launch::new(gpu, &SOURCE, "attend", grid, args));
-        launches
+        let store = is_prompt.then(|| Launch::new(gpu, (&SOURCE, "store"), 0, args));
+        store.into_iter().chain([Launch::new(gpu, (&SOURCE, "attend"), self.shared(), args)]).collect()
     }
 }
 
@@ -267,7 +255,7 @@ struct Pick {
     vocabulary: u32,
     capacity: u32,
     ring_length: u32,
-    end: u32,
+    n: u32,
 }
 
 /// The choice of tokens: what it writes, for so many sequences.
@@ -320,9 +308,8 @@ impl Choice {
             vocabulary: logits.1 as u32,
             capacity: capacity as u32,
             ring_length: self.ring_length as u32,
-            end: 0,
+            n: n as u32,
         };
-        let grid = Grid { blocks: (PICK_BLOCKS as u32, n as u32, 1), threads: 256, shared: 0 };
-        Launch::new(gpu, &SOURCE, "pick", grid, args)
+        Launch::new(gpu, (&SOURCE, "pick"), 0, args)
     }
 }

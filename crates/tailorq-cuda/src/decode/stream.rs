@@ -4,12 +4,10 @@
 //! threads computes some tiles, and its warps have their stages in equal shares, one after the other. The shape alone decides, so
 //! that a token's numbers do not depend on those beside it.
 
+use super::launch::BLOCK_THREADS;
 use super::layout::{Format, group_steps, zero_words};
 use rayon::prelude::*;
 use tailorq_tensor::Group;
-
-/// Threads of a block; the kernels are compiled for it.
-pub(super) const BLOCK_THREADS: u32 = 512;
 
 /// Warps of a block that may work: as many as have room for their stages.
 pub(super) const WARPS: [usize; 3] = [BLOCK_THREADS as usize / 32, 12, 8];

@@ -31,12 +31,15 @@ __device__ void rotated_head(const Attend& a, const float* head, const float* we
     float scale = 1.0f;
     if (weight) {
         float sum = 0.0f;
-        for (u32 d = lane; d < a.head_dim; d += 32) sum = fmaf(head[d], head[d], sum);
+        for (u32 d = lane; d < a.head_dim; d += 32) {
+            float x = __ldcg(head + d);
+            sum = fmaf(x, x, sum);
+        }
         scale = rsqrtf(warp_sum(sum) / (float)a.head_dim + a.eps);
     }
 #pragma unroll 2
     for (u32 d = lane; d < half; d += 32) {
-        float x = head[d] * scale, y = head[d + half] * scale;
+        float x = __ldcg(head + d) * scale, y = __ldcg(head + d + half) * scale;
         if (weight) x *= weight[d], y *= weight[d + half];
         float cos = a.cos[(u64)position * half + d], sin = a.sin[(u64)position * half + d];
         float first = (x * cos - y * sin) * factor, second = (y * cos + x * sin) * factor;
@@ -63,20 +66,23 @@ __device__ void store_value(const Attend& a, u32 row, u32 kv_head, u32 position,
     const float* value = a.heads + ((u64)row * (a.n_heads + 2 * a.n_kv_heads) + a.n_heads + a.n_kv_heads + kv_head) * a.head_dim;
     u16* cache = a.values + cached(a, row, kv_head, position);
     for (u32 d = threadIdx.x & 31; d < a.head_dim; d += 32) {
-        u16 rounded = saturated_half(value[d]);
+        u16 rounded = saturated_half(__ldcg(value + d));
         cache[d] = rounded;
         if (newest) newest[d] = rounded;
     }
 }
 
 // Tokens of one sequence see each other: their keys are stored before any of them attends. Two warps a head.
-extern "C" __global__ void __launch_bounds__(64) store(const __grid_constant__ Attend a) {
+extern "C" __global__ void __launch_bounds__(BLOCK_THREADS) store(const __grid_constant__ Attend a) {
+    begin_early();
     wait_for_previous();
-    let_next_start();
-    int position = a.positions[blockIdx.y];
-    if (position < 0) return;
-    if (threadIdx.x < 32) store_key(a, blockIdx.y, blockIdx.x, position, nullptr);
-    else store_value(a, blockIdx.y, blockIdx.x, position, nullptr);
+    for (u32 item = global_idx() / 32; item < 2 * a.n_kv_heads * a.n; item += gridDim.x * (BLOCK_THREADS / 32)) {
+        u32 kv_head = item / 2 % a.n_kv_heads, i = item / 2 / a.n_kv_heads;
+        int position = a.positions[i];
+        if (position < 0) continue;
+        if (item & 1) store_value(a, i, kv_head, position, nullptr);
+        else store_key(a, i, kv_head, position, nullptr);
+    }
 }
 
 __device__ __forceinline__ void eight_floats(uint4 v, float* x) {
@@ -86,7 +92,7 @@ __device__ __forceinline__ void eight_floats(uint4 v, float* x) {
     x[6] = half_to_float((u16)v.w), x[7] = half_to_float((u16)(v.w >> 16));
 }
 
-#define ATTENTION_THREADS 512
+#define ATTENTION_THREADS BLOCK_THREADS
 #define ATTENTION_WARPS (ATTENTION_THREADS / 32)
 #define HEADS_AT_ONCE 2
 #define AT_ONCE 4
@@ -243,23 +249,35 @@ __device__ __forceinline__ bool is_last_of(u32* arrivals, u32 n) {
     return is_last;
 }
 
-// Blocks: splits of the positions, heads of keys, tokens. A split that is not alone leaves its part of the sum; the last one to
-// be done adds them up in the order of positions.
-extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS, 2) attend(const __grid_constant__ Attend a) {
-    extern __shared__ __align__(16) float shared[];
-    u32 kv_head = blockIdx.y, i = blockIdx.z, width = a.head_dim, group = a.n_heads / a.n_kv_heads, warp = threadIdx.x >> 5;
-    int place = a.positions[i];
-    u32 position = place < 0 ? 0 : place, oldest = a.window && position + 1 > a.window ? position + 1 - a.window : 0;
-    u32 first = blockIdx.x * a.split, from = max(first, oldest), to = place < 0 ? 0 : min(position + 1, first + a.split);
-    bool has_newest = a.stores && to == position + 1;
-    Span span = make_span(a, from, to, has_newest ? position : ~0u);
-    u64 origin = cached(a, i, kv_head, 0);
-    uint4 packed[AT_ONCE];
-    if (a.stores) load_rows(span, a.keys + origin, from, packed);
-    wait_for_previous();
-    let_next_start();
-    if (from >= to) return;
-    if (!a.stores) load_rows(span, a.keys + origin, from, packed);
+// A split of the positions for one token and one head of keys; the same for all threads of a block.
+struct Work {
+    u32 kv_head, i, split;
+    u32 position, oldest, first;  // newest and oldest position of the token, first of the split
+    u32 from, to;                 // what there is of the split
+    bool has_newest;
+    u64 origin;                   // of the head's rows in the cache
+};
+
+// Splits come last, so that those of short sequences, which have nothing to do, are not between others.
+__device__ __forceinline__ Work make_work(const Attend& a, u32 item) {
+    Work w;
+    w.kv_head = item % a.n_kv_heads, item /= a.n_kv_heads;
+    w.i = item % a.n, w.split = item / a.n;
+    int place = a.positions[w.i];
+    w.position = place < 0 ? 0 : place, w.oldest = a.window && w.position + 1 > a.window ? w.position + 1 - a.window : 0;
+    w.first = w.split * a.split;
+    u32 to = place < 0 ? 0 : min(w.position + 1, w.first + a.split);
+    w.has_newest = a.stores && to == w.position + 1;
+    w.from = max(w.first, w.oldest), w.to = to;
+    w.origin = cached(a, w.i, w.kv_head, 0);
+    return w;
+}
+
+// The block's attention over a split, whose first keys are in `packed`. A split that is not alone leaves its part of the sum; the
+// last one to be done adds them up in the order of positions.
+__device__ __forceinline__ void attend_to(const Attend& a, const Work& w, const Span& span, uint4* packed, float* shared) {
+    const u32 kv_head = w.kv_head, i = w.i, position = w.position, first = w.first, width = a.head_dim, group = a.n_heads / a.n_kv_heads;
+    const u32 warp = threadIdx.x >> 5;
     float* queries = shared;                     // [group, width]
     float* reduced = queries + group * width;    // [warps, HEADS_AT_ONCE, width]
     float* weights = reduced + ATTENTION_WARPS * HEADS_AT_ONCE * width;  // [group, split]
@@ -271,21 +289,21 @@ extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS, 2) attend(const 
     for (u32 h = warp; h < group; h += ATTENTION_WARPS) {
         rotated_head(a, heads + (u64)(kv_head * group + h) * width, a.query_norm, position, a.scale, queries + h * width, nullptr, nullptr);
     }
-    if (has_newest && warp == ATTENTION_WARPS - 1) store_key(a, i, kv_head, position, newest_key);
-    if (has_newest && warp == ATTENTION_WARPS - 2) store_value(a, i, kv_head, position, newest_value);
+    if (w.has_newest && warp == ATTENTION_WARPS - 1) store_key(a, i, kv_head, position, newest_key);
+    if (w.has_newest && warp == ATTENTION_WARPS - 2) store_value(a, i, kv_head, position, newest_value);
     __syncthreads();
-    score(a, span, group, first, a.keys + origin, newest_key, queries, weights, packed);
-    load_rows(span, a.values + origin, from, packed);
+    score(a, span, group, first, a.keys + w.origin, newest_key, queries, weights, packed);
+    load_rows(span, a.values + w.origin, span.from, packed);
     __syncthreads();
     exponentials(a, span, group, first, weights, most, sums);
     __syncthreads();
 
-    u32 first_split = oldest / a.split, n_parts = position / a.split + 1 - first_split;
+    u32 first_split = w.oldest / a.split, n_parts = position / a.split + 1 - first_split;
     float* part = a.parts + ((u64)(i * a.n_kv_heads + kv_head) * a.n_splits) * group * (width + 2);
-    float* mine = part + (u64)blockIdx.x * group * (width + 2);
+    float* mine = part + (u64)w.split * group * (width + 2);
     part += (u64)first_split * group * (width + 2);
     for (u32 h0 = 0; h0 < group; h0 += HEADS_AT_ONCE) {
-        mix(a, span, group, h0, first, a.values + origin, newest_value, weights, reduced, packed, h0 == 0);
+        mix(a, span, group, h0, first, a.values + w.origin, newest_value, weights, reduced, packed, h0 == 0);
         __syncthreads();
         u32 n_numbers = min(group - h0, (u32)HEADS_AT_ONCE) * width;
         for (u32 at = threadIdx.x; at < ((n_numbers + 31) & ~31u); at += ATTENTION_THREADS) {
@@ -321,4 +339,29 @@ extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS, 2) attend(const 
         write_fragment(a.out, a.out_sums, c, a.n, i, is_there, y);
         if (is_there && a.plain) a.plain[(u64)i * a.n_heads * width + c] = y;
     }
+}
+
+// Splits of the positions, tokens and heads of keys are dealt out to the blocks.
+extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS, 1) attend(const __grid_constant__ Attend a) {
+    extern __shared__ __align__(16) float shared[];
+    __shared__ Work shared_work;
+    const u32 n_items = a.n_kv_heads * a.n * a.n_splits;
+    begin_early();
+#pragma unroll 1
+    for (u32 item = blockIdx.x; item < n_items; item += gridDim.x) {
+        // All have read what the one before left.
+        __syncthreads();
+        if (threadIdx.x == 0) shared_work = make_work(a, item);
+        __syncthreads();
+        const Work& w = shared_work;
+        Span span = make_span(a, w.from, w.to, w.has_newest ? w.position : ~0u);
+        uint4 packed[AT_ONCE];
+        // What others store is there once they have ended.
+        bool is_first = item == blockIdx.x;
+        if (is_first && !a.stores) wait_for_previous();
+        load_rows(span, a.keys + w.origin, span.from, packed);
+        if (is_first && a.stores) wait_for_previous();
+        if (span.from < span.to) attend_to(a, w, span, packed, shared);
+    }
+    wait_for_previous();
 }

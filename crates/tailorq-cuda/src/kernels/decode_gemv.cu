@@ -5,8 +5,7 @@
 // left operand (`decode_codes.cuh`). With `acc` the sum of `code * x`, a group adds `scale * (acc - zero * sum of x)`.
 //
 // A block computes some tiles; its warps have their stages in equal shares, one after the other, and copy them to shared memory
-// without waiting (`decode_ring.cuh`). A block takes no more than half of a processor: that of the next kernel is there before
-// this one has ended, and its stages are full when it may begin.
+// without waiting (`decode_ring.cuh`): a block that starts before the kernel in front of it has ended fills its stages meanwhile.
 //
 // Partial sums of the warps meet in shared memory in a fixed order, which depends on the shape alone: a token's numbers do not
 // depend on those beside it.
@@ -595,10 +594,11 @@ template <u32 GROUP, bool MANY>
 __device__ __forceinline__ void gemv(const Gemv& a) {
     extern __shared__ __align__(128) u8 shared[];
     __shared__ float partial[32];
+    begin_early();
     u32 lane = threadIdx.x & 31, warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0);
     Block block = {(u16*)(shared + a.at_x), (float*)(shared + a.at_eighths), (float*)(shared + a.at_sums),
                    (float*)(shared + a.at_parts), (float*)(shared + a.at_sparse), blockIdx.x * a.tiles_a_block, 0};
-    block.n_tiles = min(a.tiles_a_block, a.n_tiles - block.first_tile);
+    block.n_tiles = block.first_tile < a.n_tiles ? min(a.tiles_a_block, a.n_tiles - block.first_tile) : 0;
     u32 all = block.n_tiles * a.stages_a_tile, first = min(warp < a.n_warps ? warp * a.stages_a_warp : all, all);
     u32 left = min(a.stages_a_warp, all - first);
     Stages<GROUP> stages(a, (u32)__cvta_generic_to_shared(shared), warp, first, left);
@@ -610,7 +610,8 @@ __device__ __forceinline__ void gemv(const Gemv& a) {
     }
     if (!MANY) expect_norm(a);
     wait_for_previous();
-    let_next_start();
+    // There are as many blocks as processors at least, and not all have work.
+    if (!block.n_tiles) return;
     prepare<GROUP, MANY>(a, block, partial);
     if (left) {
         multiply_stages<GROUP, MANY>(a, block, stages, warp, first, left);
@@ -625,9 +626,8 @@ __device__ __forceinline__ void gemv(const Gemv& a) {
     else write_rows<GROUP, MANY>(a, block);
 }
 
-// Two blocks a processor, this kernel's and the next one's: 64 registers.
 #define VARIANT(NAME, GROUP, MANY) \
-    extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 2) NAME(const __grid_constant__ Gemv a) { gemv<GROUP, MANY>(a); }
+    extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1) NAME(const __grid_constant__ Gemv a) { gemv<GROUP, MANY>(a); }
 
 #if FORMAT >= 16
 VARIANT(gemv_row_one, 0, false)

@@ -31,18 +31,23 @@ __device__ __forceinline__ void write_fragment(u16* out, float* sums, u32 c, u32
     if ((c & 7) == 0) sums[(u64)(c >> 3) * n + i] = sum;
 }
 
-// Every kernel of a step calls both, in this order. A kernel starts when all
-// blocks of the one before it have called it or ended, so that all others before it have ended: it may read what those wrote,
-// and waits before it looks at what the one before it writes.
-__device__ __forceinline__ void wait_for_previous() {
+// Every kernel of a step begins with `begin_early`: blocks of the next one may start as soon as a processor has room for them. All
+// kernels have a block for each processor and take more than half of it, so that a block starts where one has ended: it fetches
+// weights while the last blocks of the kernel before it are at work, and each kernel is spread over all processors. (Blocks of half
+// a processor start sooner, but two of one kernel come to lie on one processor and none on another: docs/performance.md.)
+//
+// Before `wait_for_previous` a kernel reads only what no kernel of the step writes: weights, the cache before the newest position, and
+// what `pick` writes, which is why that one lets nobody begin early.
+__device__ __forceinline__ void begin_early() {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 
-__device__ __forceinline__ void let_next_start() {
+// Until all work before this kernel is done and what it wrote can be read.
+__device__ __forceinline__ void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 

@@ -4,15 +4,16 @@ struct Embed {
     const u16* embedding;  // [vocabulary, width] in half precision
     const u32* tokens;     // [n]
     float* stream;         // [n, width]
-    u32 width;
+    u32 width, n;
 };
 
 // The stream begins with the embeddings of the tokens.
-extern "C" __global__ void __launch_bounds__(256) embed(const __grid_constant__ Embed a) {
+extern "C" __global__ void __launch_bounds__(BLOCK_THREADS) embed(const __grid_constant__ Embed a) {
+    begin_early();
     wait_for_previous();
-    let_next_start();
-    u32 i = blockIdx.y, c = blockIdx.x * blockDim.x + threadIdx.x;
-    if (c < a.width) a.stream[(u64)i * a.width + c] = half_to_float(a.embedding[(u64)a.tokens[i] * a.width + c]);
+    for (u32 at = global_idx(); at < a.n * a.width; at += gridDim.x * BLOCK_THREADS) {
+        a.stream[at] = half_to_float(a.embedding[(u64)a.tokens[at / a.width] * a.width + at % a.width]);
+    }
 }
 
 struct Norm {
@@ -28,11 +29,12 @@ struct Norm {
 // A block a token: RMS norm of the stream.
 extern "C" __global__ void __launch_bounds__(BLOCK_THREADS) rms_norm(const __grid_constant__ Norm a) {
     __shared__ float partial[32];
+    begin_early();
     wait_for_previous();
-    let_next_start();
-    u32 i = blockIdx.x;
-    float* plain = a.plain ? a.plain + (u64)i * a.width : nullptr;
-    norm_row(a.stream + (u64)i * a.width, a.weight, a.width, a.eps, NormOut{a.out, a.out_sums, plain, a.n, i}, partial);
+    for (u32 i = blockIdx.x; i < a.n; i += gridDim.x) {
+        float* plain = a.plain ? a.plain + (u64)i * a.width : nullptr;
+        norm_row(a.stream + (u64)i * a.width, a.weight, a.width, a.eps, NormOut{a.out, a.out_sums, plain, a.n, i}, partial);
+    }
 }
 
 struct Arrange {
@@ -45,16 +47,20 @@ struct Arrange {
 };
 
 // Numbers become fragments, two streams of a feed-forward its hidden numbers.
-extern "C" __global__ void __launch_bounds__(256) arrange(const __grid_constant__ Arrange a) {
+extern "C" __global__ void __launch_bounds__(BLOCK_THREADS) arrange(const __grid_constant__ Arrange a) {
+    begin_early();
     wait_for_previous();
-    let_next_start();
-    u32 i = blockIdx.y, c = blockIdx.x * blockDim.x + threadIdx.x;
-    bool is_there = c < a.width;
-    u64 at = (u64)i * a.width + c;
-    float x = is_there ? a.x[at] : 0.0f;
-    if (is_there && a.up) x = x / (1.0f + __expf(-x)) * a.up[at];
-    write_fragment(a.out, a.out_sums, c, a.n, i, c < ((a.width + 15) & ~15u), x);
-    if (is_there && a.plain) a.plain[at] = x;
+    // A warp has columns of one token.
+    u32 padded = (a.width + 31) & ~31u;
+    for (u32 item = global_idx(); item < a.n * padded; item += gridDim.x * BLOCK_THREADS) {
+        u32 i = item / padded, c = item % padded;
+        bool is_there = c < a.width;
+        u64 at = (u64)i * a.width + c;
+        float x = is_there ? __ldcg(a.x + at) : 0.0f;
+        if (is_there && a.up) x = x / (1.0f + __expf(-x)) * __ldcg(a.up + at);
+        write_fragment(a.out, a.out_sums, c, a.n, i, c < ((a.width + 15) & ~15u), x);
+        if (is_there && a.plain) a.plain[at] = x;
+    }
 }
 
 struct Rotate {
@@ -77,16 +83,11 @@ __device__ __forceinline__ void walsh(float* x, u32 length, u32 block) {
     __syncthreads();
 }
 
-// The input transform: signs and butterflies over blocks of a power of two, a second time over the last block's worth of
-// inputs when the width is no multiple. A block computes `part` inputs: whole blocks, or all when there is a second pass.
-extern "C" __global__ void __launch_bounds__(512) rotate(const __grid_constant__ Rotate a) {
-    extern __shared__ float row[];
-    wait_for_previous();
-    let_next_start();
-    u32 i = blockIdx.y, first = blockIdx.x * a.part, length = min(a.part, a.width - first);
+// Inputs `first` and following of token `i`: `row` holds them in between.
+__device__ __forceinline__ void rotate_part(const Rotate& a, u32 i, u32 first, float* row) {
+    u32 length = min(a.part, a.width - first), whole = length - length % a.block;
     const float* x = a.x + (u64)i * a.width + first;
-    u32 whole = length - length % a.block;
-    for (u32 c = threadIdx.x; c < length; c += blockDim.x) row[c] = c < whole ? x[c] * a.signs[first + c] : x[c];
+    for (u32 c = threadIdx.x; c < length; c += blockDim.x) row[c] = c < whole ? __ldcg(x + c) * a.signs[first + c] : __ldcg(x + c);
     walsh(row, whole, a.block);
     if (whole < length) {
         float* last = row + length - a.block;
@@ -96,6 +97,19 @@ extern "C" __global__ void __launch_bounds__(512) rotate(const __grid_constant__
     for (u32 c = threadIdx.x; c < ((length + 31) & ~31u); c += blockDim.x) {
         float y = c < length ? row[c] : 0.0f;
         write_fragment(a.out, a.out_sums, first + c, a.n, i, c < ((length + 15) & ~15u), y);
+    }
+}
+
+// The input transform: signs and butterflies over blocks of a power of two, a second time over the last block's worth of
+// inputs when the width is no multiple. A block computes `part` inputs: whole blocks, or all when there is a second pass.
+extern "C" __global__ void __launch_bounds__(BLOCK_THREADS) rotate(const __grid_constant__ Rotate a) {
+    extern __shared__ float row[];
+    begin_early();
+    wait_for_previous();
+    u32 n_parts = (a.width + a.part - 1) / a.part;
+    for (u32 item = blockIdx.x; item < n_parts * a.n; item += gridDim.x) {
+        rotate_part(a, item / n_parts, item % n_parts * a.part, row);
+        __syncthreads();
     }
 }
 
@@ -109,7 +123,7 @@ struct Pick {
     int* next_positions;  // [n]
     u32* taken;           // [n]: how many tokens were chosen
     u32* ring;            // [n, ring_length]: the tokens
-    u32 vocabulary, capacity, ring_length;
+    u32 vocabulary, capacity, ring_length, n;
 };
 
 __device__ __forceinline__ void keep_larger(float& best, u32& idx, float other, u32 other_idx) {
@@ -117,18 +131,16 @@ __device__ __forceinline__ void keep_larger(float& best, u32& idx, float other, 
     if (other > best || (other == best && other_idx < idx)) best = other, idx = other_idx;
 }
 
-// The most likely token of each sequence, which the step then reads at its next position.
-extern "C" __global__ void __launch_bounds__(256) pick(const __grid_constant__ Pick a) {
-    __shared__ float values[8];
-    __shared__ u32 places[8];
-    __shared__ bool is_last;
-    u32 i = blockIdx.y, lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    wait_for_previous();
-    let_next_start();
+// Blocks of threads that look for the largest logit of a token.
+#define PICK_BLOCKS 32
+
+// The part `block` of the logits of token `i`; the last one to be done chooses.
+__device__ __forceinline__ void pick_of(const Pick& a, u32 i, u32 block, float* values, u32* places) {
+    u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     const float* logits = a.logits + (u64)i * a.vocabulary;
     float best = __int_as_float(0xff800000);
     u32 idx = 0xffffffffu;
-    for (u32 at = blockIdx.x * blockDim.x + threadIdx.x; at < a.vocabulary; at += gridDim.x * blockDim.x) {
+    for (u32 at = block * BLOCK_THREADS + threadIdx.x; at < a.vocabulary; at += PICK_BLOCKS * BLOCK_THREADS) {
         keep_larger(best, idx, logits[at], at);
     }
     for (int offset = 16; offset > 0; offset >>= 1) {
@@ -137,25 +149,34 @@ extern "C" __global__ void __launch_bounds__(256) pick(const __grid_constant__ P
     }
     if (lane == 0) values[warp] = best, places[warp] = idx;
     __syncthreads();
-    if (threadIdx.x == 0) {
-        for (u32 w = 1; w < blockDim.x / 32; w++) keep_larger(best, idx, values[w], places[w]);
-        a.best[i * gridDim.x + blockIdx.x] = best, a.best_idx[i * gridDim.x + blockIdx.x] = idx;
-        __threadfence();
-        is_last = atomicAdd(a.arrivals + i, 1u) == gridDim.x - 1;
-        if (is_last) {
-            a.arrivals[i] = 0;
-            __threadfence();
-            for (u32 b = 0; b < gridDim.x; b++) {
-                keep_larger(best, idx, __ldcg(a.best + i * gridDim.x + b), __ldcg(a.best_idx + i * gridDim.x + b));
-            }
-            // Logits that are no numbers choose nothing.
-            if (idx >= a.vocabulary) idx = 0;
-            int next = a.next_positions[i];
-            a.tokens[i] = idx;
-            a.positions[i] = next < (int)a.capacity ? next : -1;
-            a.next_positions[i] = next + 1;
-            a.ring[(u64)i * a.ring_length + a.taken[i] % a.ring_length] = idx;
-            a.taken[i] += 1;
-        }
+    if (threadIdx.x != 0) return;
+    for (u32 w = 1; w < BLOCK_THREADS / 32; w++) keep_larger(best, idx, values[w], places[w]);
+    float* of_all = a.best + i * PICK_BLOCKS;
+    u32* idx_of_all = a.best_idx + i * PICK_BLOCKS;
+    of_all[block] = best, idx_of_all[block] = idx;
+    __threadfence();
+    if (atomicAdd(a.arrivals + i, 1u) != PICK_BLOCKS - 1) return;
+    a.arrivals[i] = 0;
+    __threadfence();
+    for (u32 b = 0; b < PICK_BLOCKS; b++) keep_larger(best, idx, __ldcg(of_all + b), __ldcg(idx_of_all + b));
+    // Logits that are no numbers choose nothing.
+    if (idx >= a.vocabulary) idx = 0;
+    int next = a.next_positions[i];
+    a.tokens[i] = idx;
+    a.positions[i] = next < (int)a.capacity ? next : -1;
+    a.next_positions[i] = next + 1;
+    a.ring[(u64)i * a.ring_length + a.taken[i] % a.ring_length] = idx;
+    a.taken[i] += 1;
+}
+
+// The most likely token of each sequence, which the step then reads at its next position. What follows begins when this has
+// ended: attention looks at positions before it waits.
+extern "C" __global__ void __launch_bounds__(BLOCK_THREADS) pick(const __grid_constant__ Pick a) {
+    __shared__ float values[BLOCK_THREADS / 32];
+    __shared__ u32 places[BLOCK_THREADS / 32];
+    wait_for_previous();
+    for (u32 item = blockIdx.x; item < PICK_BLOCKS * a.n; item += gridDim.x) {
+        pick_of(a, item / PICK_BLOCKS, item % PICK_BLOCKS, values, places);
+        __syncthreads();
     }
 }
