@@ -115,8 +115,7 @@ fn of_block(tiles: &Tiles<'_>, shape: Shape, plan: &Plan, block: usize) -> Corre
     let n_rounds = entries.each_ref().map(|e| e.len().div_ceil(LANES));
     let stages: Vec<usize> = (0..plan.n_warps).map(|warp| plan.stages_of(warp, n_tiles)).collect();
     let shares = shares(n_rounds[0] + n_rounds[1], &stages);
-    let mut out =
-        Corrections { rounds: Vec::new(), shares: Vec::new(), rows: vec![0; plan.tiles_a_block * TILE_ROWS] };
+    let mut out = Corrections { rounds: Vec::new(), shares: Vec::new(), rows: vec![0; plan.tiles_a_block * TILE_ROWS] };
     let first_places = [0, shape.places(plan)[0]];
     let mut writers = [0, 1].map(|kind| Rounds {
         entries: &entries[kind],
@@ -233,4 +232,157 @@ fn element_entries(row: usize, m: &PackedMatrix, r: usize) -> Vec<Entry> {
         entry
     };
     all.chunks(BODY).map(entry).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::HashMap;
+    use tailorq_tensor::{
+        Bits, ElementCorrections, Group, Layout, Rng, TILE, TileBits, TileCorrection, TileCorrections, Weight,
+    };
+
+    /// What is added to a row: `(column, value)`.
+    type Added = Vec<(usize, f32)>;
+
+    /// A matrix of nothing but corrections, and those of each row.
+    fn corrected(rng: &mut Rng, (rows, cols): (usize, usize), share: impl Fn(usize) -> f64) -> (Weight, Vec<Added>) {
+        let layout = Layout { bits: Bits::Two, group: Group::Row, symmetric: true };
+        let (mut tiles, mut elements, mut added) = (Vec::new(), Vec::new(), vec![Added::new(); rows]);
+        for (row, added) in added.iter_mut().enumerate() {
+            let some = |rng: &mut Rng, n: usize| (0..n).filter(|_| rng.uniform() < share(row)).collect::<Vec<_>>();
+            let tile = |tile: usize, rng: &mut Rng| TileCorrection {
+                tile,
+                scale: f16::from_f32(0.5 + rng.uniform() as f32),
+                codes: std::array::from_fn(|c| if tile * TILE + c < cols { 1 + rng.below(127) as i8 } else { 0 }),
+            };
+            let of_row: Vec<_> = some(rng, cols.div_ceil(TILE)).into_iter().map(|t| tile(t, rng)).collect();
+            for t in &of_row {
+                let one = |c: usize| (t.tile * TILE + c, t.scale.to_f32() * f32::from(t.codes[c]));
+                added.extend((0..TILE).map(one).filter(|a| a.1 != 0.0));
+            }
+            tiles.push(of_row);
+            let of_row: Vec<_> =
+                some(rng, cols).into_iter().map(|c| (c, f16::from_f32(1.0 + rng.uniform() as f32))).collect();
+            added.extend(of_row.iter().map(|&(c, v)| (c, v.to_f32())));
+            elements.push(of_row);
+        }
+        let base = PackedMatrix::pack(rows, cols, layout, &vec![0; rows * cols], &vec![f16::ONE; rows], &[]).unwrap();
+        let base = base.with_tiles(TileCorrections::from_rows(cols, TileBits::Eight, &tiles).unwrap()).unwrap();
+        (base.with_elements(ElementCorrections::from_rows(cols, &elements).unwrap()).unwrap().into(), added)
+    }
+
+    /// What a lane adds, read as the kernel does.
+    fn entry(round: &[u32], lane: usize, is_tile: bool, column_at: &[usize]) -> Added {
+        let body = &round[HEAD + BODY * lane..][..BODY];
+        let beside = round.get(HEAD + BODY * LANES + lane).copied().unwrap_or(0);
+        let half = |bits: u32| f16::from_bits((bits >> 16) as u16).to_f32();
+        let mut all: Added = match is_tile {
+            true => (0..TILE)
+                .map(|i| {
+                    let column = i / 4 * 2 + i / 2 % 2 * 8 + i % 2;
+                    let code = body[i / 4].to_le_bytes()[i % 4] as i8;
+                    ((beside & 0xffff) as usize * TILE + column, f32::from(code) * half(beside))
+                })
+                .collect(),
+            false => (0..BODY)
+                .map(|i| {
+                    let place = body[i] & 0xffff | (beside >> (5 * i) & 31) << 16;
+                    (column_at[place as usize], half(body[i]))
+                })
+                .collect(),
+        };
+        all.retain(|a| a.1 != 0.0);
+        all.sort_by_key(|a| a.0);
+        all
+    }
+
+    /// What is at each place of a block's sums, in the order in which a warp adds it.
+    fn read(all: &Corrections, shape: Shape, plan: &Plan, block: usize, column_at: &[usize]) -> HashMap<usize, Added> {
+        let mut places = HashMap::<usize, Added>::new();
+        for share in &all.shares[block * plan.n_warps..][..plan.n_warps] {
+            let mut at = 4 * share[0] as usize;
+            let mut had = Vec::new();
+            for round in 0..share[1] + share[2] {
+                let is_tile = round < share[1];
+                let words = shape.round_bytes()[usize::from(!is_tile)] / 4;
+                let round = &all.rounds[at..at + words];
+                at += words;
+                let mut place = round[1] as usize;
+                let (mut length, mut longest) = (0, 0);
+                for lane in 0..LANES {
+                    let begins = round[0] >> lane & 1 == 1;
+                    place += usize::from(begins && lane > 0);
+                    if begins {
+                        assert!(!places.contains_key(&place), "a place that another row or warp has");
+                        had.push(place);
+                    }
+                    assert_eq!(had.last(), Some(&place), "a row goes on where its warp had it");
+                    let added = entry(round, lane, is_tile, column_at);
+                    length = if begins { 1 } else { length + 1 };
+                    longest = longest.max(if added.is_empty() { 0 } else { length });
+                    places.entry(place).or_default().extend(added);
+                }
+                assert_eq!(longest, round[2], "lanes of the longest row");
+            }
+        }
+        places
+    }
+
+    #[test]
+    fn rounds_hold_all_corrections() {
+        let rng = &mut Rng::new(1);
+        let shares: [fn(usize) -> f64; 5] = [
+            |_| 0.02,
+            |row| if row % 3 == 0 { 0.0 } else { 0.05 },
+            |row| if row == 17 { 1.0 } else { 0.001 },
+            |row| if row == 39 { 0.7 } else { 0.0 },
+            |row| if row == 5 { 0.1 } else { 0.0 },
+        ];
+        for (i, share) in shares.into_iter().enumerate() {
+            for (shape, n_processors) in [((40, 896), 132), ((40, 2064), 2), ((150, 4864), 1), ((40, 66_000), 2)] {
+                let (weight, added) = corrected(rng, shape, share);
+                let tiles = Tiles::stacked(vec![&weight]);
+                for n_warps in [16, 8] {
+                    let plan = Plan::new(tiles.len(), 3, n_warps, n_processors);
+                    let found = Shape::of(&tiles).expect("corrections");
+                    assert_eq!(found.is_wide, shape.1 > 1 << 16);
+                    let all = Corrections::new(&tiles, found, &plan);
+                    check(&all, found, &plan, &added, shape.1, &format!("case {i}, {shape:?}"));
+                }
+            }
+        }
+    }
+
+    fn check(all: &Corrections, shape: Shape, plan: &Plan, added: &[Added], cols: usize, name: &str) {
+        let mut column_at = vec![usize::MAX; cols.next_multiple_of(CHUNK)];
+        (0..column_at.len()).for_each(|c| column_at[fragment_place(c) as usize] = c);
+        let n_places: usize = shape.places(plan).iter().sum();
+        let of_block = plan.tiles_a_block * TILE_ROWS;
+        assert_eq!(all.rows.len(), plan.n_blocks() * of_block);
+        for block in 0..plan.n_blocks() {
+            let mut places = read(all, shape, plan, block, &column_at);
+            assert!(places.keys().all(|&p| p < n_places), "{name}");
+            for (row, &word) in all.rows[block * of_block..][..of_block].iter().enumerate() {
+                let mut found = Added::new();
+                for half in [word & 0xffff, word >> 16].map(|h| h as usize) {
+                    let end = half & ((1 << PLACE_BITS) - 1);
+                    let n = if end > 0 { (half >> PLACE_BITS) + 1 } else { 0 };
+                    (end - n..end).for_each(|p| found.extend(places.remove(&p).expect("a place of one row")));
+                }
+                let expected = added.get(block * of_block + row).cloned().unwrap_or_default();
+                assert_eq!(found, expected, "{name}, block {block}, row {row}");
+            }
+            assert!(places.is_empty(), "{name}: {places:?}");
+        }
+    }
+
+    #[test]
+    fn rounds_go_where_there_is_little_else() {
+        assert_eq!(shares(7, &[1, 1, 1, 1, 0, 0, 0, 0]), [0, 0, 0, 0, 2, 2, 2, 1]);
+        assert_eq!(shares(0, &[4, 4, 3]), [0, 0, 0]);
+        assert_eq!(shares(10, &[2, 2, 0]), [2, 2, 6]);
+        let equal = shares(1000, &[5; 16]);
+        assert!(equal.iter().sum::<usize>() == 1000 && equal.iter().all(|&n| n == 63 || n < 63), "{equal:?}");
+    }
 }

@@ -466,7 +466,8 @@ impl DeviceMatrix {
         let parts = (plan.tiles_a_block + plan.n_warps) * 4 * TILE_ROWS * width;
         let sums = (4 * self.n_sums() * width).next_multiple_of(16);
         let corrections = self.shape.map_or(0, |s| s.places(plan).iter().sum::<usize>() * 4 * width);
-        let places = if self.shape.is_some() { plan.tiles_a_block * TILE_ROWS * 4 } else { 0 };
+        // Also which rounds each warp has, five words.
+        let places = if self.shape.is_some() { plan.tiles_a_block * TILE_ROWS * 4 + 20 * WARPS[0] } else { 0 };
         let sizes = [x, plain, eighths, sums, parts, corrections.next_multiple_of(16), places];
         // A stage with its barrier.
         let stage = plan.n_warps * (self.unit.stage_bytes() + 8);
@@ -478,8 +479,18 @@ impl DeviceMatrix {
             end += size;
             end - size
         });
-        (depth >= DEPTHS[0])
-            .then_some(Shared { depth, stages, x, plain, eighths, sums, parts, corrections, places, end })
+        (depth >= DEPTHS[0]).then_some(Shared {
+            depth,
+            stages,
+            x,
+            plain,
+            eighths,
+            sums,
+            parts,
+            corrections,
+            places,
+            end,
+        })
     }
 
     /// Those that compute a product with `n` vectors, the best first.

@@ -35,12 +35,7 @@ pub(super) struct Plan {
 
 impl Plan {
     /// For so many tiles of so many stages: as few tiles a block as let all blocks run at once. `n_warps` of them work.
-    pub(super) fn new(
-        n_tiles: usize,
-        stages_a_tile: usize,
-        n_warps: usize,
-        n_processors: usize,
-    ) -> Plan {
+    pub(super) fn new(n_tiles: usize, stages_a_tile: usize, n_warps: usize, n_processors: usize) -> Plan {
         let rounds = n_tiles.div_ceil(n_processors * MOST_TILES).max(1);
         let tiles_a_block = n_tiles.div_ceil(n_processors * rounds).max(1);
         let stages_a_warp = (tiles_a_block * stages_a_tile).div_ceil(n_warps).max(1);

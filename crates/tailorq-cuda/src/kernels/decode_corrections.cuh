@@ -4,18 +4,14 @@
 // A lane multiplies its entry, then the lanes of a row add up. All is done in an order that the matrix fixes, and in the same way
 // for each token; where the compiler might round otherwise for one token than for several, it is told how.
 
-#if CORRECTED
-
-// What a warp has yet to fetch of its rounds: those of tiles, then those of elements.
+// The rounds of a warp, in shared memory: those of tiles, then those of elements.
 struct Rounds {
-    u32 at, n_tiles, n_elements;  // in 16 bytes
-
-    __device__ __forceinline__ Rounds(const uint4* shares, u32 warp, u32 n_warps) {
-        uint4 share = make_uint4(0, 0, 0, 0);
-        if (warp < n_warps) share = __ldg(shares + blockIdx.x * n_warps + warp);
-        at = share.x, n_tiles = share.y, n_elements = share.z;
-    }
+    u32 at;             // in 16 bytes, what is to be fetched next
+    u32 unfetched[2];   // of tiles, of elements
+    u32 n[2];           // all of them
 };
+
+#if CORRECTED
 
 // Where number `place` of the first token lies among fragments of `n`, from where it lies among those of one.
 __device__ __forceinline__ const u16* among(const u16* x, u32 place, u32 n) { return x + (place >> 5) * (n * 32) + (place & 31); }
@@ -133,14 +129,17 @@ __device__ __forceinline__ void multiply_round(u32 round, bool of_tiles, u32 wid
     Rows rows(round, lane, MANY ? 8 : 1, sums);
     if (of_tiles) multiply_entry<MANY>(TileEntry(round, lane), rows, x, n, lane);
     else multiply_entry<MANY>(Elements(round, lane, wide), rows, x, n, lane);
+    // The next round may go on with a row whose sum another lane has written.
+    __syncwarp();
 }
 
 // The sum of a row over the warps; `places` is the row's word.
 __device__ __forceinline__ float corrections_of(u32 places, const float* sums, u32 width) {
     float sum = 0.0f;
-#pragma unroll
+#pragma unroll 1
     for (u32 kind = 0; kind < 2; kind++, places >>= 16) {
         u32 end = places & 0xfff, n = end ? (places >> 12 & 15) + 1 : 0;
+#pragma unroll 1
         for (u32 i = end - n; i < end; i++) sum = __fadd_rn(sum, sums[i * width]);
     }
     return sum;

@@ -269,16 +269,9 @@ struct Stages {
     static constexpr u32 UNIT_BYTES = UNIT_CODES + Unit<GROUP>::SCALES + Unit<GROUP>::ZEROS;
     const u8* from;
     u32 barriers, slots, unfetched, before_last, bytes, last_bytes;
-#if CORRECTED
-    Rounds rounds;
-#endif
 
     // From stage `first` of the block on.
-    __device__ __forceinline__ Stages(const Gemv& a, u32 shared, u32 warp, u32 first, u32 n)
-#if CORRECTED
-        : rounds(a.shares, warp, a.n_warps)
-#endif
-    {
+    __device__ __forceinline__ Stages(const Gemv& a, u32 shared, u32 warp, u32 first, u32 n) {
         u32 unit = a.middle ? UNIT_BYTES - Unit<GROUP>::ZEROS : UNIT_BYTES;
         u32 last_units = a.n_units - (a.stages_a_tile - 1) * STAGE_UNITS;
         bytes = (STAGE_UNITS * unit + 15) & ~15u, last_bytes = (last_units * unit + 15) & ~15u;
@@ -288,30 +281,21 @@ struct Stages {
         unfetched = n, before_last = a.stages_a_tile - 1 - first % a.stages_a_tile;
     }
 
-    __device__ __forceinline__ bool is_empty() const {
-#if CORRECTED
-        if (rounds.n_tiles + rounds.n_elements) return false;
-#endif
-        return !unfetched;
-    }
-
 #if CORRECTED
     // Some rounds of one kind; they follow the stages.
-    __device__ __forceinline__ void fetch_rounds(const Gemv& a, u32 slot, u32 lane) {
-        u32 kind = rounds.n_tiles ? 0 : 1, left = kind ? rounds.n_elements : rounds.n_tiles;
-        if (!left) return;
-        u32 n = min(left, a.rounds_a_piece[kind]), piece = n * a.round_bytes[kind];
-        fill_stage(slots + slot * bytes, a.rounds + (u64)rounds.at * 16, piece, barriers + 8 * slot, lane);
-        rounds.at += piece / 16;
-        if (kind) rounds.n_elements -= n;
-        else rounds.n_tiles -= n;
+    __device__ __forceinline__ void fetch_rounds(const Gemv& a, Rounds* rounds, u32 slot, u32 lane) {
+        // Lane 0 may have written there just now.
+        __syncwarp();
+        u32 kind = rounds->unfetched[0] ? 0 : 1, n = min(rounds->unfetched[kind], a.rounds_a_piece[kind]), at = rounds->at;
+        if (!n) return;
+        u32 piece = n * a.round_bytes[kind];
+        fill_stage(slots + slot * bytes, a.rounds + (u64)at * 16, piece, barriers + 8 * slot, lane);
+        __syncwarp();
+        if (lane == 0) rounds->unfetched[kind] -= n, rounds->at = at + piece / 16;
     }
 #endif
 
     __device__ __forceinline__ void fetch(const Gemv& a, u32 slot, u32 lane) {
-#if CORRECTED
-        if (!unfetched) return fetch_rounds(a, slot, lane);
-#endif
         if (!unfetched) return;
         fill_stage(slots + slot * bytes, from, before_last ? bytes : last_bytes, barriers + 8 * slot, lane);
         from += bytes, unfetched--;
@@ -328,6 +312,7 @@ struct Block {
     float* parts;    // [slots, 16, tokens]: slot `warp + tile` is what a warp adds to a tile
     float* corrections;  // [places, tokens]
     const u32* places;   // [tiles, 16]
+    Rounds* rounds;      // [warps]
     u32 first_tile, n_tiles;
 };
 
@@ -481,21 +466,23 @@ template <u32 GROUP, bool MANY>
 __device__ __forceinline__ void multiply_rounds(const Gemv& a, const Block& block, Stages<GROUP>& stages, u32 warp, u32 slot, u32 parity) {
     const u32 lane = threadIdx.x & 31;
     const u16* x = a.plain_is_shared ? block.plain : a.plain ? a.plain : a.x_is_shared ? block.x : a.x;
-    Rounds left(a.shares, warp, a.n_warps);
+    if (warp >= a.n_warps) return;
+    Rounds* rounds = block.rounds + warp;
+    u32 n_tiles = rounds->n[0], n_elements = rounds->n[1];
 #pragma unroll 1
-    while (left.n_tiles + left.n_elements) {
-        u32 kind = left.n_tiles ? 0 : 1, n = min(kind ? left.n_elements : left.n_tiles, a.rounds_a_piece[kind]);
+    while (n_tiles + n_elements) {
+        u32 kind = n_tiles ? 0 : 1, n = min(kind ? n_elements : n_tiles, a.rounds_a_piece[kind]);
         u32 round = stages.slots + slot * stages.bytes;
         wait_for_stage(stages.barriers + 8 * slot, parity);
 #pragma unroll 1
         for (u32 i = 0; i < n; i++, round += a.round_bytes[kind]) {
             multiply_round<MANY>(round, kind == 0, a.wide, x, a.n, lane, block.corrections);
         }
-        if (kind) left.n_elements -= n;
-        else left.n_tiles -= n;
+        if (kind) n_elements -= n;
+        else n_tiles -= n;
         // All lanes have read the piece.
         __syncwarp();
-        stages.fetch(a, slot, lane);
+        stages.fetch_rounds(a, rounds, slot, lane);
         if (++slot == a.depth) slot = 0, parity ^= 1;
     }
 }
@@ -548,7 +535,11 @@ __device__ __forceinline__ void multiply_stages(const Gemv& a, const Block& bloc
         else consume_one<GROUP>(a, at, n_units, zero_shift, total);
         // All lanes have read the stage.
         __syncwarp();
-        stages.fetch(a, slot, lane);
+#if CORRECTED
+        if (!stages.unfetched) stages.fetch_rounds(a, block.rounds + warp, slot, lane);
+        else
+#endif
+            stages.fetch(a, slot, lane);
         if (++slot == a.depth) slot = 0, parity ^= 1;
         stage++;
         if (is_last) deposit(), stage = 0, tile++;
@@ -567,17 +558,32 @@ __device__ __forceinline__ void gemv(const Gemv& a) {
     u32 lane = threadIdx.x & 31, warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0);
     Block block = {(u16*)(shared + a.at_x), (u16*)(shared + a.at_plain), (float*)(shared + a.at_eighths), (float*)(shared + a.at_sums),
                    (float*)(shared + a.at_parts), (float*)(shared + a.at_corrections), (const u32*)(shared + a.at_places),
-                   blockIdx.x * a.tiles_a_block, 0};
+                   (Rounds*)(shared + a.at_places + a.tiles_a_block * 64), blockIdx.x * a.tiles_a_block, 0};
     block.n_tiles = min(a.tiles_a_block, a.n_tiles - block.first_tile);
     u32 all = block.n_tiles * a.stages_a_tile, first = min(warp < a.n_warps ? warp * a.stages_a_warp : all, all);
     u32 left = min(a.stages_a_warp, all - first);
     Stages<GROUP> stages(a, (u32)__cvta_generic_to_shared(shared), warp, first, left);
-    if (!stages.is_empty()) {
+#if CORRECTED
+    // Also a warp without stages may have rounds. Nobody waits for its share before all stages are asked for.
+    if (warp < a.n_warps) {
+        uint4 share = __ldg(a.shares + blockIdx.x * a.n_warps + warp);
+        if (lane == 0) make_barriers(stages.barriers, a.depth);
+        __syncwarp();
+        u32 slot = 0;
+#pragma unroll 1
+        for (; slot < a.depth && stages.unfetched; slot++) stages.fetch(a, slot, lane);
+        if (lane == 0) block.rounds[warp] = Rounds{share.x, {share.y, share.z}, {share.y, share.z}};
+#pragma unroll 1
+        for (; slot < a.depth; slot++) stages.fetch_rounds(a, block.rounds + warp, slot, lane);
+    }
+#else
+    if (left) {
         if (lane == 0) make_barriers(stages.barriers, a.depth);
         __syncwarp();
 #pragma unroll 1
         for (u32 slot = 0; slot < a.depth; slot++) stages.fetch(a, slot, lane);
     }
+#endif
 #if CORRECTED
     const u32 places_barrier = (u32)__cvta_generic_to_shared(shared) + a.n_warps * a.depth * 8;
     if (warp == 0) {
@@ -592,7 +598,6 @@ __device__ __forceinline__ void gemv(const Gemv& a) {
     let_next_start();
     prepare<GROUP, MANY>(a, block, partial);
 #if CORRECTED
-    // Also a warp without stages may have rounds.
     multiply_stages<GROUP, MANY>(a, block, stages, warp, first, left);
     wait_for_stage(places_barrier, 0);
 #else
