@@ -270,6 +270,18 @@ fn corrections_lie_anywhere() {
             check_each(&products, rng, name, &weight, DenseWeights::F16, 2e-5, counts);
         }
     }
+    // Beside all kinds of bases.
+    for (i, bits) in Bits::ALL.into_iter().enumerate() {
+        let layout =
+            Layout { bits, group: [Group::Row, Group::Inputs(32), Group::Inputs(64)][i % 3], symmetric: i % 2 == 0 };
+        let codebooks: &[bool] = if bits.count() <= 4 { &[false, true] } else { &[false] };
+        for &codebook in codebooks {
+            let layout = Layout { symmetric: codebook || layout.symmetric, ..layout };
+            let beside = Beside { tiles: Some(TileBits::Four), elements: true, transform: None };
+            let weight = packed(rng, 33, 1100, layout, codebook, beside).into();
+            check(&products, rng, &format!("{layout}, corrected"), &weight, DenseWeights::F16, 2e-5);
+        }
+    }
     // So wide that what the corrections meet has no room in shared memory beside what the base meets.
     for transform in [Some(4096), None] {
         let beside = Beside { tiles: Some(TileBits::Eight), elements: true, transform };
