@@ -45,6 +45,14 @@ pub(crate) const SOURCES: &[&Source] = &[
     &crate::decode::SOURCES[7],
     &crate::decode::SOURCES[8],
     &crate::decode::SOURCES[9],
+    &crate::decode::SOURCES[10],
+    &crate::decode::SOURCES[11],
+    &crate::decode::SOURCES[12],
+    &crate::decode::SOURCES[13],
+    &crate::decode::SOURCES[14],
+    &crate::decode::SOURCES[15],
+    &crate::decode::SOURCES[16],
+    &crate::decode::SOURCES[17],
     &crate::decode::STEP,
 ];
 

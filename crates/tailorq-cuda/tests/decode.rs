@@ -52,24 +52,36 @@ fn packed(rng: &mut Rng, rows: usize, cols: usize, layout: Layout, codebook: boo
         m = m.with_transform(InputTransform::new(cols, spec).unwrap()).unwrap();
     }
     if let Some(bits) = beside.tiles {
-        m = m.with_tiles(tile_corrections(rng, rows, cols, bits)).unwrap();
+        m = m.with_tiles(tile_corrections(rng, rows, cols, bits, |_| 0.2)).unwrap();
     }
     if beside.elements {
-        let row = |rng: &mut Rng| {
-            let cols: Vec<usize> = (0..cols).filter(|_| rng.uniform() < 0.03).collect();
-            cols.into_iter().map(|c| (c, f16::from_f32(rng.normal()))).collect::<Vec<_>>()
-        };
-        let all: Vec<_> = (0..rows).map(|_| row(rng)).collect();
-        m = m.with_elements(ElementCorrections::from_rows(cols, &all).unwrap()).unwrap();
+        m = m.with_elements(element_corrections(rng, rows, cols, |_| 0.03)).unwrap();
     }
     m
 }
 
-fn tile_corrections(rng: &mut Rng, rows: usize, cols: usize, bits: TileBits) -> TileCorrections {
+/// `share` of the elements of a row.
+fn element_corrections(rng: &mut Rng, rows: usize, cols: usize, share: impl Fn(usize) -> f64) -> ElementCorrections {
+    let row = |rng: &mut Rng, r: usize| {
+        let cols: Vec<usize> = (0..cols).filter(|_| rng.uniform() < share(r)).collect();
+        cols.into_iter().map(|c| (c, f16::from_f32(rng.normal()))).collect::<Vec<_>>()
+    };
+    let all: Vec<_> = (0..rows).map(|r| row(rng, r)).collect();
+    ElementCorrections::from_rows(cols, &all).unwrap()
+}
+
+/// `share` of the tiles of a row.
+fn tile_corrections(
+    rng: &mut Rng,
+    rows: usize,
+    cols: usize,
+    bits: TileBits,
+    share: impl Fn(usize) -> f64,
+) -> TileCorrections {
     let max = i64::from(bits.max_code());
     let all: Vec<Vec<TileCorrection>> = (0..rows)
-        .map(|_| {
-            let marked: Vec<usize> = (0..cols.div_ceil(TILE)).filter(|_| rng.uniform() < 0.2).collect();
+        .map(|r| {
+            let marked: Vec<usize> = (0..cols.div_ceil(TILE)).filter(|_| rng.uniform() < share(r)).collect();
             let one = |tile: usize, rng: &mut Rng| {
                 let code = |c: usize, rng: &mut Rng| {
                     if tile * TILE + c < cols { (rng.below(2 * max as usize + 2) as i64 - max - 1) as i8 } else { 0 }
@@ -110,10 +122,23 @@ fn halves(rng: &mut Rng, n: usize) -> Vec<f32> {
 /// Sums in single precision of numbers that are exact: tolerance 2e-5. A rotation's results are rounded to half precision
 /// (2^-11 each, at random): 1e-3. Results for one vector are the same bits alone and among others.
 fn check(products: &Products, rng: &mut Rng, name: &str, weight: &Weight, dense: DenseWeights, tolerance: f64) {
+    check_each(products, rng, name, weight, dense, tolerance, &[1, 3, 8]);
+}
+
+/// The same for these numbers of vectors, 1 first.
+fn check_each(
+    products: &Products,
+    rng: &mut Rng,
+    name: &str,
+    weight: &Weight,
+    dense: DenseWeights,
+    tolerance: f64,
+    counts: &[usize],
+) {
     let (rows, cols) = (weight.rows(), weight.cols());
     let x = halves(rng, 8 * cols);
     let mut alone = Vec::new();
-    for n in [1, 3, 8] {
+    for &n in counts {
         let mut matvec = products.of(weight, dense, n, 1).unwrap();
         let y = matvec.apply(&x[..n * cols]);
         let error = distance(&y, &product(weight, &x[..n * cols]));
@@ -218,6 +243,51 @@ fn corrections_are_added() {
         let beside = Beside { tiles, elements, transform: None };
         let weight = packed(rng, rows, cols, layout(group), false, beside).into();
         check(&products, rng, "corrections", &weight, DenseWeights::F16, 2e-5);
+    }
+}
+
+/// Rows without corrections, rows of nothing else, a single row that has all of them, columns that take more than 16 bits.
+#[test]
+fn corrections_lie_anywhere() {
+    let Some(products) = on_device(Products::open(0)) else { return };
+    let rng = &mut Rng::new(150);
+    let layout = Layout { bits: Bits::Two, group: Group::Inputs(128), symmetric: false };
+    // Shares of the tiles and of the elements of a row.
+    type Share = fn(usize) -> f64;
+    let cases: [(&str, Share, Share); 5] = [
+        ("a third has none", |r| if r % 3 == 0 { 0.0 } else { 0.02 }, |r| if r % 3 == 1 { 0.0 } else { 0.02 }),
+        ("one row is corrected throughout", |r| if r == 20 { 1.0 } else { 0.01 }, |r| if r == 20 { 1.0 } else { 0.01 }),
+        ("all in the last row", |r| if r == 39 { 0.8 } else { 0.0 }, |r| if r == 39 { 0.8 } else { 0.0 }),
+        ("tiles in one row, elements in another", |r| f64::from(r == 3), |r| f64::from(r == 4)),
+        ("many everywhere", |_| 0.4, |_| 0.2),
+    ];
+    for (name, tiles, elements) in cases {
+        for cols in [896, 3584, 70_000] {
+            let mut m = packed(rng, 40, cols, layout, false, Beside::default());
+            m = m.with_tiles(tile_corrections(rng, 40, cols, TileBits::Eight, tiles)).unwrap();
+            let weight = m.with_elements(element_corrections(rng, 40, cols, elements)).unwrap().into();
+            let counts: &[usize] = if cols == 896 { &[1, 2, 3, 4, 5, 6, 7, 8] } else { &[1, 3, 8] };
+            check_each(&products, rng, name, &weight, DenseWeights::F16, 2e-5, counts);
+        }
+    }
+    // Beside all kinds of bases.
+    for (i, bits) in Bits::ALL.into_iter().enumerate() {
+        let layout =
+            Layout { bits, group: [Group::Row, Group::Inputs(32), Group::Inputs(64)][i % 3], symmetric: i % 2 == 0 };
+        let codebooks: &[bool] = if bits.count() <= 4 { &[false, true] } else { &[false] };
+        for &codebook in codebooks {
+            let layout = Layout { symmetric: codebook || layout.symmetric, ..layout };
+            let beside = Beside { tiles: Some(TileBits::Four), elements: true, transform: None };
+            let weight = packed(rng, 33, 1100, layout, codebook, beside).into();
+            check(&products, rng, &format!("{layout}, corrected"), &weight, DenseWeights::F16, 2e-5);
+        }
+    }
+    // So wide that what the corrections meet has no room in shared memory beside what the base meets.
+    for transform in [Some(4096), None] {
+        let beside = Beside { tiles: Some(TileBits::Eight), elements: true, transform };
+        let weight = packed(rng, 24, 28_672, layout, false, beside).into();
+        let tolerance = if transform.is_some() { 1e-3 } else { 2e-5 };
+        check(&products, rng, "wide and corrected", &weight, DenseWeights::F16, tolerance);
     }
 }
 

@@ -164,7 +164,8 @@ impl<'a> Tiles<'a> {
         (weight, (row < weight.rows()).then_some(row))
     }
 
-    fn packed(&self, tile: usize, r: usize) -> Option<(&'a PackedMatrix, usize)> {
+    /// The same of a packed matrix.
+    pub(super) fn packed(&self, tile: usize, r: usize) -> Option<(&'a PackedMatrix, usize)> {
         match self.row(tile, r) {
             (Weight::Packed(m), Some(row)) => Some((m.as_ref(), row)),
             _ => None,
@@ -293,61 +294,10 @@ impl<'a> Tiles<'a> {
         matrices.windows(2).all(|pair| base(pair[0]) == base(pair[1]))
     }
 
-    /// Corrections of all rows in the order of the tiles; `None` when there are none.
-    pub(super) fn elements(&self) -> Option<Elements> {
-        let is_wide = self.chunks() * CHUNK > 1 << 16;
-        let mut all = Elements { starts: vec![0], words: Vec::new(), is_wide };
-        for (tile, r) in self.rows() {
-            if let Some((m, row)) = self.packed(tile, r) {
-                for (col, value) in m.elements().into_iter().flat_map(|e| e.row(row)) {
-                    let (place, bits) = (fragment_place(col), u32::from(f16::from_f32(value).to_bits()) << 16);
-                    if is_wide {
-                        all.words.extend([place, bits]);
-                    } else {
-                        all.words.push(place | bits);
-                    }
-                }
-            }
-            all.starts.push((all.words.len() / if is_wide { 2 } else { 1 }) as u32);
-        }
-        (!all.words.is_empty()).then_some(all)
-    }
-
-    /// The same of tiles. Codes of 4 bits take 8 here.
-    pub(super) fn tile_corrections(&self) -> Option<TileWords> {
-        let mut all = TileWords { starts: vec![0], heads: Vec::new(), codes: Vec::new() };
-        for (tile, r) in self.rows() {
-            if let Some((m, row)) = self.packed(tile, r) {
-                for t in m.tiles().into_iter().flat_map(|t| t.row(row)) {
-                    all.heads.push(t.tile as u32 | u32::from(t.scale.to_bits()) << 16);
-                    for q in [0, 2, 4, 6] {
-                        let bytes = [q, q + 1, q + 8, q + 9].map(|c| t.codes[c] as u8);
-                        all.codes.push(u32::from_le_bytes(bytes));
-                    }
-                }
-            }
-            all.starts.push(all.heads.len() as u32);
-        }
-        (!all.heads.is_empty()).then_some(all)
-    }
-
-    fn rows(&self) -> impl Iterator<Item = (usize, usize)> {
+    /// All rows, as tile and row of the tile.
+    pub(super) fn rows(&self) -> impl Iterator<Item = (usize, usize)> {
         (0..self.order.len()).flat_map(|tile| (0..TILE_ROWS).map(move |r| (tile, r)))
     }
-}
-
-/// Element corrections, row after row.
-pub(super) struct Elements {
-    pub(super) starts: Vec<u32>,
-    pub(super) words: Vec<u32>,
-    pub(super) is_wide: bool,
-}
-
-/// Tile corrections, row after row.
-pub(super) struct TileWords {
-    pub(super) starts: Vec<u32>,
-    pub(super) heads: Vec<u32>,
-    pub(super) codes: Vec<u32>,
 }
 
 /// Bits of a zero on the device.

@@ -1,5 +1,6 @@
 //! A matrix on the device, and its product with a few vectors.
 
+use super::corrections::{Corrections, Shape};
 use super::launch::{self, Launch};
 use super::layout::{self, DenseWeights, Format, TILE_ROWS, Tiles};
 use super::step::MOST_SHARED;
@@ -10,7 +11,7 @@ use std::sync::Arc;
 use tailorq_tensor::{Bits, Group, Weight};
 
 macro_rules! source {
-    ($name:literal, $format:literal, $codebook:literal) => {
+    ($name:literal, $format:literal, $codebook:literal, $corrected:literal) => {
         Source {
             name: $name,
             code: concat!(
@@ -20,8 +21,11 @@ macro_rules! source {
                 $format,
                 "\n#define CODEBOOK ",
                 $codebook,
+                "\n#define CORRECTED ",
+                $corrected,
                 "\n",
                 include_str!("../kernels/decode_codes.cuh"),
+                include_str!("../kernels/decode_corrections.cuh"),
                 include_str!("../kernels/decode_gemv.cu")
             ),
         }
@@ -29,19 +33,30 @@ macro_rules! source {
 }
 
 /// The kernels of every format, each compiled when it is first needed: affine grids of 2, 3, 4, 6 and 8 bits, codebooks of 2, 3
-/// and 4, dense.
-pub(crate) static SOURCES: [Source; 10] = [
-    source!("decode_affine_2", "2", "0"),
-    source!("decode_affine_3", "3", "0"),
-    source!("decode_affine_4", "4", "0"),
-    source!("decode_affine_6", "6", "0"),
-    source!("decode_affine_8", "8", "0"),
-    source!("decode_codebook_2", "2", "1"),
-    source!("decode_codebook_3", "3", "1"),
-    source!("decode_codebook_4", "4", "1"),
-    source!("decode_f16", "16", "0"),
-    source!("decode_bf16", "17", "0"),
+/// and 4, dense; all but the dense ones again with corrections.
+pub(crate) static SOURCES: [Source; 18] = [
+    source!("decode_affine_2", "2", "0", "0"),
+    source!("decode_affine_3", "3", "0", "0"),
+    source!("decode_affine_4", "4", "0", "0"),
+    source!("decode_affine_6", "6", "0", "0"),
+    source!("decode_affine_8", "8", "0", "0"),
+    source!("decode_codebook_2", "2", "1", "0"),
+    source!("decode_codebook_3", "3", "1", "0"),
+    source!("decode_codebook_4", "4", "1", "0"),
+    source!("decode_f16", "16", "0", "0"),
+    source!("decode_bf16", "17", "0", "0"),
+    source!("decode_affine_2_corrected", "2", "0", "1"),
+    source!("decode_affine_3_corrected", "3", "0", "1"),
+    source!("decode_affine_4_corrected", "4", "0", "1"),
+    source!("decode_affine_6_corrected", "6", "0", "1"),
+    source!("decode_affine_8_corrected", "8", "0", "1"),
+    source!("decode_codebook_2_corrected", "2", "1", "1"),
+    source!("decode_codebook_3_corrected", "3", "1", "1"),
+    source!("decode_codebook_4_corrected", "4", "1", "1"),
 ];
+
+/// Where those with corrections begin.
+const CORRECTED: usize = 10;
 
 /// The most vectors of a product.
 pub(super) const MOST_ROWS: usize = 8;
@@ -59,11 +74,9 @@ struct Gemv {
     stages: u64,
     scales: u64,
     zeros: u64,
-    element_starts: u64,
-    elements: u64,
-    tile_starts: u64,
-    tile_heads: u64,
-    tile_codes: u64,
+    rounds: u64,
+    shares: u64,
+    places: u64,
     stream_in: u64,
     norm: u64,
     x: u64,
@@ -83,7 +96,8 @@ struct Gemv {
     tiles_a_block: u32,
     stages_a_warp: u32,
     n_warps: u32,
-    n_sparse: u32,
+    round_bytes: [u32; 2],
+    rounds_a_piece: [u32; 2],
     n: u32,
     y_stride: u32,
     mode: u32,
@@ -96,8 +110,11 @@ struct Gemv {
     at_eighths: u32,
     at_sums: u32,
     at_parts: u32,
-    at_sparse: u32,
+    at_plain: u32,
+    at_corrections: u32,
+    at_places: u32,
     x_is_shared: u32,
+    plain_is_shared: u32,
 }
 
 /// Activations on the device: fragments and the sums of 8 each, for `n` tokens.
@@ -154,9 +171,9 @@ pub(super) struct DeviceMatrix {
     /// The zero of a symmetric layout, see [`layout::middle_word`]; else 0.
     middle: u32,
     levels: [u32; 8],
-    elements: Option<[Buffer; 2]>,
-    is_wide: bool,
-    tiles: Option<[Buffer; 3]>,
+    /// What there is of corrections, and the parts of [`Corrections`].
+    shape: Option<Shape>,
+    corrections: Option<[Buffer; 3]>,
     bias: Option<Buffer>,
     transform: Option<DeviceTransform>,
 }
@@ -208,16 +225,12 @@ impl DeviceMatrix {
             }
         }
         // Dense values hold their corrections already.
-        let (elements, corrections) = match packed {
-            Some(_) => (tiles.elements(), tiles.tile_corrections()),
-            None => (None, None),
-        };
+        let shape = packed.and_then(|_| Shape::of(tiles));
         let n_units = tiles.chunks() * layout::CHUNK / format.unit_columns();
-        let has_corrections = elements.is_some() || corrections.is_some();
         let unit = Unit::new(format, group, !zeros.is_empty());
         let plan = |n_warps: usize| {
             let n_stages = unit.stages(n_units);
-            Plan::new(tiles.len(), n_stages, n_warps, has_corrections, gpu.n_processors as usize)
+            Plan::new(tiles.len(), n_stages, n_warps, gpu.n_processors as usize)
         };
         let stages = stream::interleave(n_units, &unit, &tiles.codes(format), &scales, &zeros);
         let beside = |words: &[u32]| (group == Group::Row && !words.is_empty()).then(|| gpu.upload(words));
@@ -238,9 +251,8 @@ impl DeviceMatrix {
             zeros: beside(&zeros),
             middle,
             levels: packed.and_then(|m| m.levels()).map_or([0; 8], layout::level_words),
-            is_wide: elements.as_ref().is_some_and(|e| e.is_wide),
-            elements: elements.map(|e| [gpu.upload(&e.starts), gpu.upload(&e.words)]),
-            tiles: corrections.map(|t| [t.starts, t.heads, t.codes].map(|part| gpu.upload(&part))),
+            shape,
+            corrections: None,
             bias: biases.iter().any(Option::is_some).then(|| gpu.upload(&tiles.per_row(&biases))),
             transform: packed.and_then(|m| m.transform()).map(|t| DeviceTransform {
                 signs: gpu.upload(t.signs()),
@@ -249,7 +261,7 @@ impl DeviceMatrix {
             }),
         };
         // A single vector is what counts.
-        let has_room = |matrix: &DeviceMatrix| matrix.shared(Kernel::One { with_norm: false }).is_some();
+        let has_room = |matrix: &DeviceMatrix| matrix.shared(Kernel::ONE).is_some();
         for n_warps in WARPS {
             matrix.plan = plan(n_warps);
             if has_room(&matrix) {
@@ -257,6 +269,10 @@ impl DeviceMatrix {
             }
         }
         matrix.check()?;
+        matrix.corrections = shape.map(|shape| {
+            let all = Corrections::new(tiles, shape, &matrix.plan);
+            [gpu.upload(&all.rounds), gpu.upload(&all.shares), gpu.upload(&all.rows)]
+        });
         Ok(matrix)
     }
 
@@ -269,7 +285,7 @@ impl DeviceMatrix {
         {
             return refused(format!("an input transform of {} inputs in blocks of {}", t.width, t.block));
         }
-        match self.shared(Kernel::Many { n_shared: 0 }) {
+        match self.shared(Kernel::MANY) {
             Some(_) => Ok(()),
             None => refused(format!("products of {} inputs in groups of {} on this device", self.cols, self.group)),
         }
@@ -283,8 +299,7 @@ impl DeviceMatrix {
             stages: copy(&self.stages),
             scales: self.scales.as_ref().map(copy),
             zeros: self.zeros.as_ref().map(copy),
-            elements: self.elements.as_ref().map(|e| e.each_ref().map(copy)),
-            tiles: self.tiles.as_ref().map(|t| t.each_ref().map(copy)),
+            corrections: self.corrections.as_ref().map(|c| c.each_ref().map(copy)),
             bias: self.bias.as_ref().map(copy),
             transform: self.transform.as_ref().map(|t| DeviceTransform { signs: copy(&t.signs), ..*t }),
             ..*self
@@ -308,14 +323,14 @@ impl DeviceMatrix {
 
     /// Whether a product with one vector can take its norm.
     pub(super) fn takes_norms(&self) -> bool {
-        !self.is_rotated() && self.shared(Kernel::One { with_norm: true }).is_some()
+        !self.is_rotated() && self.shared(Kernel::One { with_norm: true, with_plain: false }).is_some()
     }
 
     /// Bytes that a product reads of the matrix.
     pub(super) fn bytes(&self) -> usize {
         let one = [self.scales.as_ref(), self.zeros.as_ref(), self.bias.as_ref()];
-        let sparse = self.elements.iter().flatten().chain(self.tiles.iter().flatten());
-        let beside: usize = one.into_iter().flatten().chain(sparse).map(Buffer::bytes).sum();
+        let corrections = self.corrections.iter().flatten();
+        let beside: usize = one.into_iter().flatten().chain(corrections).map(Buffer::bytes).sum();
         self.plan.n_tiles * self.n_units * self.unit.bytes() + beside
     }
 
@@ -323,16 +338,14 @@ impl DeviceMatrix {
     pub(super) fn product(&self, n: usize, input: Input, output: Output) -> Launch {
         assert!((1..=MOST_ROWS).contains(&n), "a product with 1 to {MOST_ROWS} vectors");
         let with_norm = matches!(input, Input::Norm { .. });
-        let one = Kernel::One { with_norm };
-        let kernels = [(n == 1).then_some(one), Some(Kernel::Many { n_shared: n }), Some(Kernel::Many { n_shared: 0 })];
+        let kernels = self.kernels(n, with_norm);
         let with_room = |kernel| self.shared(kernel).map(|shared| (kernel, shared));
-        let found = kernels.into_iter().flatten().find_map(with_room);
+        let found = kernels.into_iter().find_map(with_room);
         let (kernel, shared) = found.expect("checked when the matrix was made");
-        assert!(!with_norm || kernel == one, "the norm of a single vector, where there is room for it");
         let plan = &self.plan;
         let of = |b: Option<&Buffer>| b.map_or(0, Buffer::ptr);
-        let element = |i: usize| self.elements.as_ref().map_or(0, |b| b[i].ptr());
-        let tile = |i: usize| self.tiles.as_ref().map_or(0, |t| t[i].ptr());
+        let corrections = |i: usize| self.corrections.as_ref().map_or(0, |c| c[i].ptr());
+        let round_bytes = self.shape.map_or([0; 2], Shape::round_bytes);
         let (mode, y, stride, out) = match output {
             Output::Store { y, stride } => (0, y, stride, None),
             Output::Add { y, stride } => (1, y, stride, None),
@@ -340,6 +353,7 @@ impl DeviceMatrix {
         };
         assert_eq!(out.is_some(), self.is_paired, "pairs become hidden numbers, and nothing else does");
         let (x, plain, (stream_in, norm, eps)) = match input {
+            Input::Fragments { x, plain } if x.data == plain.data => (x, 0, (0, 0, 0.0)),
             Input::Fragments { x, plain } => (x, plain.data, (0, 0, 0.0)),
             Input::Norm { stream, weight, eps } => (Fragments { data: 0, sums: 0 }, 0, (stream, weight, eps)),
         };
@@ -347,11 +361,9 @@ impl DeviceMatrix {
             stages: self.stages.ptr(),
             scales: of(self.scales.as_ref()),
             zeros: of(self.zeros.as_ref()),
-            element_starts: element(0),
-            elements: element(1),
-            tile_starts: tile(0),
-            tile_heads: tile(1),
-            tile_codes: tile(2),
+            rounds: corrections(0),
+            shares: corrections(1),
+            places: corrections(2),
             stream_in,
             norm,
             x: x.data,
@@ -371,11 +383,12 @@ impl DeviceMatrix {
             tiles_a_block: plan.tiles_a_block as u32,
             stages_a_warp: plan.stages_a_warp as u32,
             n_warps: plan.n_warps as u32,
-            n_sparse: plan.n_sparse as u32,
+            round_bytes: round_bytes.map(|b| b as u32),
+            rounds_a_piece: round_bytes.map(|b| self.unit.stage_bytes().checked_div(b).unwrap_or(0) as u32),
             n: n as u32,
             y_stride: stride as u32,
             mode,
-            wide: u32::from(self.is_wide),
+            wide: u32::from(self.shape.is_some_and(|s| s.is_wide)),
             columns: self.cols as u32,
             eps,
             depth: shared.depth as u32,
@@ -384,8 +397,11 @@ impl DeviceMatrix {
             at_eighths: shared.eighths as u32,
             at_sums: shared.sums as u32,
             at_parts: shared.parts as u32,
-            at_sparse: shared.sparse as u32,
-            x_is_shared: u32::from(kernel != Kernel::Many { n_shared: 0 }),
+            at_plain: shared.plain as u32,
+            at_corrections: shared.corrections as u32,
+            at_places: shared.places as u32,
+            x_is_shared: u32::from(kernel != Kernel::MANY),
+            plain_is_shared: u32::from(kernel.with_plain()),
         };
         let kernel = (self.source(), self.kernel(kernel));
         Launch::new(&self.gpu, kernel, shared.end as u32, args).blocks(plan.n_blocks())
@@ -423,43 +439,63 @@ impl DeviceMatrix {
     fn shared(&self, kernel: Kernel) -> Option<Shared> {
         let room = (self.gpu.shared_a_block - launch::OWN_SHARED) as usize;
         let padded = self.cols.next_multiple_of(layout::CHUNK);
-        let (x, eighths, width) = match kernel {
-            Kernel::Many { n_shared } => (2 * n_shared * padded, 0, MOST_ROWS),
-            Kernel::One { with_norm: false } => (2 * padded, 0, 1),
-            Kernel::One { with_norm: true } => (2 * padded, 4 * padded / 8, 1),
+        let vectors = 2 * padded;
+        let (x, plain, eighths, width) = match kernel {
+            Kernel::Many { n_shared, with_plain } => {
+                (n_shared * vectors, n_shared * vectors * usize::from(with_plain), 0, MOST_ROWS)
+            }
+            Kernel::One { with_norm, with_plain } => {
+                (vectors, vectors * usize::from(with_plain), if with_norm { 4 * padded / 8 } else { 0 }, 1)
+            }
         };
-        let row = 4 * TILE_ROWS * width;
-        let parts = (self.plan.tiles_a_block + self.plan.n_warps) * row;
-        let sparse = if self.plan.n_sparse > 0 { self.plan.tiles_a_block * row } else { 0 };
+        let plan = &self.plan;
+        let parts = (plan.tiles_a_block + plan.n_warps) * 4 * TILE_ROWS * width;
         let sums = (4 * self.n_sums() * width).next_multiple_of(16);
-        let beside = x + eighths + sums + parts + sparse + OWN_SHARED;
+        let corrections = self.shape.map_or(0, |s| s.places(plan).iter().sum::<usize>() * 4 * width);
+        // Also which rounds each warp has, five words.
+        let places = if self.shape.is_some() { plan.tiles_a_block * TILE_ROWS * 4 + 20 * WARPS[0] } else { 0 };
+        let sizes = [x, plain, eighths, sums, parts, corrections.next_multiple_of(16), places];
         // A stage with its barrier.
-        let stage = self.plan.n_warps * (self.unit.stage_bytes() + 8);
-        let depth = (room.checked_sub(beside + 32)? / stage).min(DEPTHS[1]);
-        // A barrier for the vectors comes first.
-        let stages = (8 + 8 * self.plan.n_warps * depth).next_multiple_of(16);
-        let x_at = stages + self.plan.n_warps * depth * self.unit.stage_bytes();
-        let (eighths_at, sums_at) = (x_at + x, x_at + x + eighths);
-        let (parts_at, sparse_at) = (sums_at + sums, sums_at + sums + parts);
-        let end = sparse_at + sparse;
+        let stage = plan.n_warps * (self.unit.stage_bytes() + 8);
+        let depth = (room.checked_sub(sizes.iter().sum::<usize>() + OWN_SHARED + 32)? / stage).min(DEPTHS[1]);
+        // Another barrier is for where the sums of corrections are.
+        let stages = (8 + 8 * plan.n_warps * depth).next_multiple_of(16);
+        let mut end = stages + plan.n_warps * depth * self.unit.stage_bytes();
+        let [x, plain, eighths, sums, parts, corrections, places] = sizes.map(|size| {
+            end += size;
+            end - size
+        });
         (depth >= DEPTHS[0]).then_some(Shared {
             depth,
             stages,
-            x: x_at,
-            eighths: eighths_at,
-            sums: sums_at,
-            parts: parts_at,
-            sparse: sparse_at,
+            x,
+            plain,
+            eighths,
+            sums,
+            parts,
+            corrections,
+            places,
             end,
         })
     }
 
+    /// Those that compute a product with `n` vectors, the best first.
+    fn kernels(&self, n: usize, with_norm: bool) -> Vec<Kernel> {
+        let plain_first = self.is_rotated() && self.shape.is_some();
+        let one = [plain_first, false].map(|with_plain| Kernel::One { with_norm, with_plain });
+        let many = [plain_first, false].map(|with_plain| Kernel::Many { n_shared: n, with_plain });
+        let has_room = |kernel: &Kernel| !kernel.with_plain() || self.shared(*kernel).is_some();
+        let one = one.into_iter().filter(|_| n == 1);
+        one.chain(many).filter(has_room).chain([Kernel::MANY]).collect()
+    }
+
     fn source(&self) -> &'static Source {
         let at = |bits: Bits| Bits::ALL.iter().position(|b| *b == bits).expect("one of all");
+        let corrected = if self.shape.is_some() { CORRECTED } else { 0 };
         &SOURCES[match self.format {
-            Format::Affine(bits) => at(bits),
+            Format::Affine(bits) => corrected + at(bits),
             // Codebooks have at most 4 bits.
-            Format::Codebook(bits) => 5 + at(bits),
+            Format::Codebook(bits) => corrected + 5 + at(bits),
             Format::Dense(DenseWeights::F16) => 8,
             Format::Dense(DenseWeights::Bf16) => 9,
         }]
@@ -479,11 +515,24 @@ impl DeviceMatrix {
     }
 }
 
-/// A single vector lies in shared memory, and so do several if they have room; else each warp reads what it needs.
+/// A single vector lies in shared memory, and so do several if they have room; else each warp reads what it needs. What
+/// corrections meet lies there too if it is something else and has room.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kernel {
-    One { with_norm: bool },
-    Many { n_shared: usize },
+    One { with_norm: bool, with_plain: bool },
+    Many { n_shared: usize, with_plain: bool },
+}
+
+impl Kernel {
+    /// Those that take least.
+    const ONE: Kernel = Kernel::One { with_norm: false, with_plain: false };
+    const MANY: Kernel = Kernel::Many { n_shared: 0, with_plain: false };
+
+    fn with_plain(self) -> bool {
+        match self {
+            Kernel::One { with_plain, .. } | Kernel::Many { with_plain, .. } => with_plain,
+        }
+    }
 }
 
 /// Where things lie in a block's shared memory, and how many stages each warp has.
@@ -492,10 +541,12 @@ struct Shared {
     depth: usize,
     stages: usize,
     x: usize,
+    plain: usize,
     eighths: usize,
     sums: usize,
     parts: usize,
-    sparse: usize,
+    corrections: usize,
+    places: usize,
     end: usize,
 }
 

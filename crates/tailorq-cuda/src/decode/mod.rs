@@ -5,6 +5,7 @@
 //! graph without a word from the host. Keys and values are kept in half precision, activations meet weights in half precision,
 //! sums are taken in single precision. What a token's numbers are does not depend on the sequences beside it.
 
+mod corrections;
 mod launch;
 mod layout;
 mod matrix;

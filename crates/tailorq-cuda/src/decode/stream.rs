@@ -12,9 +12,6 @@ use tailorq_tensor::Group;
 /// Warps of a block that may work: as many as have room for their stages.
 pub(super) const WARPS: [usize; 3] = [BLOCK_THREADS as usize / 32, 12, 8];
 
-/// Warps that add corrections while the others multiply.
-const SPARSE_WARPS: usize = 4;
-
 /// Tiles of a block at most: their partial sums lie in shared memory.
 const MOST_TILES: usize = 64;
 
@@ -31,30 +28,25 @@ pub(super) struct Plan {
     pub(super) stages_a_tile: usize,
     pub(super) tiles_a_block: usize,
     pub(super) stages_a_warp: usize,
-    /// Those that multiply.
     pub(super) n_warps: usize,
-    pub(super) n_sparse: usize,
 }
 
 impl Plan {
     /// For so many tiles of so many stages: as few tiles a block as let all blocks run at once. `n_warps` of them work.
-    pub(super) fn new(
-        n_tiles: usize,
-        stages_a_tile: usize,
-        n_warps: usize,
-        has_corrections: bool,
-        n_processors: usize,
-    ) -> Plan {
+    pub(super) fn new(n_tiles: usize, stages_a_tile: usize, n_warps: usize, n_processors: usize) -> Plan {
         let rounds = n_tiles.div_ceil(n_processors * MOST_TILES).max(1);
         let tiles_a_block = n_tiles.div_ceil(n_processors * rounds).max(1);
-        let n_sparse = if has_corrections { SPARSE_WARPS } else { 0 };
-        let n_warps = n_warps - n_sparse;
         let stages_a_warp = (tiles_a_block * stages_a_tile).div_ceil(n_warps).max(1);
-        Plan { n_tiles, stages_a_tile, tiles_a_block, stages_a_warp, n_warps, n_sparse }
+        Plan { n_tiles, stages_a_tile, tiles_a_block, stages_a_warp, n_warps }
     }
 
     pub(super) fn n_blocks(&self) -> usize {
         self.n_tiles.div_ceil(self.tiles_a_block)
+    }
+
+    /// Stages of a warp in a block of so many tiles.
+    pub(super) fn stages_of(&self, warp: usize, n_tiles: usize) -> usize {
+        (n_tiles * self.stages_a_tile).saturating_sub(warp * self.stages_a_warp).min(self.stages_a_warp)
     }
 }
 
@@ -134,8 +126,8 @@ mod tests {
     fn partial_sums_have_places_of_their_own() {
         let shapes = [(1, 1), (2, 5), (56, 38), (304, 7), (512, 56), (256, 112), (1184, 7), (1376, 8), (9496, 28)];
         for (n_tiles, stages) in shapes {
-            for (i, has_corrections) in (0..2 * WARPS.len()).map(|i| (i / 2, i % 2 == 1)) {
-                let plan = Plan::new(n_tiles, stages, WARPS[i], has_corrections, 132);
+            for n_warps in WARPS {
+                let plan = Plan::new(n_tiles, stages, n_warps, 132);
                 assert!(plan.n_blocks() * plan.tiles_a_block >= n_tiles && plan.tiles_a_block <= MOST_TILES);
                 let all = plan.tiles_a_block * stages;
                 assert!(plan.n_warps * plan.stages_a_warp >= all);

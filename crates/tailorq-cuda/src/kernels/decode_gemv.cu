@@ -14,11 +14,9 @@ struct Gemv {
     const u8* stages;        // [tiles, stages]
     const u32* scales;       // one group a row: [tiles, 8], half-precision scales of rows r and r + 8; else in the stages
     const u32* zeros;        // one group a row: [tiles, words], rows r and r + 8 at the same bits of both halves of a word
-    const u32* element_starts;  // [rows + 1], null when there are none
-    const u32* elements;     // place of the column in fragments of one token, value in the upper half; wide: two words
-    const u32* tile_starts;  // [rows + 1], null when there are none
-    const u32* tile_heads;   // step, scale in the upper half
-    const uint4* tile_codes; // word q: columns 2q, 2q + 1, 2q + 8, 2q + 9
+    const u8* rounds;        // of corrections
+    const uint4* shares;     // [blocks, warps]: which rounds a warp has
+    const u32* places;       // [blocks, rows]: where the sums of a row are
     const float* stream_in;  // [columns]: the vector before the norm of this weight, null: the fragments are there
     const float* norm;
     const u16* x;            // fragments
@@ -31,13 +29,14 @@ struct Gemv {
     u32 levels[8];           // lower bytes of 16 levels, upper bytes
     u32 middle;              // zeros of a symmetric layout at all places of a word; 0: there are zeros
     u32 rows, n_tiles, n_units, n_groups;  // units of a tile; groups of a tile, those past the end included
-    u32 stages_a_tile, tiles_a_block, stages_a_warp, n_warps, n_sparse;
+    u32 stages_a_tile, tiles_a_block, stages_a_warp, n_warps;
+    u32 round_bytes[2], rounds_a_piece[2];  // of tiles, of elements; as many rounds as a stage has room for
     u32 n, y_stride, mode, wide;
     u32 columns;
     float eps;
     u32 depth;               // stages of a warp
-    u32 at_stages, at_x, at_eighths, at_sums, at_parts, at_sparse;  // bytes in shared memory
-    u32 x_is_shared;         // whether the fragments are copied there
+    u32 at_stages, at_x, at_eighths, at_sums, at_parts, at_plain, at_corrections, at_places;  // bytes in shared memory
+    u32 x_is_shared, plain_is_shared;  // whether the fragments are copied there
 };
 
 #define MODE_STORE 0
@@ -231,106 +230,6 @@ __device__ __forceinline__ void consume_many(const Gemv& a, const Place& at, u32
     }
 }
 
-// Where number `k` of a token lies among fragments of `n`, from where it lies among those of one.
-__device__ __forceinline__ const u16* among(const u16* x, u32 place, u32 n) {
-    return x + (u64)(place >> 5) * (n * 32) + (place & 31);
-}
-
-// Corrections of the rows of a block: a warp takes some rows at once, so that it waits for all of them together. `into` is
-// [rows of the block, tokens].
-template <bool MANY>
-__device__ void corrections(const Gemv& a, const u16* plain, u32 first_row, u32 n_rows, u32 warp, u32 lane, float* into) {
-    constexpr u32 WIDTH = MANY ? 8 : 1, ROWS = MANY ? 2 : 4;
-    const u32 n = MANY ? a.n : 1;
-    for (u32 r0 = warp * ROWS; r0 < n_rows; r0 += a.n_sparse * ROWS) {
-        float y[ROWS][WIDTH] = {};
-        u32 at[ROWS], end[ROWS];
-        if (a.element_starts) {
-            u32 longest = 0;
-#pragma unroll
-            for (u32 j = 0; j < ROWS; j++) {
-                u32 row = min(first_row + r0 + j, a.rows - 1);
-                bool is_there = r0 + j < n_rows && first_row + r0 + j < a.rows;
-                at[j] = __ldg(a.element_starts + row), end[j] = is_there ? __ldg(a.element_starts + row + 1) : 0;
-                if (end[j] > at[j]) longest = max(longest, end[j] - at[j]);
-            }
-            for (u32 done = lane; done - lane < longest; done += 64) {
-                u32 column[ROWS][2];
-                float value[ROWS][2];
-#pragma unroll
-                for (u32 j = 0; j < ROWS; j++)
-#pragma unroll
-                    for (u32 i = 0; i < 2; i++) {
-                        u32 e = at[j] + done + 32 * i, word = 0;
-                        column[j][i] = 0;
-                        if (e < end[j]) {
-                            word = __ldg(a.elements + (a.wide ? 2 * (u64)e + 1 : e));
-                            column[j][i] = a.wide ? __ldg(a.elements + 2 * (u64)e) : word & 0xffff;
-                        }
-                        value[j][i] = half_to_float((u16)(word >> 16));
-                    }
-#pragma unroll
-                for (u32 j = 0; j < ROWS; j++)
-#pragma unroll
-                    for (u32 i = 0; i < 2; i++) {
-                        const u16* x = among(plain, column[j][i], n);
-#pragma unroll
-                        for (u32 k = 0; k < WIDTH; k++) {
-                            if (k < n) y[j][k] = fmaf(value[j][i], half_to_float(x[32 * k]), y[j][k]);
-                        }
-                    }
-            }
-        }
-        if (a.tile_starts) {
-            u32 longest = 0;
-#pragma unroll
-            for (u32 j = 0; j < ROWS; j++) {
-                u32 row = min(first_row + r0 + j, a.rows - 1);
-                bool is_there = r0 + j < n_rows && first_row + r0 + j < a.rows;
-                at[j] = __ldg(a.tile_starts + row), end[j] = is_there ? __ldg(a.tile_starts + row + 1) : 0;
-                if (end[j] > at[j]) longest = max(longest, end[j] - at[j]);
-            }
-            for (u32 done = lane; done - lane < longest; done += 32) {
-                u32 head[ROWS];
-                uint4 codes[ROWS];
-#pragma unroll
-                for (u32 j = 0; j < ROWS; j++) {
-                    u32 t = at[j] + done;
-                    head[j] = 0, codes[j] = make_uint4(0, 0, 0, 0);
-                    if (t < end[j]) head[j] = __ldg(a.tile_heads + t), codes[j] = __ldg(a.tile_codes + t);
-                }
-#pragma unroll
-                for (u32 j = 0; j < ROWS; j++) {
-                    u32 step = head[j] & 0xffff, words[4] = {codes[j].x, codes[j].y, codes[j].z, codes[j].w};
-                    float scale = half_to_float((u16)(head[j] >> 16));
-                    const u16* x = among(plain, (step >> 1) * 32 + (step & 1) * 4, n);
-#pragma unroll
-                    for (u32 k = 0; k < WIDTH; k++) {
-                        if (k >= n) continue;
-                        float sum = 0.0f;
-#pragma unroll
-                        for (u32 q = 0; q < 4; q++) {
-                            uint2 v = *(const uint2*)(x + 32 * k + 8 * q);
-                            sum = fmaf((float)(i8)(words[q]), half_to_float((u16)v.x), sum);
-                            sum = fmaf((float)(i8)(words[q] >> 8), half_to_float((u16)(v.x >> 16)), sum);
-                            sum = fmaf((float)(i8)(words[q] >> 16), half_to_float((u16)v.y), sum);
-                            sum = fmaf((float)(i8)(words[q] >> 24), half_to_float((u16)(v.y >> 16)), sum);
-                        }
-                        y[j][k] = fmaf(scale, sum, y[j][k]);
-                    }
-                }
-            }
-        }
-#pragma unroll
-        for (u32 j = 0; j < ROWS; j++)
-#pragma unroll
-            for (u32 k = 0; k < WIDTH; k++) {
-                float sum = warp_sum(y[j][k]);
-                if (lane == 0 && r0 + j < n_rows) into[(r0 + j) * WIDTH + k] = sum;
-            }
-    }
-}
-
 // The negative sums of x over every group into shared memory, [groups, tokens]; for one group a row, that over all.
 // `eighths` are sums of 8 inputs, `first` is where the thread begins.
 template <u32 GROUP, bool MANY>
@@ -381,6 +280,20 @@ struct Stages {
         unfetched = n, before_last = a.stages_a_tile - 1 - first % a.stages_a_tile;
     }
 
+#if CORRECTED
+    // Some rounds of one kind; they follow the stages.
+    __device__ __forceinline__ void fetch_rounds(const Gemv& a, Rounds* rounds, u32 slot, u32 lane) {
+        // Lane 0 may have written there just now.
+        __syncwarp();
+        u32 kind = rounds->unfetched[0] ? 0 : 1, n = min(rounds->unfetched[kind], a.rounds_a_piece[kind]), at = rounds->at;
+        if (!n) return;
+        u32 piece = n * a.round_bytes[kind];
+        fill_stage(slots + slot * bytes, a.rounds + (u64)at * 16, piece, barriers + 8 * slot, lane);
+        __syncwarp();
+        if (lane == 0) rounds->unfetched[kind] -= n, rounds->at = at + piece / 16;
+    }
+#endif
+
     __device__ __forceinline__ void fetch(const Gemv& a, u32 slot, u32 lane) {
         if (!unfetched) return;
         fill_stage(slots + slot * bytes, from, before_last ? bytes : last_bytes, barriers + 8 * slot, lane);
@@ -392,10 +305,13 @@ struct Stages {
 // What a block holds in shared memory.
 struct Block {
     u16* x;          // fragments, where there is room for them
+    u16* plain;      // those that corrections meet, likewise
     float* eighths;  // their sums, of a norm
     float* sums;     // of groups
     float* parts;    // [slots, 16, tokens]: slot `warp + tile` is what a warp adds to a tile
-    float* sparse;   // [tiles, 16, tokens]
+    float* corrections;  // [places, tokens]
+    const u32* places;   // [tiles, 16]
+    Rounds* rounds;      // [warps]
     u32 first_tile, n_tiles;
 };
 
@@ -417,7 +333,9 @@ __device__ __forceinline__ float output(const Gemv& a, const Block& block, u32 t
         sum *= half_to_float((u16)(a.scales[of_all * 8 + (r & 7)] >> ((r & 8) * 2)));
     }
 #endif
-    if (a.n_sparse) sum += block.sparse[(tile * 16 + r) * WIDTH + k];
+#if CORRECTED
+    sum = __fadd_rn(sum, corrections_of(block.places[tile * 16 + r], block.corrections + k, WIDTH));
+#endif
     if (a.bias) sum += a.bias[of_all * 16 + r];
     return sum;
 }
@@ -507,6 +425,13 @@ __device__ __forceinline__ void prepare(const Gemv& a, const Block& block, float
 #pragma unroll 8
         for (u32 i = threadIdx.x; i < n_pieces; i += BLOCK_THREADS) ((uint4*)block.x)[i] = __ldcg((const uint4*)a.x + i);
     }
+#if CORRECTED
+    if (a.plain_is_shared) {
+        u32 n_pieces = ((a.columns + 127) & ~127u) / 8 * (MANY ? a.n : 1);
+#pragma unroll 4
+        for (u32 i = threadIdx.x; i < n_pieces; i += BLOCK_THREADS) ((uint4*)block.plain)[i] = __ldcg((const uint4*)a.plain + i);
+    }
+#endif
 #if FORMAT < 16 && !CODEBOOK
     group_sums<GROUP, MANY>(a, eighths, block.sums, first_sum);
 #endif
@@ -533,6 +458,34 @@ __device__ __forceinline__ float over_quarters(float total) {
     if (STAGE_UNITS > 2) total += __shfl_xor_sync(0xffffffffu, total, 2);
     return total;
 }
+
+#if CORRECTED
+// The rounds of a warp, whose first piece is in slot `slot`.
+template <u32 GROUP, bool MANY>
+__device__ __forceinline__ void multiply_rounds(const Gemv& a, const Block& block, Stages<GROUP>& stages, u32 warp, u32 slot, u32 parity) {
+    const u32 lane = threadIdx.x & 31;
+    const u16* x = a.plain_is_shared ? block.plain : a.plain ? a.plain : a.x_is_shared ? block.x : a.x;
+    if (warp >= a.n_warps) return;
+    Rounds* rounds = block.rounds + warp;
+    u32 n_tiles = rounds->n[0], n_elements = rounds->n[1];
+#pragma unroll 1
+    while (n_tiles + n_elements) {
+        u32 kind = n_tiles ? 0 : 1, n = min(kind ? n_elements : n_tiles, a.rounds_a_piece[kind]);
+        u32 round = stages.slots + slot * stages.bytes;
+        wait_for_stage(stages.barriers + 8 * slot, parity);
+#pragma unroll 1
+        for (u32 i = 0; i < n; i++, round += a.round_bytes[kind]) {
+            multiply_round<MANY>(round, kind == 0, a.wide, x, a.n, lane, block.corrections);
+        }
+        if (kind) n_elements -= n;
+        else n_tiles -= n;
+        // All lanes have read the piece.
+        __syncwarp();
+        stages.fetch_rounds(a, rounds, slot, lane);
+        if (++slot == a.depth) slot = 0, parity ^= 1;
+    }
+}
+#endif
 
 // All stages of a warp, from stage `first` of the block on.
 template <u32 GROUP, bool MANY>
@@ -581,13 +534,20 @@ __device__ __forceinline__ void multiply_stages(const Gemv& a, const Block& bloc
         else consume_one<GROUP>(a, at, n_units, zero_shift, total);
         // All lanes have read the stage.
         __syncwarp();
-        stages.fetch(a, slot, lane);
+#if CORRECTED
+        if (!stages.unfetched) stages.fetch_rounds(a, block.rounds + warp, slot, lane);
+        else
+#endif
+            stages.fetch(a, slot, lane);
         if (++slot == a.depth) slot = 0, parity ^= 1;
         stage++;
         if (is_last) deposit(), stage = 0, tile++;
     }
     // What is left of the last tile.
     if (stage) deposit();
+#if CORRECTED
+    multiply_rounds<GROUP, MANY>(a, block, stages, warp, slot, parity);
+#endif
 }
 
 template <u32 GROUP, bool MANY>
@@ -596,31 +556,54 @@ __device__ __forceinline__ void gemv(const Gemv& a) {
     __shared__ float partial[32];
     begin_early();
     u32 lane = threadIdx.x & 31, warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0);
-    Block block = {(u16*)(shared + a.at_x), (float*)(shared + a.at_eighths), (float*)(shared + a.at_sums),
-                   (float*)(shared + a.at_parts), (float*)(shared + a.at_sparse), blockIdx.x * a.tiles_a_block, 0};
+    Block block = {(u16*)(shared + a.at_x), (u16*)(shared + a.at_plain), (float*)(shared + a.at_eighths), (float*)(shared + a.at_sums),
+                   (float*)(shared + a.at_parts), (float*)(shared + a.at_corrections), (const u32*)(shared + a.at_places),
+                   (Rounds*)(shared + a.at_places + a.tiles_a_block * 64), blockIdx.x * a.tiles_a_block, 0};
     block.n_tiles = block.first_tile < a.n_tiles ? min(a.tiles_a_block, a.n_tiles - block.first_tile) : 0;
     u32 all = block.n_tiles * a.stages_a_tile, first = min(warp < a.n_warps ? warp * a.stages_a_warp : all, all);
     u32 left = min(a.stages_a_warp, all - first);
     Stages<GROUP> stages(a, (u32)__cvta_generic_to_shared(shared), warp, first, left);
+#if CORRECTED
+    // Also a warp without stages may have rounds. Nobody waits for its share before all stages are asked for.
+    if (warp < a.n_warps && block.n_tiles) {
+        uint4 share = __ldg(a.shares + blockIdx.x * a.n_warps + warp);
+        if (lane == 0) make_barriers(stages.barriers, a.depth);
+        __syncwarp();
+        u32 slot = 0;
+#pragma unroll 1
+        for (; slot < a.depth && stages.unfetched; slot++) stages.fetch(a, slot, lane);
+        if (lane == 0) block.rounds[warp] = Rounds{share.x, {share.y, share.z}, {share.y, share.z}};
+#pragma unroll 1
+        for (; slot < a.depth; slot++) stages.fetch_rounds(a, block.rounds + warp, slot, lane);
+    }
+#else
     if (left) {
         if (lane == 0) make_barriers(stages.barriers, a.depth);
         __syncwarp();
 #pragma unroll 1
         for (u32 slot = 0; slot < a.depth; slot++) stages.fetch(a, slot, lane);
     }
+#endif
+#if CORRECTED
+    const u32 places_barrier = (u32)__cvta_generic_to_shared(shared) + a.n_warps * a.depth * 8;
+    if (warp == 0 && block.n_tiles) {
+        if (lane == 0) make_barriers(places_barrier, 1);
+        __syncwarp();
+        u32 bytes = a.tiles_a_block * 64;
+        fill_stage((u32)__cvta_generic_to_shared(block.places), (const u8*)a.places + (u64)blockIdx.x * bytes, bytes, places_barrier, lane);
+    }
+#endif
     if (!MANY) expect_norm(a);
     wait_for_previous();
     // There are as many blocks as processors at least, and not all have work.
     if (!block.n_tiles) return;
     prepare<GROUP, MANY>(a, block, partial);
-    if (left) {
-        multiply_stages<GROUP, MANY>(a, block, stages, warp, first, left);
-#if FORMAT < 16
-    } else if (warp - a.n_warps < a.n_sparse) {
-        const u16* plain = MANY || a.plain ? a.plain : block.x;
-        corrections<MANY>(a, plain, block.first_tile * 16, block.n_tiles * 16, warp - a.n_warps, lane, block.sparse);
+#if CORRECTED
+    multiply_stages<GROUP, MANY>(a, block, stages, warp, first, left);
+    wait_for_stage(places_barrier, 0);
+#else
+    if (left) multiply_stages<GROUP, MANY>(a, block, stages, warp, first, left);
 #endif
-    }
     __syncthreads();
     if (a.mode == MODE_SWIGLU) write_hidden<GROUP, MANY>(a, block);
     else write_rows<GROUP, MANY>(a, block);
