@@ -92,6 +92,7 @@ impl Solver {
         let (at_work, at_info) = (work.ptr() as *mut f32, info.ptr() as *mut i32);
         // SAFETY: as above; the workspace is as large as was asked for, and all of it outlives the call in stream order.
         done(unsafe { sys::cusolverDnSpotrf(handle, uplo, size, a, size, at_work, n_work, at_info) }.result());
+        launch!(gpu, &SOURCE, "first_bad_pivot", Grid::rows(1, 256), matrix.ptr(), n as u64, info.ptr());
         let mut pivot = [0i32];
         gpu.read(&info, 0, &mut pivot);
         assert!(pivot[0] >= 0, "argument {} of the factorization is wrong", -pivot[0]);
