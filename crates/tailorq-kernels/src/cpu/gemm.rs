@@ -52,6 +52,19 @@ pub(crate) fn gemm(alpha: f32, a: View<'_>, b: View<'_>, beta: f32, c: &mut Tile
     // SAFETY: the tile has its elements, one column apart, to itself for as long as `c` is borrowed.
     let into = unsafe { MatMut::from_raw_parts_mut(c.as_mut_ptr(), c.rows(), c.cols(), c.stride() as isize, 1) };
     matmul(into, accumulate, a.into_faer(), b.into_faer(), alpha, Par::Seq);
+    clear_upper_halves();
+}
+
+/// Marks the upper halves of the vector registers as unused, which faer's assembly leaves undone.
+///
+/// Otherwise each change between instructions of the old and the new encoding costs tens of cycles on Intel's processors (Ice Lake and later),
+/// and decoding a stored weight changes twice at each half-precision scale: that was half of the time of an evaluation.
+fn clear_upper_halves() {
+    #[cfg(target_arch = "x86_64")]
+    if is_x86_feature_detected!("avx") {
+        // SAFETY: the processor has AVX; no value is kept in an upper half across a call.
+        unsafe { std::arch::x86_64::_mm256_zeroupper() }
+    }
 }
 
 /// `C = factor C`; zero whatever C holds when the factor is 0.
