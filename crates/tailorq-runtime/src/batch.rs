@@ -10,6 +10,7 @@
 //! product whose rounding may differ in the last bits from that of a single row, which can only matter where two
 //! words are equally likely up to rounding. A device with a memory of its own takes up to 128 sequences, so there this can always happen.
 
+use crate::awake::awake_on;
 use crate::error::RuntimeError;
 use crate::generate::{FinishReason, Output};
 use crate::sampler::greedy;
@@ -124,17 +125,7 @@ pub fn generate_batch(
         finished: requests.iter().map(|_| None).collect(),
         n_finished: 0,
     };
-    let mut waiting = 0;
-    loop {
-        while waiting < stage.plan.len() && stage.has_room(waiting) {
-            stage.admit(waiting)?;
-            waiting += 1;
-        }
-        if stage.running.is_empty() {
-            break;
-        }
-        stage.step()?;
-    }
+    awake_on(device, || stage.run())?;
     Ok(stage.finished.into_iter().flatten().collect())
 }
 
@@ -226,6 +217,21 @@ struct Stage<'a> {
 }
 
 impl Stage<'_> {
+    /// Admits and steps until every request is finished.
+    fn run(&mut self) -> Result<(), RuntimeError> {
+        let mut waiting = 0;
+        loop {
+            while waiting < self.plan.len() && self.has_room(waiting) {
+                self.admit(waiting)?;
+                waiting += 1;
+            }
+            if self.running.is_empty() {
+                return Ok(());
+            }
+            self.step()?;
+        }
+    }
+
     fn report(&mut self, finished: Option<(usize, &Completion)>) -> Result<(), RuntimeError> {
         let progress = BatchProgress { done: self.n_finished, total: self.requests.len(), finished };
         if (self.on_progress)(progress).is_break() { Err(RuntimeError::Interrupted) } else { Ok(()) }

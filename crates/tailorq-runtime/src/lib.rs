@@ -4,6 +4,7 @@
 //! A model runs on a device operation by operation, or, where a device decodes by itself, on its [`Decoder`]; what is generated is
 //! put together by the same code. Nothing here knows how a model was quantized.
 
+mod awake;
 mod batch;
 mod bench;
 mod decoded;
@@ -13,6 +14,7 @@ mod sampler;
 mod session;
 mod text;
 
+pub use awake::awake_on;
 pub use batch::{BatchOptions, BatchProgress, Completion, CompletionRequest, PREFIX_CHUNK, generate_batch};
 pub use bench::{
     BENCH_START, BenchOptions, BenchReport, BenchStage, OnStage, Spread, StepBytes, bench, bench_decoding,

@@ -8,9 +8,8 @@ use crate::scored::tokens_at_once;
 use crate::task::{Progress, Subject};
 use serde_json::{Map, Value};
 use std::ops::Range;
-use tailorq_model::{Batch, KvCache};
-use tailorq_runtime::PREFIX_CHUNK;
-use tailorq_tensor::Matrix;
+use tailorq_model::{Batch, KvCache, Workspace};
+use tailorq_runtime::{PREFIX_CHUNK, awake_on};
 
 /// New tokens that the CPU puts through the model together, unless a single item has more. They are read in several steps,
 /// and each unpacks all weights: with 512 tokens that took nearly half of the time of short items.
@@ -33,6 +32,7 @@ pub(crate) fn score_items(
     let groups = plan(subject, items);
     let mut scores: Vec<Vec<Likelihood>> = vec![Vec::new(); items.len()];
     let mut donor = Donor::default();
+    let mut reader = Reader { subject, workspace: Workspace::new() };
     let mut done = 0;
     for (g, group) in groups.iter().enumerate() {
         crate::perplexity::report(progress, done, items.len())?;
@@ -44,8 +44,10 @@ pub(crate) fn score_items(
             }
             continue;
         }
-        let given = donor.before(subject, &groups, g);
-        let (cache, likelihoods) = score_group(subject, &group.members, &given)?;
+        let (cache, likelihoods) = awake_on(subject.device, || {
+            let given = donor.before(&mut reader, &groups, g);
+            score_group(&mut reader, &group.members, &given)
+        })?;
         donor = Donor { after: Some(g), cache };
         donor.cache.truncate(group.leaves);
         for (member, likelihoods) in group.members.iter().zip(likelihoods) {
@@ -55,6 +57,33 @@ pub(crate) fn score_items(
     }
     crate::perplexity::report(progress, items.len(), items.len())?;
     Ok(scores)
+}
+
+/// The model, with buffers that one pass leaves to the next: fresh ones would be cleared by the system every time.
+struct Reader<'a> {
+    subject: &'a Subject<'a>,
+    workspace: Workspace,
+}
+
+impl Reader<'_> {
+    /// Reads the pieces, each after what its cache holds.
+    fn read(&mut self, batch: &Batch, caches: &mut [KvCache]) -> Hidden<'_> {
+        let Subject { model, device, .. } = *self.subject;
+        let rows = model.read(device, &batch.ids, &batch.spans, caches, &mut self.workspace);
+        Hidden { rows, width: model.config.hidden }
+    }
+}
+
+/// Hidden states of all tokens of a pass.
+struct Hidden<'a> {
+    rows: &'a [f32],
+    width: usize,
+}
+
+impl Hidden<'_> {
+    fn row(&self, row: usize) -> &[f32] {
+        &self.rows[row * self.width..(row + 1) * self.width]
+    }
 }
 
 /// Items that are computed together.
@@ -94,7 +123,7 @@ struct Donor {
 impl Donor {
     /// What the group `g` is given by the one before. If that was not computed, because it was finished already, the
     /// tokens are read as they were then: with the group in which they were read first.
-    fn before(&self, subject: &Subject<'_>, groups: &[Group<'_>], g: usize) -> KvCache {
+    fn before(&self, reader: &mut Reader<'_>, groups: &[Group<'_>], g: usize) -> KvCache {
         let needed = groups[g].members.iter().map(|member| member.kept).max().unwrap_or(0);
         if needed == 0 {
             return KvCache::new();
@@ -107,8 +136,8 @@ impl Donor {
         let mut cache = if self.after == Some(first) {
             self.cache.clone()
         } else {
-            let given = self.before(subject, groups, first);
-            let caches = read_shared(subject, &groups[first].members, &given, &mut Rows::default());
+            let given = self.before(reader, groups, first);
+            let caches = read_shared(reader, &groups[first].members, &given, &mut Rows::default());
             caches.into_iter().next_back().unwrap_or_default()
         };
         cache.truncate(groups[first].leaves);
@@ -171,16 +200,17 @@ fn next_group(subject: &Subject<'_>, items: &[PreparedItem], order: &[usize], gi
 
 /// Scores a group; also the keys and values of the shared part of its last item.
 fn score_group(
-    subject: &Subject<'_>,
+    reader: &mut Reader<'_>,
     members: &[Member<'_>],
     given: &KvCache,
 ) -> Result<(KvCache, Vec<Vec<Likelihood>>), EvalError> {
     let mut rows = Rows::default();
-    let mut caches = read_shared(subject, members, given, &mut rows);
+    let mut caches = read_shared(reader, members, given, &mut rows);
     let last = caches.last().cloned().unwrap_or_default();
-    read_tails(subject, members, &mut caches, &mut rows);
+    read_tails(reader, members, &mut caches, &mut rows);
     let asked: Vec<Vec<Vec<Asked>>> =
         (members.iter().enumerate()).map(|(m, member)| ask(member, m, &mut rows)).collect();
+    let subject = reader.subject;
     rows.compute(subject);
     let mut scores = Vec::with_capacity(members.len());
     for (member, asked) in members.iter().zip(asked) {
@@ -194,7 +224,7 @@ fn score_group(
 }
 
 /// Reads what the donor lacks of the shared parts: a chunk of every item at a time, all cut at the same multiples.
-fn read_shared(subject: &Subject<'_>, members: &[Member<'_>], donor: &KvCache, rows: &mut Rows) -> Vec<KvCache> {
+fn read_shared(reader: &mut Reader<'_>, members: &[Member<'_>], donor: &KvCache, rows: &mut Rows) -> Vec<KvCache> {
     let mut caches: Vec<KvCache> = (members.iter())
         .map(|member| {
             let mut cache = if member.kept == 0 { KvCache::new() } else { donor.clone() };
@@ -218,7 +248,7 @@ fn read_shared(subject: &Subject<'_>, members: &[Member<'_>], donor: &KvCache, r
             return caches;
         }
         let batch = Batch::new(pieces);
-        let hidden = subject.model.hidden(subject.device, &batch, Some(&mut reading));
+        let hidden = reader.read(&batch, &mut reading);
         for (((m, positions), cache), span) in places.into_iter().zip(reading).zip(&batch.spans) {
             caches[m] = cache;
             let item = members[m].item;
@@ -229,7 +259,7 @@ fn read_shared(subject: &Subject<'_>, members: &[Member<'_>], donor: &KvCache, r
 }
 
 /// Reads all tails of all items at once, each after a copy of its item's keys and values.
-fn read_tails(subject: &Subject<'_>, members: &[Member<'_>], caches: &mut [KvCache], rows: &mut Rows) {
+fn read_tails(reader: &mut Reader<'_>, members: &[Member<'_>], caches: &mut [KvCache], rows: &mut Rows) {
     let (mut pieces, mut reading, mut places) = (Vec::new(), Vec::new(), Vec::new());
     for (m, (member, cache)) in members.iter().zip(caches).enumerate() {
         let n_shared = member.item.shared.len();
@@ -244,7 +274,7 @@ fn read_tails(subject: &Subject<'_>, members: &[Member<'_>], caches: &mut [KvCac
         return;
     }
     let batch = Batch::new(pieces);
-    let hidden = subject.model.hidden(subject.device, &batch, Some(&mut reading));
+    let hidden = reader.read(&batch, &mut reading);
     for ((m, b, positions), span) in places.into_iter().zip(&batch.spans) {
         let needed = members[m].item.first_row(&members[m].item.branches[b]);
         keep(rows, m, Some(b), positions, needed, &hidden, span);
@@ -258,7 +288,7 @@ fn keep(
     branch: Option<usize>,
     positions: Range<usize>,
     needed: usize,
-    hidden: &Matrix,
+    hidden: &Hidden<'_>,
     span: &Range<usize>,
 ) {
     for (position, row) in positions.zip(span.clone()).filter(|(position, _)| *position >= needed) {

@@ -17,8 +17,9 @@ use tailorq_tensor::Weight;
 const FEW: usize = 12;
 /// Tokens a tile.
 const TOKENS: usize = 1024;
-/// Weight rows a tile.
-const PANEL: usize = 256;
+/// Weight rows a tile: as many as the products take at once with AVX-512, and so few that the 192 rows of a small model's keys are two
+/// tasks and its 576 of other matrices six.
+const PANEL: usize = 96;
 /// Weight elements a task of the row-by-row path.
 const ROW_TASK: usize = 1 << 15;
 
