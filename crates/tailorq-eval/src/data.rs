@@ -152,9 +152,7 @@ fn is_parquet(path: &Path) -> bool {
 fn read_parquet(path: &Path) -> Result<Vec<(usize, Row)>, EvalError> {
     let fail = |problem: String| EvalError::Data { path: path.to_owned(), problem };
     let file = File::open(path).map_err(|e| fail(format!("cannot be read: {e}")))?;
-    let rows = crate::parquet::read(file).map_err(|e| {
-        fail(format!("cannot be read as Parquet: {e}; fetch it anew, or write its rows as JSON lines (.jsonl)"))
-    })?;
+    let rows = crate::parquet::read(file).map_err(|e| fail(e.to_string()))?;
     Ok(rows.into_iter().enumerate().map(|(idx, row)| (idx + 1, row)).collect())
 }
 
@@ -311,7 +309,7 @@ pub(crate) fn split_files<'a>(files: &'a [String], name: &str) -> Vec<&'a str> {
 mod tests {
     use super::*;
 
-    /// Files that pyarrow wrote, with snappy and zstd, beside the same rows as JSON.
+    /// Files that pyarrow wrote, with snappy, zstd, gzip and Brotli, beside the same rows as JSON.
     fn data(name: &str) -> PathBuf {
         Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(name)
     }
@@ -333,6 +331,19 @@ mod tests {
         }
         let last = parquet.get(3).text("gone").unwrap_err().to_string();
         assert!(last.contains("arc-00001-of-00002.parquet row 1 (item 3) has no text 'gone'"), "{last}");
+    }
+
+    /// The first two rows, compressed in two other ways.
+    #[test]
+    fn gzip_is_read_and_what_is_not_says_so() {
+        let [known, expected] = [data("arc-gzip.parquet"), data("arc.jsonl")].map(|path| Items::read(&path).unwrap());
+        assert_eq!(known.len(), 2);
+        for (a, b) in known.iter().zip(expected.iter()) {
+            assert_eq!((a.row, a.index), (b.row, b.index));
+        }
+        let error = Items::read(&data("arc-brotli.parquet")).unwrap_err().to_string();
+        assert!(error.contains("arc-brotli.parquet is compressed with Brotli"), "{error}");
+        assert!(error.contains("write it with snappy, zstd, gzip") && !error.contains("anew"), "{error}");
     }
 
     #[test]

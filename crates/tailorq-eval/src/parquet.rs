@@ -1,16 +1,44 @@
 //! Rows of Parquet files as the JSON objects that a JSONL copy of the data set would have.
 
 use crate::data::Row;
+use parquet::basic::Compression;
 use parquet::errors::ParquetError;
 use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::record::Field;
 use serde_json::{Number, Value};
 use std::fs::File;
 
+/// Why a file gives no rows.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ReadError {
+    /// The file is whole, but this program does not have what its columns are compressed with.
+    #[error(
+        "is compressed with {0}, which cannot be read; write it with snappy, zstd, gzip or no compression, or its rows as JSON lines \
+         (.jsonl)"
+    )]
+    Compression(&'static str),
+    #[error("cannot be read as Parquet: {0}; fetch it anew, or write its rows as JSON lines (.jsonl)")]
+    Damaged(#[from] ParquetError),
+}
+
 /// All rows of a file in their order.
-pub(crate) fn read(file: File) -> Result<Vec<Row>, ParquetError> {
+pub(crate) fn read(file: File) -> Result<Vec<Row>, ReadError> {
     let reader = SerializedFileReader::new(file)?;
-    reader.get_row_iter(None)?.map(|row| object(&row?)).collect()
+    let columns = reader.metadata().row_groups().iter().flat_map(|group| group.columns());
+    if let Some(unknown) = columns.map(|column| column.compression()).find_map(unreadable) {
+        return Err(ReadError::Compression(unknown));
+    }
+    reader.get_row_iter(None)?.map(|row| Ok(object(&row?)?)).collect()
+}
+
+/// The name of a compression that the crate was built without.
+fn unreadable(compression: Compression) -> Option<&'static str> {
+    match compression {
+        Compression::UNCOMPRESSED | Compression::SNAPPY | Compression::ZSTD(_) | Compression::GZIP(_) => None,
+        Compression::LZO => Some("LZO"),
+        Compression::BROTLI(_) => Some("Brotli"),
+        Compression::LZ4 | Compression::LZ4_RAW => Some("LZ4"),
+    }
 }
 
 fn object(row: &parquet::record::Row) -> Result<Row, ParquetError> {
