@@ -198,7 +198,7 @@ impl QuantizeSettings {
     /// Layout of the linears. With codebooks, widths above 4 bits are symmetric grids.
     pub fn layout(&self) -> Layout {
         let symmetric = self.symmetric || self.grid == GridKind::Codebook;
-        Layout { bits: self.bits, group: self.group, symmetric }
+        Layout { symmetric, ..Layout::new(self.bits, self.group) }
     }
 
     /// Both drift corrections.
@@ -288,7 +288,7 @@ fn table_layout(bits: u32, group: Option<Group>) -> Option<Layout> {
         Bits::Six => 64,
         _ => 32,
     };
-    Some(Layout { bits, group: group.unwrap_or(Group::Inputs(by_width)), symmetric: false })
+    Some(Layout::new(bits, group.unwrap_or(Group::Inputs(by_width))))
 }
 
 /// The calibration of a recipe.

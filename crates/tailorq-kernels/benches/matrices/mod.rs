@@ -40,7 +40,7 @@ pub const SHAPES: [(usize, usize); 6] =
 
 /// A random matrix.
 pub fn matrix(rng: &mut Rng, case: &Case, rows: usize, cols: usize) -> Weight {
-    let layout = Layout { bits: case.bits, group: Group::Inputs(case.group), symmetric: case.codebook };
+    let layout = Layout { symmetric: case.codebook, ..Layout::new(case.bits, Group::Inputs(case.group)) };
     let tiles = cols.div_ceil(TILE);
     let words: Vec<u32> = (0..rows * tiles * case.bits.words_per_tile()).map(|_| rng.next_u64() as u32).collect();
     let highs: Vec<u16> = (0..rows * tiles).map(|_| rng.next_u64() as u16).collect();

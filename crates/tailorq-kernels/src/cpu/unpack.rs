@@ -221,7 +221,7 @@ mod tests {
                 for (symmetric, cols) in
                     [true, false].into_iter().flat_map(|s| [0, 1, 16, 33, 576, 600].map(|c| (s, c)))
                 {
-                    let layout = Layout { bits, group, symmetric };
+                    let layout = Layout { symmetric, ..Layout::new(bits, group) };
                     let m = base(&mut rng, 3, cols, layout);
                     check(&m);
                     check(&m.clone().with_elements(elements(&mut rng, 3, cols)).unwrap());

@@ -62,7 +62,7 @@ pub fn layouts() -> Vec<Layout> {
     let groups = Group::SIZES.into_iter().map(Group::Inputs).chain([Group::Row]);
     groups
         .flat_map(|group| Bits::ALL.into_iter().map(move |bits| (group, bits)))
-        .flat_map(|(group, bits)| [true, false].map(|symmetric| Layout { bits, group, symmetric }))
+        .flat_map(|(group, bits)| [true, false].map(|symmetric| Layout { symmetric, ..Layout::new(bits, group) }))
         .collect()
 }
 
