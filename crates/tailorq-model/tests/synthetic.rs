@@ -332,7 +332,7 @@ fn artifacts_of_others_and_of_the_future_are_refused() {
     stray["layers"]["model.layers.9.mlp.up_proj"] = good.pointer(q).unwrap().clone();
     let cases = [
         (with("/quant_method", json!("gptq")), "gptq"),
-        (with("/format_version", json!(4)), "format_version"),
+        (with("/format_version", json!(5)), "format_version"),
         (with("/format_version", json!(0)), "format_version"),
         (with("/layers", json!([])), "layers"),
         (with(&format!("{q}/bits"), json!(5)), "5 bits"),

@@ -10,7 +10,6 @@ use super::avx512::first_lanes;
 use super::base::Base;
 use super::codes512::{Codes, with_codes};
 use crate::cpu::tile::Tile;
-use half::f16;
 use rayon::prelude::*;
 use std::arch::x86_64::*;
 use tailorq_tensor::{Bits, Layout};
@@ -152,7 +151,7 @@ impl Panel {
                 let (scales, offsets) = (&mut self.scales, &mut self.offsets);
                 let at = g * REGISTERS + register;
                 for (i, &r) in rows.iter().enumerate() {
-                    let scale = f16::from_bits(base.scales[r * base.groups + g]).to_f32();
+                    let scale = base.scale(r, g);
                     scales[at].0[i] = scale;
                     offsets[at].0[i] = scale * base.zero(r, g);
                 }
