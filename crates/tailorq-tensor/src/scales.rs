@@ -1,9 +1,9 @@
 //! Scales of groups, as they are stored: f16, or one byte each.
 //!
-//! A scale of 8 bits is an f16 of which bits 6 to 13 are kept: four of its exponent, which leaves what is below 2, and four of its
-//! fraction. So every byte is a scale, shifting it gives the f16 that it stands for, and a matrix needs nothing beside the
-//! bytes. Codes are chosen after the scale was rounded, and a scale need not be exact to be a good one: the error that is least at
-//! one scale grows with the square of the distance from it.
+//! A scale of 8 bits is an f16 of which bits 7 to 14 are kept: its exponent, and three bits of its fraction. The sign would be 0. So
+//! shifting a byte gives the f16 that it stands for, a matrix needs nothing beside the bytes, and whatever an f16 can scale a
+//! byte can. Codes are chosen after the scale was rounded, and a scale need not be exact to be a good one: the error that is least
+//! at one scale grows with the square of the distance from it.
 
 use crate::PackError;
 use crate::tiles::bad_scale;
@@ -15,7 +15,7 @@ use std::borrow::Cow;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "u32", into = "u32")]
 pub enum ScaleBits {
-    /// Bits 6 to 13 of an f16, the others of which are 0: below 2, with five significant bits from 2^-14 on.
+    /// Bits 7 to 14 of an f16, the others of which are 0: four significant bits.
     Eight,
     /// An f16.
     #[default]
@@ -27,7 +27,7 @@ impl ScaleBits {
     pub const ALL: [ScaleBits; 2] = [ScaleBits::Eight, ScaleBits::Sixteen];
 
     /// Where the bits of a byte lie in the f16.
-    pub const SHIFT: u32 = 6;
+    pub const SHIFT: u32 = 7;
 
     /// The width as a number.
     pub fn count(self) -> u32 {
@@ -47,7 +47,7 @@ impl ScaleBits {
         *self == ScaleBits::Sixteen
     }
 
-    /// The scale that a byte stands for.
+    /// The scale that a byte stands for; one of all finite numbers up to 247.
     #[inline(always)]
     pub fn of_byte(byte: u8) -> f16 {
         f16::from_bits(u16::from(byte) << ScaleBits::SHIFT)
@@ -56,13 +56,13 @@ impl ScaleBits {
     /// The byte of a scale; `None` for one that 8 bits do not hold.
     pub fn byte(scale: f16) -> Option<u8> {
         let byte = (scale.to_bits() >> ScaleBits::SHIFT) as u8;
-        (ScaleBits::of_byte(byte).to_bits() == scale.to_bits()).then_some(byte)
+        (byte <= LARGEST && ScaleBits::of_byte(byte).to_bits() == scale.to_bits()).then_some(byte)
     }
 
     /// The largest scale.
     pub fn max(self) -> f16 {
         match self {
-            ScaleBits::Eight => ScaleBits::of_byte(u8::MAX),
+            ScaleBits::Eight => ScaleBits::of_byte(LARGEST),
             ScaleBits::Sixteen => f16::MAX,
         }
     }
@@ -94,7 +94,7 @@ impl ScaleBits {
         let half = f16::from_f32(exact);
         let scale = match self {
             ScaleBits::Sixteen => half,
-            // Finite ones are far below what would wrap around.
+            // Up to an infinity, which is not below the largest, nothing wraps around.
             ScaleBits::Eight => f16::from_bits((half.to_bits() + added) >> ScaleBits::SHIFT << ScaleBits::SHIFT),
         };
         (scale <= self.max()).then_some(scale)
@@ -169,8 +169,10 @@ impl<'a> Scales<'a> {
     /// Fails on a scale that is infinite, no number or negative.
     pub(crate) fn check(self) -> Result<(), PackError> {
         match self {
-            // Every byte is a scale.
-            Scales::Bytes(_) => Ok(()),
+            Scales::Bytes(all) => match bad_byte(all) {
+                Some(index) => Err(PackError::Scale { index, value: self.get(index).to_f32() }),
+                None => Ok(()),
+            },
             Scales::Halves(all) => match bad_scale(all) {
                 Some(index) => Err(PackError::Scale { index, value: all[index].to_f32() }),
                 None => Ok(()),
@@ -179,21 +181,33 @@ impl<'a> Scales<'a> {
     }
 }
 
+/// Above it lie an infinity and what is no number.
+const LARGEST: u8 = 247;
+
+/// Index of the first byte that is no scale.
+fn bad_byte(all: &[u8]) -> Option<usize> {
+    // Without a branch for each, they pass in vectors.
+    let mut chunks = all.chunks(1024).enumerate();
+    let (i, chunk) = chunks.find(|(_, chunk)| chunk.iter().fold(false, |any, b| any | (*b > LARGEST)))?;
+    chunk.iter().position(|b| *b > LARGEST).map(|at| 1024 * i + at)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn every_byte_is_a_scale_and_they_ascend() {
-        let all: Vec<f16> = (0..=u8::MAX).map(ScaleBits::of_byte).collect();
+    fn bytes_are_scales_and_ascend() {
+        let all: Vec<f16> = (0..=LARGEST).map(ScaleBits::of_byte).collect();
         assert!(all.is_sorted() && all.iter().all(|s| s.is_finite() && *s >= f16::ZERO));
-        assert_eq!((all[0].to_f32(), all[1].to_f32(), all[255].to_f32()), (0.0, 2f32.powi(-18), 1.9375));
-        assert_eq!((ScaleBits::Eight.least(), ScaleBits::Eight.max()), (all[1], all[255]));
+        assert!((LARGEST + 1..=u8::MAX).all(|b| !ScaleBits::of_byte(b).is_finite()));
+        assert_eq!((all[0].to_f32(), all[1].to_f32(), all[247].to_f32()), (0.0, 2f32.powi(-17), 61440.0));
+        assert_eq!((ScaleBits::Eight.least(), ScaleBits::Eight.max()), (all[1], all[247]));
         for (byte, scale) in all.iter().enumerate() {
             assert_eq!(ScaleBits::byte(*scale), Some(byte as u8));
         }
-        // Everything else has none: one bit too many, too large, negative, no number.
-        for other in [0x2a01u16, 0x4000, 0x8000, 0xaa00, 0x7c00, 0x7e00] {
+        // Everything else has none: one bit too many, negative, no number.
+        for other in [0x2a01u16, 0x2a40, 0x8000, 0xaa00, 0x7c00, 0x7e00] {
             assert_eq!(ScaleBits::byte(f16::from_bits(other)), None, "{other:#x}");
         }
     }
@@ -201,11 +215,11 @@ mod tests {
     /// Against a search through all scales.
     #[test]
     fn rounding_finds_the_nearest_and_the_next() {
-        let all: Vec<f16> = (0..=u8::MAX).map(ScaleBits::of_byte).collect();
+        let all: Vec<f16> = (0..=LARGEST).map(ScaleBits::of_byte).collect();
         let mut rng = crate::Rng::new(3);
         for _ in 0..20_000 {
             // Of all sizes that occur, f16 so that the first rounding is none.
-            let exact = f16::from_f32((rng.uniform() as f32 * 21.0 - 20.0).exp2()).to_f32();
+            let exact = f16::from_f32((rng.uniform() as f32 * 35.9 - 20.0).exp2()).to_f32();
             let above = all.iter().copied().find(|s| s.to_f32() >= exact);
             assert_eq!(ScaleBits::Eight.above(exact), above, "{exact}");
             let nearest = all.iter().copied().rev().min_by(|a, b| {
@@ -214,7 +228,7 @@ mod tests {
             });
             let found = ScaleBits::Eight.nearest(exact);
             // Past the largest it is the nearest as long as it is nearer than the one that would follow.
-            let expected = if exact < 1.96875 { nearest } else { None };
+            let expected = if exact < 63488.0 { nearest } else { None };
             assert_eq!(found, expected, "{exact}");
             assert_eq!(ScaleBits::Sixteen.above(exact), Some(f16::from_f32(exact)));
         }
@@ -224,8 +238,19 @@ mod tests {
             }
             assert_eq!((scales.nearest(0.0), scales.above(0.0)), (Some(f16::ZERO), Some(f16::ZERO)));
         }
-        assert_eq!(ScaleBits::Eight.above(1.94), None);
-        assert_eq!(ScaleBits::Sixteen.above(1.94), Some(f16::from_f32(1.94)));
+        assert_eq!(ScaleBits::Eight.above(61472.0), None);
+        assert_eq!(ScaleBits::Sixteen.above(61472.0), Some(f16::from_f32(61472.0)));
+    }
+
+    #[test]
+    fn bad_bytes_are_found_wherever_they_are() {
+        let bytes: Vec<u8> = (0..=LARGEST).cycle().take(2500).collect();
+        assert_eq!(bad_byte(&bytes), None);
+        for (at, bad) in [(0, 248), (1023, 255), (1024, 250), (2499, 248)] {
+            let mut bytes = bytes.clone();
+            bytes[at] = bad;
+            assert_eq!(bad_byte(&bytes), Some(at));
+        }
     }
 
     #[test]

@@ -28,7 +28,7 @@ fn random(rows: usize, cols: usize, layout: Layout, seed: u64) -> Content {
 
 fn scale(rng: &mut Rng, bits: ScaleBits) -> f16 {
     match bits {
-        ScaleBits::Eight => ScaleBits::of_byte(rng.below(256) as u8),
+        ScaleBits::Eight => ScaleBits::of_byte(rng.below(248) as u8),
         ScaleBits::Sixteen => f16::from_bits(rng.below(0x7c00) as u16),
     }
 }
@@ -225,23 +225,28 @@ fn bad_scales() {
 #[test]
 fn known_bytes_of_eight_bit_scales() {
     let layout = Layout { scales: ScaleBits::Eight, ..Layout::new(Bits::Two, Group::Inputs(32)) };
-    // 2^-2 (1 + 3 / 16): exponent 13 of four bits, fraction 3; and the smallest.
-    let scales = [f16::from_f32(0.296875), f16::from_f32(2f32.powi(-18))];
+    // 2^-2 (1 + 3 / 8): exponent 13, fraction 3; and the smallest.
+    let scales = [f16::from_f32(0.34375), f16::from_f32(2f32.powi(-17))];
     let m = PackedMatrix::pack(1, 33, layout, &[3; 33], &scales, &[1, 0]).unwrap();
-    assert_eq!(&m.parts().scales[..], [0xd3, 1]);
-    assert_eq!((m.value(0, 0), m.value(0, 32), m.bytes()), (0.59375, 3.0 * 2f32.powi(-18), 12 + 2 + 1));
+    assert_eq!(&m.parts().scales[..], [0x6b, 1]);
+    assert_eq!((m.value(0, 0), m.value(0, 32), m.bytes()), (0.6875, 3.0 * 2f32.powi(-17), 12 + 2 + 1));
     assert_eq!(m.spec().to_string(), "2-bit affine, group 32, 8-bit scales");
     let stacked = PackedMatrix::stack(&[m.clone(), m.clone()]);
     assert_eq!((stacked.scales(1), stacked.value(1, 32)), (m.scales(0), m.value(0, 32)));
     // One place too fine, too large, negative.
-    for bad in [0.297, 2.0, -0.25] {
+    for bad in [0.359375, f32::INFINITY, -0.25] {
         let error = PackedMatrix::pack(1, 33, layout, &[3; 33], &[f16::ZERO, f16::from_f32(bad)], &[1, 0]);
         assert!(matches!(error, Err(PackError::ScaleByte { index: 1, .. })), "{bad}: {error:?}");
     }
     // Bytes lie anywhere.
-    let shifted = SharedBytes::from_vec(vec![0u8, 0xd3, 1]).slice(1..3).unwrap();
+    let shifted = SharedBytes::from_vec(vec![0u8, 0x6b, 1]).slice(1..3).unwrap();
     let parts = PackedParts { scales: shifted, ..m.parts().clone() };
     assert_eq!(PackedMatrix::new(1, 33, layout, parts).unwrap().scales(0), m.scales(0));
+    for bad in [248u8, 252, 255] {
+        let parts = PackedParts { scales: SharedBytes::from_vec(vec![7, bad]), ..m.parts().clone() };
+        let error = PackedMatrix::new(1, 33, layout, parts);
+        assert!(matches!(error, Err(PackError::Scale { index: 1, .. })), "{bad}: {error:?}");
+    }
 }
 
 #[test]

@@ -68,9 +68,9 @@ pub fn matrix(rng: &mut Rng, case: &Case, rows: usize, cols: usize) -> Weight {
         codes_high: (case.bits == Bits::Three).then(|| SharedBytes::from_vec(highs)),
         scales: match layout.scales {
             ScaleBits::Sixteen => SharedBytes::from_vec(scales),
-            // From 2^-7 to 2^-6.
+            // From 2^-7 to 2^-5.
             ScaleBits::Eight => {
-                SharedBytes::from_vec((0..scales.len()).map(|_| 128 + rng.below(16) as u8).collect::<Vec<u8>>())
+                SharedBytes::from_vec((0..scales.len()).map(|_| 64 + rng.below(16) as u8).collect::<Vec<u8>>())
             }
         },
         zeros: (!case.codebook).then(|| SharedBytes::from_vec(zeros)),
