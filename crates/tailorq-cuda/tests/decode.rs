@@ -8,8 +8,8 @@ use tailorq_cuda::CudaError;
 use tailorq_cuda::decode::{Decoder, DecoderOptions, DenseWeights, Products};
 use tailorq_model::{Block, KvCache, Linear, Model, ModelConfig, RopeScaling, Workspace, arch};
 use tailorq_tensor::{
-    Bits, ElementCorrections, Group, InputTransform, Layout, Matrix, MeanTile, PackedMatrix, Rng, SharedBytes, Slot,
-    TILE, TileBits, TileCorrection, TileCorrections, TransformKind, TransformSpec, Weight,
+    Bits, ElementCorrections, Group, InputTransform, Layout, Matrix, MeanTile, PackedMatrix, Rng, ScaleBits,
+    SharedBytes, Slot, TILE, TileBits, TileCorrection, TileCorrections, TransformKind, TransformSpec, Weight,
 };
 
 /// `None`, with words about it, where there is no device.
@@ -36,7 +36,8 @@ struct Beside {
 fn packed(rng: &mut Rng, rows: usize, cols: usize, layout: Layout, codebook: bool, beside: Beside) -> PackedMatrix {
     let groups = layout.group.count(cols);
     let codes: Vec<u8> = (0..rows * cols).map(|_| rng.below(1 << layout.bits.count()) as u8).collect();
-    let scales: Vec<f16> = (0..rows * groups).map(|_| f16::from_f32(0.01 + 0.1 * rng.uniform() as f32)).collect();
+    let scale = |x: f64| layout.scales.nearest(0.01 + 0.1 * x as f32).unwrap();
+    let scales: Vec<f16> = (0..rows * groups).map(|_| scale(rng.uniform())).collect();
     let zeros: Vec<u8> = match layout.symmetric {
         true => Vec::new(),
         false => (0..rows * groups).map(|_| rng.below(1 << layout.bits.count()) as u8).collect(),
@@ -161,7 +162,9 @@ fn layouts(bits: Bits, codebook: bool) {
         if codebook && !symmetric {
             continue;
         }
-        let layout = Layout { symmetric, ..Layout::new(bits, group) };
+        // Both widths of scales, which are one on the device, with zeros and without.
+        let scales = ScaleBits::ALL[(i + i / 2) % 2];
+        let layout = Layout { symmetric, scales, ..Layout::new(bits, group) };
         for (rows, cols) in [SHAPES[i % 3], SHAPES[3 + i % 2]] {
             let weight = packed(rng, rows, cols, layout, codebook, Beside::default()).into();
             check(&products, rng, &format!("{layout}, codebook {codebook}"), &weight, DenseWeights::F16, 2e-5);
