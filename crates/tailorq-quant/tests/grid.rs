@@ -1,5 +1,5 @@
 //! Grids: what is stored is what errors are measured on, and the clip search finds the best of its candidates.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::print_stdout)]
 
 use half::f16;
 use proptest::prelude::*;
@@ -131,20 +131,33 @@ fn eight_bit_scales_of_whole_ranges_are_rounded_up() {
     }
 }
 
-/// Few groups need scales to more than 8 bits: with the search for the range the error is that of 16.
+/// With the search for the range the error is about that of scales of 16 bits, without it a tenth more.
 #[test]
 fn eight_bit_scales_cost_little_error() {
-    for (bits, group, at_most) in [(Bits::Two, 64, 1.0), (Bits::Three, 64, 1.02), (Bits::Four, 64, 1.05)] {
-        let energy = |scales| -> f64 {
-            let rule = GridRule { clip: Some(ClipSearch::default()), scales, ..rule(bits, false) };
-            let of_group = |seed| {
-                let weights = normal(group, seed);
-                penalty(rule.fit(&weights, None).unwrap(), bits, &weights, &vec![1.0; group], 2.0)
+    let search = Some(ClipSearch::default());
+    for (bits, clip, range) in [
+        (Bits::Two, search, 0.97..1.0),
+        (Bits::Three, search, 0.99..1.02),
+        (Bits::Four, search, 1.01..1.05),
+        (Bits::Six, None, 1.05..1.12),
+        (Bits::Eight, None, 1.05..1.12),
+    ] {
+        for group in [64, 128] {
+            let energy = |scales| -> f64 {
+                let rule = GridRule { clip, scales, ..rule(bits, false) };
+                let of_group = |seed| {
+                    // Groups of all sizes within a power of two, which scales round differently.
+                    let size = (seed as f32 / 2000.0).exp2();
+                    let weights: Vec<f32> = normal(group, seed).into_iter().map(|w| w * size).collect();
+                    let error = penalty(rule.fit(&weights, None).unwrap(), bits, &weights, &vec![1.0; group], 2.0);
+                    error / f64::from(size * size)
+                };
+                (0..2000).map(of_group).sum()
             };
-            (0..500).map(of_group).sum()
-        };
-        let ratio = energy(ScaleBits::Eight) / energy(ScaleBits::Sixteen);
-        assert!((0.97..at_most).contains(&ratio), "{bits:?}: {ratio}");
+            let ratio = energy(ScaleBits::Eight) / energy(ScaleBits::Sixteen);
+            println!("{bits:?}, group {group}: {:+.2} %", 100.0 * (ratio - 1.0));
+            assert!(range.contains(&ratio), "{bits:?}, group {group}: {ratio}");
+        }
     }
 }
 
