@@ -108,6 +108,7 @@ fn corrections_see_the_activations_as_they_are() {
         check(&mut rng, &w, 1);
         check(&mut rng, &w, 3);
         check(&mut rng, &w, 14);
+        check(&mut rng, &w, 63);
     }
     // The base sees rotated activations, corrections see them as they are.
     let plain = packed(&mut rng, 9, 600, layouts()[0]);
@@ -130,8 +131,9 @@ fn corrections_see_the_activations_as_they_are() {
             })
             .collect();
         let w = w.clone().with_tiles(TileCorrections::from_rows(2600, bits, &tiles).unwrap()).unwrap();
-        check(&mut rng, &w, 2);
-        check(&mut rng, &w, 20);
+        for n in [2, 20, 150, 300] {
+            check(&mut rng, &w, n);
+        }
     }
 }
 
