@@ -65,7 +65,7 @@ fn some(rng: &mut Rng, n: usize, share: f64) -> Vec<usize> {
 
 /// Random codes, asymmetric groups of 128; products are about as large as inputs.
 fn packed(rng: &mut Rng, rows: usize, cols: usize, case: &Case) -> Weight {
-    let layout = Layout { bits: case.bits, group: Group::Inputs(128), symmetric: false };
+    let layout = Layout::new(case.bits, Group::Inputs(128));
     let (tiles, groups) = (cols.div_ceil(TILE), layout.group.count(cols));
     let step = 2.0 / f32::from(case.bits.max_code()) / (cols as f32).sqrt();
     let scales: Vec<f16> = (0..rows * groups).map(|_| f16::from_f32(step * (0.5 + rng.uniform() as f32))).collect();

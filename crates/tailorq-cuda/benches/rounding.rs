@@ -63,7 +63,7 @@ fn measure(device: &dyn Device, rows: usize, cols: usize) {
     let inverse_diagonal: Vec<f32> = device.pick(&upper, &on_diagonal).iter().map(|u| 1.0 / u).collect();
     let importance: Vec<f32> = inverse_diagonal.iter().map(|d| d * d / inverse_diagonal[0].powi(2)).collect();
     let dead = vec![false; cols];
-    let layout = Layout { bits: Bits::Two, group: Group::Inputs(128), symmetric: false };
+    let layout = Layout::new(Bits::Two, Group::Inputs(128));
     let feedback = ErrorFeedback { upper: &upper, inverse_diagonal: &inverse_diagonal, dead: &dead, added: 0.02 * n };
     let round = |feedback: Option<ErrorFeedback<'_>>, clip: Clip| -> (f64, Rounded) {
         let rule = GridRule::new(layout, clip);

@@ -11,7 +11,7 @@ use cudarc::cublas::sys;
 use half::f16;
 use std::sync::Arc;
 use tailorq_kernels::{KeptElements, Rounded, RoundingJob};
-use tailorq_tensor::{Bits, Group, Matrix, SharedBytes, TILE};
+use tailorq_tensor::{Bits, Group, Matrix, ScaleBits, SharedBytes, TILE};
 
 pub(crate) const SOURCE: Source = Source { name: "rounding", code: include_str!("kernels/rounding.cu") };
 
@@ -37,6 +37,7 @@ struct Rule {
     max_code: f32,
     n_factors: i32,
     middle: i32,
+    cut: i32,
 }
 
 /// The layer; `Layer` in the kernels. Places are addresses on the device, 0 for nothing.
@@ -239,6 +240,7 @@ impl Clip {
             max_code: f32::from(bits.max_code()),
             n_factors: factors.len() as i32,
             middle: if job.layout.symmetric { i32::from(bits.middle()) } else { -1 },
+            cut: if job.layout.scales == ScaleBits::Eight { (1 << ScaleBits::SHIFT) - 1 } else { 0 },
         };
         Clip { rule, _factors: on_device, _importance: weighed }
     }

@@ -8,8 +8,8 @@ use tailorq_cuda::CudaError;
 use tailorq_cuda::decode::{Decoder, DecoderOptions, DenseWeights, Products};
 use tailorq_model::{Block, KvCache, Linear, Model, ModelConfig, RopeScaling, Workspace, arch};
 use tailorq_tensor::{
-    Bits, ElementCorrections, Group, InputTransform, Layout, Matrix, MeanTile, PackedMatrix, Rng, SharedBytes, Slot,
-    TILE, TileBits, TileCorrection, TileCorrections, TransformKind, TransformSpec, Weight,
+    Bits, ElementCorrections, Group, InputTransform, Layout, Matrix, MeanTile, PackedMatrix, Rng, ScaleBits,
+    SharedBytes, Slot, TILE, TileBits, TileCorrection, TileCorrections, TransformKind, TransformSpec, Weight,
 };
 
 /// `None`, with words about it, where there is no device.
@@ -36,7 +36,8 @@ struct Beside {
 fn packed(rng: &mut Rng, rows: usize, cols: usize, layout: Layout, codebook: bool, beside: Beside) -> PackedMatrix {
     let groups = layout.group.count(cols);
     let codes: Vec<u8> = (0..rows * cols).map(|_| rng.below(1 << layout.bits.count()) as u8).collect();
-    let scales: Vec<f16> = (0..rows * groups).map(|_| f16::from_f32(0.01 + 0.1 * rng.uniform() as f32)).collect();
+    let scale = |x: f64| layout.scales.nearest(0.01 + 0.1 * x as f32).unwrap();
+    let scales: Vec<f16> = (0..rows * groups).map(|_| scale(rng.uniform())).collect();
     let zeros: Vec<u8> = match layout.symmetric {
         true => Vec::new(),
         false => (0..rows * groups).map(|_| rng.below(1 << layout.bits.count()) as u8).collect(),
@@ -161,7 +162,9 @@ fn layouts(bits: Bits, codebook: bool) {
         if codebook && !symmetric {
             continue;
         }
-        let layout = Layout { bits, group, symmetric };
+        // Both widths of scales, which are one on the device, with zeros and without.
+        let scales = ScaleBits::ALL[(i + i / 2) % 2];
+        let layout = Layout { symmetric, scales, ..Layout::new(bits, group) };
         for (rows, cols) in [SHAPES[i % 3], SHAPES[3 + i % 2]] {
             let weight = packed(rng, rows, cols, layout, codebook, Beside::default()).into();
             check(&products, rng, &format!("{layout}, codebook {codebook}"), &weight, DenseWeights::F16, 2e-5);
@@ -216,7 +219,7 @@ fn long_rows_multiply() {
     let rng = &mut Rng::new(50);
     let (rows, cols) = (40, 28_672 - 128);
     for (bits, group) in [(Bits::Two, 128), (Bits::Two, 32), (Bits::Three, 64), (Bits::Four, 128), (Bits::Eight, 64)] {
-        let layout = Layout { bits, group: Group::Inputs(group), symmetric: false };
+        let layout = Layout::new(bits, Group::Inputs(group));
         for beside in [Beside::default(), Beside { elements: true, ..Beside::default() }] {
             let weight = packed(rng, rows, cols, layout, false, beside).into();
             check(&products, rng, &format!("{layout}, long rows"), &weight, DenseWeights::F16, 2e-5);
@@ -231,7 +234,7 @@ fn long_rows_multiply() {
 fn corrections_are_added() {
     let Some(products) = on_device(Products::open(0)) else { return };
     let rng = &mut Rng::new(100);
-    let layout = |group| Layout { bits: Bits::Two, group, symmetric: false };
+    let layout = |group| Layout::new(Bits::Two, group);
     let cases = [
         (Some(TileBits::Eight), true, Group::Inputs(128), (50, 896)),
         (Some(TileBits::Four), false, Group::Inputs(64), (33, 576)),
@@ -251,7 +254,7 @@ fn corrections_are_added() {
 fn corrections_lie_anywhere() {
     let Some(products) = on_device(Products::open(0)) else { return };
     let rng = &mut Rng::new(150);
-    let layout = Layout { bits: Bits::Two, group: Group::Inputs(128), symmetric: false };
+    let layout = Layout::new(Bits::Two, Group::Inputs(128));
     // Shares of the tiles and of the elements of a row.
     type Share = fn(usize) -> f64;
     let cases: [(&str, Share, Share); 5] = [
@@ -272,8 +275,10 @@ fn corrections_lie_anywhere() {
     }
     // Beside all kinds of bases.
     for (i, bits) in Bits::ALL.into_iter().enumerate() {
-        let layout =
-            Layout { bits, group: [Group::Row, Group::Inputs(32), Group::Inputs(64)][i % 3], symmetric: i % 2 == 0 };
+        let layout = Layout {
+            symmetric: i % 2 == 0,
+            ..Layout::new(bits, [Group::Row, Group::Inputs(32), Group::Inputs(64)][i % 3])
+        };
         let codebooks: &[bool] = if bits.count() <= 4 { &[false, true] } else { &[false] };
         for &codebook in codebooks {
             let layout = Layout { symmetric: codebook || layout.symmetric, ..layout };
@@ -298,7 +303,7 @@ fn inputs_are_rotated() {
     // Whole blocks, one that overlaps another, blocks smaller than a step, a width that is no multiple of a step.
     for (cols, block) in [(896, 128), (576, 64), (4864, 256), (1100, 1024), (100, 64), (64, 4), (4096, 4096), (98, 2)] {
         for (codebook, elements) in [(true, false), (false, true)] {
-            let layout = Layout { bits: Bits::Two, group: Group::Inputs(64), symmetric: true };
+            let layout = Layout { symmetric: true, ..Layout::new(Bits::Two, Group::Inputs(64)) };
             let beside = Beside { tiles: elements.then_some(TileBits::Eight), elements, transform: Some(block) };
             let weight = packed(rng, 33, cols, layout, codebook, beside).into();
             check(&products, rng, &format!("rotated by {block}"), &weight, DenseWeights::F16, 1e-3);
@@ -318,7 +323,7 @@ fn dense_weights_and_means_multiply() {
             check(&products, rng, &format!("{dense:?}"), &weight, dense, 2e-5);
         }
     }
-    let layout = Layout { bits: Bits::Two, group: Group::Inputs(128), symmetric: true };
+    let layout = Layout { symmetric: true, ..Layout::new(Bits::Two, Group::Inputs(128)) };
     let base = packed(rng, 33, 576, layout, false, Beside::default());
     let scales: Vec<f16> = (0..33 * 5).map(|_| f16::from_f32(0.01)).collect();
     let tiles: Vec<Vec<MeanTile>> = (0..33)
@@ -406,7 +411,7 @@ fn moderate(rng: &mut Rng, rows: usize, cols: usize, layout: Layout, beside: Bes
 /// The models of the tests: all architectures, layouts that agree and layouts that do not.
 fn models() -> Vec<(&'static str, Model)> {
     let rng = &mut Rng::new(400);
-    let layout = |bits, group, symmetric| Layout { bits, group, symmetric };
+    let layout = |bits, group, symmetric| Layout { symmetric, ..Layout::new(bits, group) };
     let plain = move |rng: &mut Rng, _: Slot, rows, cols| {
         moderate(rng, rows, cols, layout(Bits::Four, Group::Inputs(128), false), Beside::default())
     };

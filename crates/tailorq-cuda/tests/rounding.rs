@@ -9,7 +9,7 @@ use tailorq_quant::quantize::{Gptq, GridRule, Rtn, proxy_loss};
 use tailorq_quant::{
     Clip, ElementMask, LayerPlan, LayerSettings, LayerStats, QuantError, Quantized, Quantizer, TransformSettings,
 };
-use tailorq_tensor::{Bits, Group, Matrix, PackedMatrix, Rng};
+use tailorq_tensor::{Bits, Group, Matrix, PackedMatrix, Rng, ScaleBits};
 
 /// Rows and columns: one of each, fewer than a word of the mask, no multiple of a block, and blocks that are whole.
 const SHAPES: [(usize, usize); 8] = [(1, 1), (3, 17), (2, 33), (7, 100), (5, 576), (130, 896), (33, 129), (64, 4864)];
@@ -121,6 +121,7 @@ fn rounding_to_nearest_gives_the_same_bytes() {
             ] {
                 let mut plan = plan(bits, group, symmetric, clip);
                 plan.kept = keeps.then(|| kept.clone());
+                plan.settings.layout.scales = ScaleBits::ALL[(i + usize::from(keeps)) % 2];
                 let [a, b] = [&cpu, &gpu].map(|d| run(&Rtn, d.as_ref(), &w, None, &plan));
                 let what = format!("[{rows}, {cols}], {:?}, {clip:?}, kept: {keeps}", plan.settings.layout);
                 assert_eq!(bytes(&a), bytes(&b), "{what}");
@@ -256,6 +257,7 @@ fn error_feedback_is_the_plain_loop() {
                 for (symmetric, keeps) in [(false, false), (true, true), (false, true)] {
                     let mut plan = plan(bits, group, symmetric, clip);
                     plan.kept = keeps.then(|| kept.clone());
+                    plan.settings.layout.scales = ScaleBits::ALL[(i + usize::from(symmetric)) % 2];
                     let what = format!("[{rows}, {cols}], {:?}, {clip:?}, kept: {keeps}", plan.settings.layout);
                     let (a, b) = (plainly(&w, &p, &plan), on_device(gpu.as_ref(), &w, &p, &plan).unwrap());
                     let codes = unpacked(&w, &plan, &b);

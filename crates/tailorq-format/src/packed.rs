@@ -4,21 +4,22 @@ use crate::error::DAMAGED;
 use crate::{FormatError, Result, StoredType, TensorSet, TensorSpec};
 use tailorq_tensor::{
     Bits, ElementCorrections, ElementParts, InputTransform, Mean4, PackError, PackedMatrix, PackedParts, PackedSpec,
-    SharedBytes, TILE, TileBits, TileCorrections, TileMap, TileParts, TileSpec,
+    ScaleBits, SharedBytes, TILE, TileBits, TileCorrections, TileMap, TileParts, TileSpec,
 };
 
 /// The newest version of the tensors that [`packed_specs`] names. A configuration carries the version, and readers refuse
 /// those above their own.
-pub const FORMAT_VERSION: u32 = 3;
+pub const FORMAT_VERSION: u32 = 4;
 
 /// The version that a configuration of `matrices` carries, the lowest that has all they need, so that readers which know
 /// nothing of the rest go on reading them, and refuse the others: 1 for nothing but a base, 2 with corrections, 3 with an input
-/// transform, a codebook or 6 bits.
+/// transform, a codebook or 6 bits, 4 with scales of 8 bits.
 pub fn format_version<'a>(matrices: impl IntoIterator<Item = &'a PackedSpec>) -> u32 {
-    let needed = |m: &PackedSpec| match (m.is_plain(), m.corrections.is_none()) {
-        (false, _) => 3,
-        (true, false) => 2,
-        (true, true) => 1,
+    let needed = |m: &PackedSpec| match (m.layout.scales, m.is_plain(), m.corrections.is_none()) {
+        (ScaleBits::Eight, ..) => 4,
+        (_, false, _) => 3,
+        (_, true, false) => 2,
+        (_, true, true) => 1,
     };
     matrices.into_iter().map(needed).max().unwrap_or(1)
 }
@@ -45,7 +46,7 @@ const PARTS: [&str; 12] = [
 /// | --- | --- | --- | --- |
 /// | `codes` | U32 | `[rows, tiles * words_per_tile]` | always |
 /// | `codes_high` | U16, for 6 bits U32 | `[rows, tiles]` | 3 and 6 bits |
-/// | `scales` | F16 | `[rows, groups]` | always |
+/// | `scales` | F16, for scales of 8 bits U8 | `[rows, groups]` | always |
 /// | `zeros` | U8 | `[rows, zero_bytes_per_row]` | asymmetric |
 /// | `levels` | F16 | `[2^bits]` | codebook |
 /// | `tilemap` | U8 | `[rows, ceil(tiles / 8)]` | means of four or tile corrections |
@@ -70,7 +71,8 @@ pub fn packed_specs(layer: &str, spec: &PackedSpec) -> Vec<TensorSpec> {
         Bits::Six => part("codes_high", StoredType::U32, &[rows, tiles]),
         Bits::Two | Bits::Four | Bits::Eight => {}
     }
-    part("scales", StoredType::F16, &[rows, layout.group.count(cols)]);
+    let scale = if layout.scales == ScaleBits::Eight { StoredType::U8 } else { StoredType::F16 };
+    part("scales", scale, &[rows, layout.group.count(cols)]);
     if !layout.symmetric {
         part("zeros", StoredType::U8, &[rows, layout.zero_bytes_per_row(cols)]);
     }

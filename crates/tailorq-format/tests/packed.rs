@@ -9,7 +9,7 @@ use tailorq_format::{
 };
 use tailorq_tensor::{
     Bits, CorrectionSpec, ElementCorrections, Group, InputTransform, Layout, MeanTile, PackedMatrix, PackedSpec,
-    ReadRows, Rng, SharedBytes, TILE, TileBits, TileCorrection, TileCorrections, TileSpec,
+    ReadRows, Rng, ScaleBits, SharedBytes, TILE, TileBits, TileCorrection, TileCorrections, TileSpec,
 };
 
 fn random(rows: usize, cols: usize, layout: Layout, seed: u64) -> PackedMatrix {
@@ -17,7 +17,11 @@ fn random(rows: usize, cols: usize, layout: Layout, seed: u64) -> PackedMatrix {
     let levels = usize::from(layout.bits.max_code()) + 1;
     let groups = rows * layout.group.count(cols);
     let codes: Vec<u8> = (0..rows * cols).map(|_| rng.below(levels) as u8).collect();
-    let scales: Vec<f16> = (0..groups).map(|_| f16::from_f64(rng.uniform())).collect();
+    let scale = |rng: &mut Rng| match layout.scales {
+        ScaleBits::Eight => ScaleBits::of_byte(rng.below(248) as u8),
+        ScaleBits::Sixteen => f16::from_f64(rng.uniform()),
+    };
+    let scales: Vec<f16> = (0..groups).map(|_| scale(&mut rng)).collect();
     let n_zeros = if layout.symmetric { 0 } else { groups };
     let zeros: Vec<u8> = (0..n_zeros).map(|_| rng.below(levels) as u8).collect();
     PackedMatrix::pack(rows, cols, layout, &codes, &scales, &zeros).unwrap()
@@ -155,8 +159,8 @@ fn layouts() -> Vec<Layout> {
     let groups = [Group::Inputs(32), Group::Inputs(64), Group::Inputs(128), Group::Row];
     let mut all = Vec::new();
     for bits in Bits::ALL {
-        for group in groups {
-            all.extend([true, false].map(|symmetric| Layout { bits, group, symmetric }));
+        for (group, scales) in groups.into_iter().flat_map(|g| ScaleBits::ALL.map(|s| (g, s))) {
+            all.extend([true, false].map(|symmetric| Layout { symmetric, scales, ..Layout::new(bits, group) }));
         }
     }
     all
@@ -174,9 +178,14 @@ proptest! {
         let spec = matrix.spec();
         let specs = packed_specs("w", &spec);
         prop_assert_eq!(specs.iter().map(|s| s.bytes().unwrap()).sum::<usize>(), matrix.bytes());
-        let version = if spec.transform.is_some() || spec.codebook || layout.bits == Bits::Six { 3 } else { 1 + u32::from(!spec.corrections.is_none()) };
+        let has_third = spec.transform.is_some() || spec.codebook || layout.bits == Bits::Six;
+        let version = match layout.scales {
+            ScaleBits::Eight => 4,
+            _ if has_third => 3,
+            _ => 1 + u32::from(!spec.corrections.is_none()),
+        };
         prop_assert_eq!(format_version([&spec]), version);
-        let plain = PackedSpec::base(1, 1, Layout { bits: Bits::Two, ..layout });
+        let plain = PackedSpec::base(1, 1, Layout::new(Bits::Two, layout.group));
         prop_assert_eq!(format_version([&spec, &plain]), version);
         let json = serde_json::to_string(&spec).unwrap();
         prop_assert_eq!(serde_json::from_str::<PackedSpec>(&json).unwrap(), spec);
@@ -193,9 +202,47 @@ proptest! {
 }
 
 #[test]
+fn scales_of_another_width_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let half = Layout::new(Bits::Two, Group::Inputs(32));
+    let byte = Layout { scales: ScaleBits::Eight, ..half };
+    let message = |matrix: &PackedMatrix, layout| {
+        let set = write(dir.path(), &tensors(matrix));
+        read_packed(&set, "w", &PackedSpec::base(2, 40, layout)).unwrap_err().to_string()
+    };
+    for (stored, read) in [(half, byte), (byte, half)] {
+        let text = message(&random(2, 40, stored, 1), read);
+        assert!(text.contains("'w.scales'") && text.contains(dir.path().to_str().unwrap()), "{text}");
+    }
+    // Bytes past the largest finite scale are damage.
+    let mut any = tensors(&random(2, 40, byte, 1));
+    let at = any.iter().position(|(s, _)| s.name == "w.scales").unwrap();
+    for (value, is_scale) in [(0, true), (1, true), (0x80, true), (247, true), (248, false), (255, false)] {
+        any[at].1[3] = value;
+        match read_packed(&write(dir.path(), &any), "w", &PackedSpec::base(2, 40, byte)) {
+            Ok(read) => assert!(is_scale && all_values(&read).iter().all(|v| v.is_finite()), "{value}"),
+            Err(e) => assert!(!is_scale && e.to_string().contains("scale 3 is"), "{value}: {e}"),
+        }
+    }
+    let spec = |bits: &str| {
+        let text = format!(
+            "{{\"bits\": 2, \"group\": 32, \"symmetric\": false, \"scale_bits\": {bits}, \"rows\": 2, \"cols\": 40}}"
+        );
+        serde_json::from_str::<PackedSpec>(&text)
+    };
+    assert_eq!(spec("8").unwrap(), PackedSpec::base(2, 40, byte));
+    assert_eq!(spec("16").unwrap(), PackedSpec::base(2, 40, half));
+    for bad in ["4", "0", "-8", "\"8\"", "null"] {
+        assert!(spec(bad).is_err(), "{bad}");
+    }
+    // Readers of earlier versions find nothing that they do not know where all scales have 16 bits.
+    assert!(!serde_json::to_string(&PackedSpec::base(2, 40, half)).unwrap().contains("scale_bits"));
+}
+
+#[test]
 fn transforms_that_no_matrix_has_are_refused() {
     let dir = tempfile::tempdir().unwrap();
-    let layout = Layout { bits: Bits::Two, group: Group::Inputs(32), symmetric: true };
+    let layout = Layout { symmetric: true, ..Layout::new(Bits::Two, Group::Inputs(32)) };
     let set = write(dir.path(), &tensors(&random(2, 40, layout, 1)));
     let spec = |transform: &str| {
         let text = format!(
@@ -227,7 +274,7 @@ fn transforms_that_no_matrix_has_are_refused() {
 #[test]
 fn codebooks_that_are_none_are_refused() {
     let dir = tempfile::tempdir().unwrap();
-    let layout = Layout { bits: Bits::Two, group: Group::Row, symmetric: true };
+    let layout = Layout { symmetric: true, ..Layout::new(Bits::Two, Group::Row) };
     let matrix = random(2, 40, layout, 1).with_levels(levels(Bits::Two)).unwrap();
     let (good, spec) = (tensors(&matrix), matrix.spec());
     let at = good.iter().position(|t| t.0.name == "w.levels").unwrap();
@@ -256,7 +303,7 @@ fn codebooks_that_are_none_are_refused() {
 #[test]
 fn mismatches_name_file_and_tensor() {
     let dir = tempfile::tempdir().unwrap();
-    let layout = Layout { bits: Bits::Three, group: Group::Inputs(32), symmetric: false };
+    let layout = Layout::new(Bits::Three, Group::Inputs(32));
     let good = tensors(&random(2, 40, layout, 1));
     let message = |set: &TensorSet, rows, cols, layout| {
         let message = read_packed(set, "w", &PackedSpec::base(rows, cols, layout)).unwrap_err().to_string();
@@ -295,7 +342,7 @@ fn mismatches_name_file_and_tensor() {
 #[test]
 fn corrections_that_the_configuration_does_not_describe_are_refused() {
     let dir = tempfile::tempdir().unwrap();
-    let layout = Layout { bits: Bits::Two, group: Group::Inputs(32), symmetric: true };
+    let layout = Layout { symmetric: true, ..Layout::new(Bits::Two, Group::Inputs(32)) };
     let matrix = random(3, 40, layout, 1).with_elements(elements(3, 40, 2)).unwrap();
     let (spec, good) = (matrix.spec(), tensors(&matrix));
     let n = spec.corrections.elements.unwrap();
@@ -340,7 +387,7 @@ fn corrections_that_the_configuration_does_not_describe_are_refused() {
 #[test]
 fn a_wide_matrix_survives_a_file() {
     let dir = tempfile::tempdir().unwrap();
-    let (cols, layout) = (65_600, Layout { bits: Bits::Two, group: Group::Row, symmetric: true });
+    let (cols, layout) = (65_600, Layout { symmetric: true, ..Layout::new(Bits::Two, Group::Row) });
     let rows = [vec![(1, f16::ONE), (65_599, f16::from_f32(-2.0))], vec![(65_536, f16::ONE)]];
     let elements = ElementCorrections::from_rows(cols, &rows).unwrap();
     let matrix = random(2, cols, layout, 1).with_elements(elements).unwrap();
@@ -352,7 +399,7 @@ fn a_wide_matrix_survives_a_file() {
 #[test]
 fn tiles_that_the_configuration_does_not_describe_are_refused() {
     let dir = tempfile::tempdir().unwrap();
-    let layout = Layout { bits: Bits::Two, group: Group::Inputs(32), symmetric: true };
+    let layout = Layout { symmetric: true, ..Layout::new(Bits::Two, Group::Inputs(32)) };
     let message = |good: &[(TensorSpec, Vec<u8>)], spec: &PackedSpec| {
         let message = read_packed(&write(dir.path(), good), "w", spec).unwrap_err().to_string();
         assert!(message.contains(dir.path().to_str().unwrap()), "{message}");

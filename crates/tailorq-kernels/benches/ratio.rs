@@ -87,7 +87,7 @@ fn normal(rng: &mut Rng, n: usize) -> Vec<f32> {
 }
 
 fn packed(rng: &mut Rng, rows: usize, cols: usize, bits: Bits) -> Weight {
-    let layout = Layout { bits, group: Group::Inputs(128), symmetric: true };
+    let layout = Layout { symmetric: true, ..Layout::new(bits, Group::Inputs(128)) };
     let codes: Vec<u8> = (0..rows * cols).map(|_| rng.below(usize::from(bits.max_code()) + 1) as u8).collect();
     let scales = vec![half::f16::from_f32(0.01); rows * layout.group.count(cols)];
     PackedMatrix::pack(rows, cols, layout, &codes, &scales, &[]).expect("scales are finite").into()

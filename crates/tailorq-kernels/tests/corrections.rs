@@ -17,7 +17,7 @@ fn both(m: PackedMatrix) -> (Weight, Weight) {
 #[test]
 fn linears_forward_and_backward() {
     let mut rng = Rng::new(1);
-    let two = Layout { bits: Bits::Two, group: Group::Inputs(64), symmetric: false };
+    let two = Layout::new(Bits::Two, Group::Inputs(64));
     for (rows, cols) in [(1, 1), (5, 17), (41, 130), (300, 200), (9, 576)] {
         let base = packed(&mut rng, rows, cols, two);
         let (w, dense) = both(corrected(&mut rng, base));

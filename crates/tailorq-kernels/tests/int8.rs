@@ -108,6 +108,7 @@ fn corrections_see_the_activations_as_they_are() {
         check(&mut rng, &w, 1);
         check(&mut rng, &w, 3);
         check(&mut rng, &w, 14);
+        check(&mut rng, &w, 63);
     }
     // The base sees rotated activations, corrections see them as they are.
     let plain = packed(&mut rng, 9, 600, layouts()[0]);
@@ -130,8 +131,9 @@ fn corrections_see_the_activations_as_they_are() {
             })
             .collect();
         let w = w.clone().with_tiles(TileCorrections::from_rows(2600, bits, &tiles).unwrap()).unwrap();
-        check(&mut rng, &w, 2);
-        check(&mut rng, &w, 20);
+        for n in [2, 20, 150, 300] {
+            check(&mut rng, &w, n);
+        }
     }
 }
 
@@ -141,7 +143,7 @@ fn many_groups_and_no_rows() {
     for (bits, group, cols) in
         [(Bits::Two, 32, 4864), (Bits::Eight, 128, 8960), (Bits::Three, 128, 4864), (Bits::Four, 64, 2100)]
     {
-        let layout = Layout { bits, group: Group::Inputs(group), symmetric: false };
+        let layout = Layout::new(bits, Group::Inputs(group));
         for (rows, n) in [(5, 1), (0, 2), (71, 25), (0, 13)] {
             let w = packed(&mut rng, rows, cols, layout);
             check(&mut rng, &w, n);
@@ -178,7 +180,7 @@ fn codebooks_are_integers() {
 #[test]
 fn a_token_and_a_row_are_the_same_alone_and_among_others() {
     let mut rng = Rng::new(14);
-    let layout = |symmetric| Layout { bits: Bits::Two, group: Group::Inputs(128), symmetric };
+    let layout = |symmetric| Layout { symmetric, ..Layout::new(Bits::Two, Group::Inputs(128)) };
     let plain = packed(&mut rng, 37, 896, layout(false));
     let book = packed(&mut rng, 37, 896, layout(true)).with_levels(codebook(Bits::Two, true)).unwrap();
     let fixed = corrected(&mut rng, plain.clone());
@@ -206,7 +208,7 @@ fn single_rows_of_a_large_matrix_are_those_of_all() {
     let mut rng = Rng::new(16);
     // More bytes than a task has at least.
     let (rows, cols) = (401, 896);
-    let layout = Layout { bits: Bits::Two, group: Group::Inputs(128), symmetric: false };
+    let layout = Layout::new(Bits::Two, Group::Inputs(128));
     let w: Weight = packed(&mut rng, rows, cols, layout).into();
     let x = normal(&mut rng, cols);
     for device in devices() {
@@ -223,7 +225,7 @@ fn single_rows_of_a_large_matrix_are_those_of_all() {
 #[test]
 fn activations_that_are_not_numbers_stay_so() {
     let mut rng = Rng::new(15);
-    let layout = Layout { bits: Bits::Two, group: Group::Inputs(64), symmetric: false };
+    let layout = Layout::new(Bits::Two, Group::Inputs(64));
     let w: Weight = packed(&mut rng, 4, 200, layout).into();
     for (device, poison) in devices().into_iter().flat_map(|d| [(Arc::clone(&d), f32::NAN), (d, f32::INFINITY)]) {
         let mut x = normal(&mut rng, 200);

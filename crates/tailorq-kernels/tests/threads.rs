@@ -27,7 +27,7 @@ fn assert_same_bits(what: &str, f: impl Fn(&dyn Device) -> Vec<f32> + Sync) {
 fn linears() {
     let mut rng = Rng::new(1);
     for (n, rows, cols) in [(1, 3000, 96), (3, 1000, 130), (40, 700, 65), (1100, 600, 33)] {
-        let layout = Layout { bits: Bits::Three, group: Group::Inputs(32), symmetric: false };
+        let layout = Layout::new(Bits::Three, Group::Inputs(32));
         let dense: Weight = Matrix::from_vec(rows, cols, normal(&mut rng, rows * cols)).into();
         let plain = packed(&mut rng, rows, cols, layout);
         let fixed = corrected(&mut rng, plain.clone());

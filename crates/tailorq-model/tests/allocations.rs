@@ -52,7 +52,7 @@ fn packed(architecture: &str) -> Model {
     let mut model = open(dir.path().to_str().unwrap()).unwrap().model;
     let mut rng = Rng::new(1);
     let mut pack = |w: &Weight, bits: Bits| -> Weight {
-        let layout = Layout { bits, group: Group::Inputs(32), symmetric: true };
+        let layout = Layout { symmetric: true, ..Layout::new(bits, Group::Inputs(32)) };
         let (rows, cols) = (w.rows(), w.cols());
         let codes: Vec<u8> = (0..rows * cols).map(|_| rng.below(usize::from(bits.max_code()) + 1) as u8).collect();
         let scales = vec![half::f16::from_f32(0.3 / f32::from(bits.max_code())); rows * cols.div_ceil(32)];

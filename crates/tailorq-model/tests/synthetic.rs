@@ -222,7 +222,7 @@ fn chunks_of_the_head_cover_the_vocabulary() {
 /// to, and returns the packed q.
 fn write_artifact(tiny: &TinyModel, dir: &Path, corrected: bool) -> PackedMatrix {
     tiny.write_directory(dir).unwrap();
-    let layout = Layout { bits: Bits::Three, group: Group::Inputs(32), symmetric: false };
+    let layout = Layout::new(Bits::Three, Group::Inputs(32));
     let pack = |rows: usize, cols: usize| {
         let groups = rows * layout.group.count(cols);
         let codes: Vec<u8> = (0..rows * cols).map(|i| (i * 5 % 8) as u8).collect();
@@ -332,7 +332,7 @@ fn artifacts_of_others_and_of_the_future_are_refused() {
     stray["layers"]["model.layers.9.mlp.up_proj"] = good.pointer(q).unwrap().clone();
     let cases = [
         (with("/quant_method", json!("gptq")), "gptq"),
-        (with("/format_version", json!(4)), "format_version"),
+        (with("/format_version", json!(5)), "format_version"),
         (with("/format_version", json!(0)), "format_version"),
         (with("/layers", json!([])), "layers"),
         (with(&format!("{q}/bits"), json!(5)), "5 bits"),

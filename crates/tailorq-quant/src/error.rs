@@ -18,9 +18,9 @@ pub enum QuantError {
         /// NaN or an infinity.
         value: f32,
     },
-    /// The grid of a group would need a scale that f16 cannot hold.
+    /// The grid of a group would need a scale that the layout cannot hold.
     #[error(
-        "row {row}, group {group} needs a scale of {scale}, above the largest f16 (65504): use more bits, or check the checkpoint for absurd weights"
+        "row {row}, group {group} needs a scale of {scale}, above the largest that is stored (65504): use more bits, or check the checkpoint for absurd weights"
     )]
     ScaleOverflow {
         /// Output.

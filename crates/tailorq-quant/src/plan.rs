@@ -156,7 +156,7 @@ impl LayerSettings {
     /// The defaults for a width and a group: asymmetric, clip search by magnitude, damping 0.01, columns in natural order.
     pub fn new(bits: Bits, group: Group) -> Self {
         LayerSettings {
-            layout: Layout { bits, group, symmetric: false },
+            layout: Layout::new(bits, group),
             clip: Clip::default(),
             damping: default_damping(),
             act_order: false,

@@ -1,13 +1,15 @@
 //! Grids: what is stored is what errors are measured on, and the clip search finds the best of its candidates.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::print_stdout)]
 
 use half::f16;
 use proptest::prelude::*;
+use tailorq_quant::Clip;
 use tailorq_quant::quantize::{ClipSearch, Grid, GridRule};
-use tailorq_tensor::{Bits, Rng};
+use tailorq_tensor::{Bits, Group, Layout, Rng, ScaleBits};
 
+/// With scales of 16 bits.
 fn rule(bits: Bits, symmetric: bool) -> GridRule {
-    GridRule { bits, symmetric, clip: None, levels: None }
+    GridRule::new(Layout { symmetric, ..Layout::new(bits, Group::Row) }, Clip::None)
 }
 
 fn normal(n: usize, seed: u64) -> Vec<f32> {
@@ -31,6 +33,18 @@ fn shrunken(rule: GridRule, weights: &[f32], shrink: f32) -> Grid {
     }
     let max_code = f32::from(rule.bits.max_code());
     let scale = f16::from_f32(shrink * (high - low) / max_code);
+    let scale = match rule.scales {
+        ScaleBits::Sixteen => scale,
+        ScaleBits::Eight => {
+            // The whole range has the next one, others have the nearest.
+            let distance = |s: &f16| (s.to_f64() - scale.to_f64()).abs();
+            let mut all = (1..248).map(ScaleBits::of_byte);
+            match shrink == 1.0 {
+                true => all.find(|s| *s >= scale).unwrap(),
+                false => all.rev().min_by(|a, b| distance(a).total_cmp(&distance(b))).unwrap(),
+            }
+        }
+    };
     let zero = (-low * shrink / scale.to_f32()).round_ties_even().clamp(0.0, max_code) as u8;
     Grid { scale, zero: if rule.symmetric { rule.bits.middle() } else { zero } }
 }
@@ -44,9 +58,11 @@ proptest! {
         symmetric: bool,
         weights in prop::collection::vec(-4.0f32..4.0, 1..70),
         clipped: bool,
+        scales in prop::sample::select(ScaleBits::ALL.to_vec()),
     ) {
         let clip = clipped.then(ClipSearch::default);
-        let grid = GridRule { clip, ..rule(bits, symmetric) }.fit(&weights, None).unwrap();
+        let grid = GridRule { clip, scales, ..rule(bits, symmetric) }.fit(&weights, None).unwrap();
+        prop_assert!(scales == ScaleBits::Sixteen || ScaleBits::byte(grid.scale).is_some());
         prop_assert!(grid.scale.is_finite() && grid.scale.to_f32() >= 0.0);
         prop_assert!(grid.zero <= bits.max_code());
         prop_assert_eq!(grid.value(grid.zero), 0.0);
@@ -70,11 +86,12 @@ proptest! {
         seed: u64,
         weighted: bool,
         norm in prop::sample::select(vec![2.0f32, 2.4, 3.0]),
+        scales in prop::sample::select(ScaleBits::ALL.to_vec()),
     ) {
         let weights = normal(n, seed);
         let mut rng = Rng::new(!seed);
         let importance: Vec<f32> = (0..n).map(|_| if weighted { rng.uniform() as f32 } else { 1.0 }).collect();
-        let plain = rule(bits, symmetric);
+        let plain = GridRule { scales, ..rule(bits, symmetric) };
         let clip = ClipSearch { norm, ..ClipSearch::default() };
         let grid = GridRule { clip: Some(clip), ..plain }.fit(&weights, weighted.then_some(&importance[..])).unwrap();
         let found = penalty(grid, bits, &weights, &importance, norm);
@@ -98,6 +115,50 @@ fn extremes_set_the_range() {
     assert_eq!(grid, Grid { scale: f16::from_f32(1.0), zero: 3 });
     let grid = rule(Bits::Two, true).fit(&[-1.5, 0.5], None).unwrap();
     assert_eq!(grid, Grid { scale: f16::from_f32(1.0), zero: 2 });
+}
+
+#[test]
+fn eight_bit_scales_of_whole_ranges_are_rounded_up() {
+    for bits in Bits::ALL {
+        let fine = rule(bits, false);
+        let coarse = GridRule { scales: ScaleBits::Eight, ..fine };
+        for seed in 0..50 {
+            let weights = normal(64, seed);
+            let [fine, coarse] = [fine, coarse].map(|r| r.fit(&weights, None).unwrap().scale.to_f32());
+            // The next that is stored: an eighth of its power of two at most.
+            assert!(coarse >= fine && coarse <= fine * 1.1251 + 2f32.powi(-17), "{coarse}, {fine}");
+        }
+    }
+}
+
+/// With the search for the range the error is about that of scales of 16 bits, without it a tenth more.
+#[test]
+fn eight_bit_scales_cost_little_error() {
+    let search = Some(ClipSearch::default());
+    for (bits, clip, range) in [
+        (Bits::Two, search, 0.97..1.0),
+        (Bits::Three, search, 0.99..1.02),
+        (Bits::Four, search, 1.01..1.05),
+        (Bits::Six, None, 1.05..1.12),
+        (Bits::Eight, None, 1.05..1.12),
+    ] {
+        for group in [64, 128] {
+            let energy = |scales| -> f64 {
+                let rule = GridRule { clip, scales, ..rule(bits, false) };
+                let of_group = |seed| {
+                    // Groups of all sizes within a power of two, which scales round differently.
+                    let size = (seed as f32 / 2000.0).exp2();
+                    let weights: Vec<f32> = normal(group, seed).into_iter().map(|w| w * size).collect();
+                    let error = penalty(rule.fit(&weights, None).unwrap(), bits, &weights, &vec![1.0; group], 2.0);
+                    error / f64::from(size * size)
+                };
+                (0..2000).map(of_group).sum()
+            };
+            let ratio = energy(ScaleBits::Eight) / energy(ScaleBits::Sixteen);
+            println!("{bits:?}, group {group}: {:+.2} %", 100.0 * (ratio - 1.0));
+            assert!(range.contains(&ratio), "{bits:?}, group {group}: {ratio}");
+        }
+    }
 }
 
 #[test]
@@ -146,6 +207,16 @@ fn tiny_weights_keep_a_scale() {
         let smallest = f16::from_bits(1).to_f32();
         assert_eq!(grid.value(grid.code(Bits::Three, smallest)), smallest);
     }
+}
+
+#[test]
+fn scales_of_eight_bits_have_an_end() {
+    let rule = GridRule { scales: ScaleBits::Eight, ..rule(Bits::Two, false) };
+    assert_eq!(rule.fit(&[-1e4, 1.6e5], None).unwrap().scale.to_f32(), 57344.0);
+    let overflow = rule.fit(&[-1e4, 1.8e5], None).unwrap_err();
+    assert!((63e3..64e3).contains(&overflow.scale), "{}", overflow.scale);
+    // The smallest holds what is smaller still.
+    assert_eq!(rule.fit(&[1e-9, -1e-9], None).unwrap().scale.to_f32(), 2f32.powi(-17));
 }
 
 #[test]

@@ -5,11 +5,11 @@ mod direct;
 
 use direct::{cpu, hessian, normal};
 use std::sync::Arc;
-use tailorq_quant::quantize::{ALL, Best, Gptq, GridRule, Half, HeldOut, Rtn, proxy_loss};
+use tailorq_quant::quantize::{ALL, Best, Gptq, Grid, GridRule, Half, HeldOut, Rtn, proxy_loss};
 use tailorq_quant::{
-    Clip, ElementMask, LayerPlan, LayerSettings, LayerStats, Note, QuantError, Quantized, Quantizer, find,
+    Clip, ElementMask, GridKind, LayerPlan, LayerSettings, LayerStats, Note, QuantError, Quantized, Quantizer, find,
 };
-use tailorq_tensor::{Bits, Group, Matrix, PackedMatrix};
+use tailorq_tensor::{Bits, Group, Matrix, PackedMatrix, ScaleBits};
 
 fn settings(bits: Bits, group: Group) -> LayerSettings {
     LayerSettings::new(bits, group)
@@ -90,6 +90,7 @@ fn agrees_with_the_textbook() {
                 let h = hessian(cols, 4 * cols, 7 + i as u64);
                 let mut s = settings(bits, group);
                 s.layout.symmetric = symmetric;
+                s.layout.scales = if symmetric { ScaleBits::Eight } else { ScaleBits::Sixteen };
                 s.clip = clip;
                 let expected = textbook::gptq(&w, &h, &s, &|_, _| false).0;
                 let found = codes(run(&Gptq, &w, Some(&h), 4 * cols, &s).weight.packed().unwrap());
@@ -413,6 +414,41 @@ fn damping_is_raised_and_told() {
     assert_eq!(given_up.notes.len(), 7);
     assert!(matches!(given_up.notes.last(), Some(Note::FellBackToRtn { .. })));
     assert_eq!(bytes(given_up.weight.packed().unwrap()), bytes(run(&Rtn, &w, None, 0, &s).weight.packed().unwrap()));
+}
+
+/// The matrix has them, a byte for each group less, and the losses are those of what is stored.
+#[test]
+fn scales_of_eight_bits_are_those_that_codes_were_chosen_for() {
+    let (w, h) = (normal(20, 200, 81), hessian(200, 800, 82));
+    for (q, group) in PACKING.into_iter().flat_map(|q| GROUPS.map(|g| (q, g))) {
+        for grid in [GridKind::Affine, GridKind::Codebook] {
+            let mut s = LayerSettings { grid, ..settings(Bits::Two, group) };
+            s.layout.symmetric = grid == GridKind::Codebook;
+            let half = run(q, &w, Some(&h), 800, &s);
+            s.layout.scales = ScaleBits::Eight;
+            let byte = run(q, &w, Some(&h), 800, &s);
+            let [half, matrix] = [&half, &byte].map(|q| q.weight.packed().unwrap());
+            assert_eq!((matrix.layout(), matrix.bytes()), (s.layout, half.bytes() - 20 * group.count(200)));
+            let loss = proxy_loss(cpu().as_ref(), &w, matrix, &h, 800);
+            assert!((byte.proxy_loss.unwrap() / loss - 1.0).abs() < 1e-3, "{loss} {:?}", byte.proxy_loss);
+            // Codes of RTN are the nearest on the stored grid.
+            let nearest = |r: usize, c: usize| {
+                let g = c / group.len(200);
+                let grid = Grid { scale: matrix.scales(r)[g], zero: matrix.zero(r, g) };
+                grid.code(Bits::Two, w.row(r)[c])
+            };
+            if q.name() == "rtn" && grid == GridKind::Affine {
+                assert!((0..20 * 200).all(|i| matrix.code(i / 200, i % 200) == nearest(i / 200, i % 200)));
+            }
+        }
+    }
+    for q in ALL.iter().filter(|q| q.stores_half() && q.name() != "half") {
+        let mut s = settings(Bits::Two, Group::Inputs(128));
+        s.layout.scales = ScaleBits::Eight;
+        let stats = LayerStats { hessian: Some(&h), n_tokens: 800, ..LayerStats::default() };
+        let error = q.quantize(cpu().as_ref(), &w, &stats, &s.into()).unwrap_err().to_string();
+        assert!(error.contains(q.name()) && error.contains("--scale-bits"), "{error}");
+    }
 }
 
 /// Inputs that were never active are rounded to nearest; the others do not notice them.

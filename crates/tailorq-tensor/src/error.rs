@@ -30,6 +30,14 @@ pub enum PackError {
         /// Its value.
         value: f32,
     },
+    /// A scale is none of those that 8 bits hold.
+    #[error("scale {index} is {value}, which is no scale of 8 bits")]
+    ScaleByte {
+        /// Index into the scales.
+        index: usize,
+        /// Its value.
+        value: f32,
+    },
     /// A part of the corrections has the wrong number of bytes.
     #[error("{part} has {found} bytes, its shape and its counts ask for {expected}")]
     CorrectionSize {

@@ -1,5 +1,6 @@
 //! The closed set of layouts of a packed matrix.
 
+use crate::ScaleBits;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
@@ -175,23 +176,39 @@ pub struct Layout {
     pub group: Group,
     /// Symmetric grids store no zeros: the zero is `2^(bits-1)`.
     pub symmetric: bool,
+    /// Width of a stored scale.
+    #[serde(rename = "scale_bits", default, skip_serializing_if = "ScaleBits::is_sixteen")]
+    pub scales: ScaleBits,
 }
 
 impl fmt::Display for Layout {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let grid = if self.symmetric { "symmetric" } else { "affine" };
-        write!(f, "{}-bit {grid}, group {}", self.bits.count(), self.group)
+        write!(f, "{}-bit {grid}, {}", self.bits.count(), self.groups())
     }
 }
 
 impl Layout {
+    /// An asymmetric layout with f16 scales.
+    pub const fn new(bits: Bits, group: Group) -> Self {
+        Layout { bits, group, symmetric: false, scales: ScaleBits::Sixteen }
+    }
+
+    /// The groups and their scales, for people.
+    pub(crate) fn groups(&self) -> String {
+        match self.scales {
+            ScaleBits::Sixteen => format!("group {}", self.group),
+            ScaleBits::Eight => format!("group {}, 8-bit scales", self.group),
+        }
+    }
+
     /// Bytes of a `[rows, cols]` matrix in this layout, all parts included.
     pub fn bytes(&self, rows: usize, cols: usize) -> usize {
         let tiles = cols.div_ceil(TILE);
         let high = tiles * self.bits.high_bytes();
         rows * (4 * tiles * self.bits.words_per_tile()
             + high
-            + 2 * self.group.count(cols)
+            + self.scales.bytes() * self.group.count(cols)
             + self.zero_bytes_per_row(cols))
     }
 

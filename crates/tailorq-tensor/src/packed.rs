@@ -1,12 +1,12 @@
 //! The packed matrix. Its scalar accessors define every layout; kernels are optimizations tested against them.
 
 use crate::layout::{Bits, Layout, TILE};
-use crate::tiles::bad_scale;
 use crate::{
-    CorrectionSpec, ElementCorrections, InputTransform, Mean4, MeanTile, PackError, PackedSpec, ReadRows, SharedBytes,
-    TileCorrections, TileSpec,
+    CorrectionSpec, ElementCorrections, InputTransform, Mean4, MeanTile, PackError, PackedSpec, ReadRows, ScaleBits,
+    Scales, SharedBytes, TileCorrections, TileSpec,
 };
 use half::f16;
+use std::borrow::Cow;
 
 /// The parts of a packed matrix's base as they lie in a file, little-endian.
 #[derive(Clone, Debug)]
@@ -16,7 +16,7 @@ pub struct PackedParts {
     /// 3 bits: u16 `[rows, tiles]`, bit `i` is the high bit of the tile's code `i`. 6 bits: u32 `[rows, tiles]`, bits `2i` and
     /// `2i + 1` are the high bits of code `i`. Others have none.
     pub codes_high: Option<SharedBytes>,
-    /// f16 `[rows, groups]`, finite and not negative.
+    /// f16 `[rows, groups]`, finite and not negative; with scales of 8 bits u8, see [`ScaleBits::of_byte`].
     pub scales: SharedBytes,
     /// u8 `[rows, zero_bytes_per_row]`, asymmetric only: per row a bit stream, zero `g` at bits `g * bits`.
     pub zeros: Option<SharedBytes>,
@@ -58,7 +58,7 @@ impl PackedMatrix {
         size("codes", &parts.codes, rows * tiles * layout.bits.words_per_tile() * 4)?;
         let high = parts.codes_high.as_ref().unwrap_or(&absent);
         size("codes_high", high, rows * tiles * layout.bits.high_bytes())?;
-        size("scales", &parts.scales, rows * layout.group.count(cols) * 2)?;
+        size("scales", &parts.scales, rows * layout.group.count(cols) * layout.scales.bytes())?;
         size("zeros", parts.zeros.as_ref().unwrap_or(&absent), rows * layout.zero_bytes_per_row(cols))?;
         parts.codes.cast::<u32>().ok_or(PackError::Misaligned("codes"))?;
         let is_aligned =
@@ -66,10 +66,7 @@ impl PackedMatrix {
         if !is_aligned {
             return Err(PackError::Misaligned("codes_high"));
         }
-        let scales = parts.scales.cast::<f16>().ok_or(PackError::Misaligned("scales"))?;
-        if let Some(index) = bad_scale(scales) {
-            return Err(PackError::Scale { index, value: scales[index].to_f32() });
-        }
+        read_scales(layout.scales, &parts.scales).ok_or(PackError::Misaligned("scales"))?.check()?;
         let (levels, transform, mean4, tiles, elements) = (None, None, None, None, None);
         Ok(PackedMatrix { rows, cols, layout, parts, levels, transform, mean4, tiles, elements })
     }
@@ -157,7 +154,8 @@ impl PackedMatrix {
     }
 
     /// Packs codes (`[rows, cols]`, one a byte), scales (`[rows, groups]`) and zeros (`[rows, groups]`; empty when the
-    /// layout is symmetric). Panics when a slice has the wrong length; fails when a scale is not finite.
+    /// layout is symmetric). Panics when a slice has the wrong length; fails when a scale is not finite, or none of those that
+    /// the layout stores.
     pub fn pack(
         rows: usize,
         cols: usize,
@@ -181,7 +179,7 @@ impl PackedMatrix {
         zeros: &[u8],
     ) -> Result<Self, PackError> {
         let zeros = (!layout.symmetric).then(|| SharedBytes::from_vec(pack_zeros(rows, cols, layout, zeros)));
-        let parts = PackedParts { codes, codes_high, scales: SharedBytes::from_vec(scales), zeros };
+        let parts = PackedParts { codes, codes_high, scales: pack_scales(layout.scales, scales)?, zeros };
         PackedMatrix::new(rows, cols, layout, parts)
     }
 
@@ -198,7 +196,11 @@ impl PackedMatrix {
                 Bits::Six => stack_part::<u32>(panels, |p| p.codes_high.as_ref()),
                 _ => stack_part::<u16>(panels, |p| p.codes_high.as_ref()),
             },
-            scales: stack_part::<f16>(panels, |p| Some(&p.scales)).expect("every layout has scales"),
+            scales: match first.layout.scales {
+                ScaleBits::Eight => stack_part::<u8>(panels, |p| Some(&p.scales)),
+                ScaleBits::Sixteen => stack_part::<f16>(panels, |p| Some(&p.scales)),
+            }
+            .expect("every layout has scales"),
             zeros: stack_part::<u8>(panels, |p| p.zeros.as_ref()),
         };
         let rows = panels.iter().map(|p| p.rows).sum();
@@ -318,10 +320,20 @@ impl PackedMatrix {
         }
     }
 
-    /// The scales of row `r`: f16 `[groups]`.
-    pub fn scales(&self, r: usize) -> &[f16] {
+    /// The scales of row `r` as numbers: f16 `[groups]`, whatever their width is.
+    pub fn scales(&self, r: usize) -> Cow<'_, [f16]> {
+        self.row_scales(r).to_halves()
+    }
+
+    /// The scales of row `r` where they lie, `[groups]`.
+    pub fn row_scales(&self, r: usize) -> Scales<'_> {
         let n = self.layout.group.count(self.cols);
-        &self.parts.scales.cast::<f16>().expect("checked at the door")[r * n..(r + 1) * n]
+        self.stored_scales().part(r * n, n)
+    }
+
+    /// All scales where they lie, `[rows, groups]`.
+    pub fn stored_scales(&self) -> Scales<'_> {
+        read_scales(self.layout.scales, &self.parts.scales).expect("checked at the door")
     }
 
     /// The code of weight `(r, c)` in the base; of no meaning in a tile of means.
@@ -361,9 +373,9 @@ impl PackedMatrix {
         }
         let g = c / self.layout.group.len(self.cols);
         if let Some(levels) = self.levels() {
-            return levels[usize::from(self.code(r, c))].to_f32() * self.scales(r)[g].to_f32();
+            return levels[usize::from(self.code(r, c))].to_f32() * self.row_scales(r).get(g).to_f32();
         }
-        f32::from(i16::from(self.code(r, c)) - i16::from(self.zero(r, g))) * self.scales(r)[g].to_f32()
+        f32::from(i16::from(self.code(r, c)) - i16::from(self.zero(r, g))) * self.row_scales(r).get(g).to_f32()
     }
 
     /// Weight `(r, c)`: the base, rotated back where it has a transform (which takes a look at the whole row), plus its tile's
@@ -403,7 +415,7 @@ impl PackedMatrix {
     /// The codes of row `r` on their grid, tile by tile, as if no tile held means: the base alone, not rotated back.
     pub fn unpack_base(&self, r: usize, out: &mut [f32]) {
         assert_eq!(out.len(), self.cols, "unpack_row: output length");
-        let (words, scales) = (self.code_words(r), self.scales(r));
+        let (words, scales) = (self.code_words(r), self.row_scales(r));
         let (highs, high_words) = (self.code_highs(r), self.code_high_words(r));
         let mut levels = [0.0; TILE];
         if let Some(stored) = self.levels() {
@@ -417,7 +429,7 @@ impl PackedMatrix {
             tile_codes(self.layout.bits, &words[tile * per_tile..(tile + 1) * per_tile], high, &mut codes);
             // Groups are multiples of a tile, so a tile lies in one group.
             let g = tile * TILE / group;
-            let (zero, scale) = (f32::from(self.zero(r, g)), scales[g].to_f32());
+            let (zero, scale) = (f32::from(self.zero(r, g)), scales.get(g).to_f32());
             if self.levels.is_some() {
                 // A codebook has at most 16 levels.
                 values.iter_mut().zip(codes).for_each(|(v, code)| *v = levels[usize::from(code) % TILE] * scale);
@@ -516,6 +528,25 @@ fn pack_codes(rows: usize, cols: usize, bits: Bits, codes: &[u8]) -> (Vec<u32>, 
         Bits::Two | Bits::Four | Bits::Eight => None,
     };
     (words, high)
+}
+
+/// Scales in the width that their layout has; `None` when they are misaligned.
+fn read_scales(bits: ScaleBits, bytes: &SharedBytes) -> Option<Scales<'_>> {
+    match bits {
+        ScaleBits::Eight => Some(Scales::Bytes(bytes)),
+        ScaleBits::Sixteen => bytes.cast().map(Scales::Halves),
+    }
+}
+
+fn pack_scales(bits: ScaleBits, scales: Vec<f16>) -> Result<SharedBytes, PackError> {
+    if bits == ScaleBits::Sixteen {
+        return Ok(SharedBytes::from_vec(scales));
+    }
+    let byte = |(index, scale): (usize, &f16)| {
+        ScaleBits::byte(*scale).ok_or(PackError::ScaleByte { index, value: scale.to_f32() })
+    };
+    let bytes: Vec<u8> = scales.iter().enumerate().map(byte).collect::<Result<_, _>>()?;
+    Ok(SharedBytes::from_vec(bytes))
 }
 
 fn pack_zeros(rows: usize, cols: usize, layout: Layout, zeros: &[u8]) -> Vec<u8> {

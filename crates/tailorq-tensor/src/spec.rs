@@ -82,7 +82,7 @@ impl PackedSpec {
 impl fmt::Display for PackedSpec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.codebook {
-            true => write!(f, "{}-bit codebook, group {}", self.layout.bits.count(), self.layout.group)?,
+            true => write!(f, "{}-bit codebook, {}", self.layout.bits.count(), self.layout.groups())?,
             false => write!(f, "{}", self.layout)?,
         }
         if let Some(transform) = self.transform {

@@ -7,7 +7,7 @@ use tailorq_tensor::{
     Bits, ElementCorrections, ElementParts, Group, Layout, PackError, PackedMatrix, ReadRows, Rng, SharedBytes,
 };
 
-const TWO: Layout = Layout { bits: Bits::Two, group: Group::Inputs(32), symmetric: false };
+const TWO: Layout = Layout::new(Bits::Two, Group::Inputs(32));
 
 fn base(rows: usize, cols: usize, rng: &mut Rng) -> PackedMatrix {
     let groups = rows * TWO.group.count(cols);

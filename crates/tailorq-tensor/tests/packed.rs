@@ -3,7 +3,9 @@
 
 use half::f16;
 use proptest::prelude::*;
-use tailorq_tensor::{Bits, Group, Layout, PackError, PackedMatrix, PackedParts, ReadRows, Rng, SharedBytes};
+use tailorq_tensor::{
+    Bits, Group, Layout, PackError, PackedMatrix, PackedParts, ReadRows, Rng, ScaleBits, SharedBytes,
+};
 
 /// Codes, scales and zeros of a matrix.
 struct Content {
@@ -19,8 +21,15 @@ fn random(rows: usize, cols: usize, layout: Layout, seed: u64) -> Content {
     Content {
         codes: (0..rows * cols).map(|_| rng.below(n_codes) as u8).collect(),
         // Subnormal and zero scales are legal too.
-        scales: (0..n_groups).map(|_| f16::from_bits(rng.below(0x7c00) as u16)).collect(),
+        scales: (0..n_groups).map(|_| scale(&mut rng, layout.scales)).collect(),
         zeros: (0..if layout.symmetric { 0 } else { n_groups }).map(|_| rng.below(n_codes) as u8).collect(),
+    }
+}
+
+fn scale(rng: &mut Rng, bits: ScaleBits) -> f16 {
+    match bits {
+        ScaleBits::Eight => ScaleBits::of_byte(rng.below(248) as u8),
+        ScaleBits::Sixteen => f16::from_bits(rng.below(0x7c00) as u16),
     }
 }
 
@@ -31,11 +40,10 @@ fn pack(rows: usize, cols: usize, layout: Layout, c: &Content) -> PackedMatrix {
 fn layouts() -> impl Strategy<Value = Layout> {
     let group =
         prop_oneof![Just(Group::Inputs(32)), Just(Group::Inputs(64)), Just(Group::Inputs(128)), Just(Group::Row)];
-    (prop::sample::select(Bits::ALL.to_vec()), group, any::<bool>()).prop_map(|(bits, group, symmetric)| Layout {
-        bits,
-        group,
-        symmetric,
-    })
+    let bits = prop::sample::select(Bits::ALL.to_vec());
+    let scales = prop::sample::select(ScaleBits::ALL.to_vec());
+    let layout = |(bits, group, symmetric, scales)| Layout { symmetric, scales, ..Layout::new(bits, group) };
+    (bits, group, any::<bool>(), scales).prop_map(layout)
 }
 
 fn part_bytes(parts: &PackedParts) -> usize {
@@ -125,7 +133,7 @@ proptest! {
     }
 }
 
-const THREE: Layout = Layout { bits: Bits::Three, group: Group::Inputs(32), symmetric: false };
+const THREE: Layout = Layout::new(Bits::Three, Group::Inputs(32));
 
 #[test]
 fn known_bytes() {
@@ -142,7 +150,7 @@ fn known_bytes() {
 
 #[test]
 fn known_bytes_of_six_bits() {
-    let layout = Layout { bits: Bits::Six, group: Group::Row, symmetric: true };
+    let layout = Layout { symmetric: true, ..Layout::new(Bits::Six, Group::Row) };
     let codes: Vec<u8> = (0..17).map(|i| [63, 16, 35][i % 3]).collect();
     let m = PackedMatrix::pack(1, 17, layout, &codes, &[f16::from_f32(0.5)], &[]).unwrap();
     // Low four bits f, 0, 3 and high two bits 3, 1, 2 in turn.
@@ -154,7 +162,7 @@ fn known_bytes_of_six_bits() {
 
 #[test]
 fn a_codebook_is_looked_up_and_scaled() {
-    let layout = Layout { bits: Bits::Two, group: Group::Inputs(32), symmetric: true };
+    let layout = Layout { symmetric: true, ..Layout::new(Bits::Two, Group::Inputs(32)) };
     let plain =
         PackedMatrix::pack(1, 33, layout, &[[3; 32].as_slice(), &[1]].concat(), &[f16::ONE, f16::from_f32(4.0)], &[]);
     let levels = |v: [f32; 4]| SharedBytes::from_vec(v.map(f16::from_f32).to_vec());
@@ -211,6 +219,33 @@ fn bad_scales() {
         scales[4] = bad;
         let error = PackedMatrix::pack(3, 64, THREE, &content.codes, &scales, &content.zeros).unwrap_err();
         assert!(matches!(error, PackError::Scale { index: 4, .. }), "{bad}: {error}");
+    }
+}
+
+#[test]
+fn known_bytes_of_eight_bit_scales() {
+    let layout = Layout { scales: ScaleBits::Eight, ..Layout::new(Bits::Two, Group::Inputs(32)) };
+    // 2^-2 (1 + 3 / 8): exponent 13, fraction 3; and the smallest.
+    let scales = [f16::from_f32(0.34375), f16::from_f32(2f32.powi(-17))];
+    let m = PackedMatrix::pack(1, 33, layout, &[3; 33], &scales, &[1, 0]).unwrap();
+    assert_eq!(&m.parts().scales[..], [0x6b, 1]);
+    assert_eq!((m.value(0, 0), m.value(0, 32), m.bytes()), (0.6875, 3.0 * 2f32.powi(-17), 12 + 2 + 1));
+    assert_eq!(m.spec().to_string(), "2-bit affine, group 32, 8-bit scales");
+    let stacked = PackedMatrix::stack(&[m.clone(), m.clone()]);
+    assert_eq!((stacked.scales(1), stacked.value(1, 32)), (m.scales(0), m.value(0, 32)));
+    // One place too fine, too large, negative.
+    for bad in [0.359375, f32::INFINITY, -0.25] {
+        let error = PackedMatrix::pack(1, 33, layout, &[3; 33], &[f16::ZERO, f16::from_f32(bad)], &[1, 0]);
+        assert!(matches!(error, Err(PackError::ScaleByte { index: 1, .. })), "{bad}: {error:?}");
+    }
+    // Bytes lie anywhere.
+    let shifted = SharedBytes::from_vec(vec![0u8, 0x6b, 1]).slice(1..3).unwrap();
+    let parts = PackedParts { scales: shifted, ..m.parts().clone() };
+    assert_eq!(PackedMatrix::new(1, 33, layout, parts).unwrap().scales(0), m.scales(0));
+    for bad in [248u8, 252, 255] {
+        let parts = PackedParts { scales: SharedBytes::from_vec(vec![7, bad]), ..m.parts().clone() };
+        let error = PackedMatrix::new(1, 33, layout, parts);
+        assert!(matches!(error, Err(PackError::Scale { index: 1, .. })), "{bad}: {error:?}");
     }
 }
 

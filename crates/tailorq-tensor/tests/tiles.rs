@@ -8,7 +8,7 @@ use tailorq_tensor::{
     TILE, TileBits, TileCorrection, TileCorrections, TileMap, TileParts,
 };
 
-const TWO: Layout = Layout { bits: Bits::Two, group: Group::Inputs(32), symmetric: false };
+const TWO: Layout = Layout::new(Bits::Two, Group::Inputs(32));
 
 fn base(rows: usize, cols: usize, layout: Layout, rng: &mut Rng) -> PackedMatrix {
     let groups = rows * layout.group.count(cols);

@@ -161,7 +161,7 @@ fn hostile_blocks_and_widths_are_refused() {
 
 fn base(rows: usize, cols: usize, bits: Bits, seed: u64) -> PackedMatrix {
     let mut rng = Rng::new(seed);
-    let layout = Layout { bits, group: Group::Inputs(32), symmetric: false };
+    let layout = Layout::new(bits, Group::Inputs(32));
     let n_codes = usize::from(bits.max_code()) + 1;
     let groups = rows * layout.group.count(cols);
     let codes: Vec<u8> = (0..rows * cols).map(|_| rng.below(n_codes) as u8).collect();

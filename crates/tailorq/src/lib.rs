@@ -49,7 +49,7 @@ pub use tailorq_model::{
 pub use tailorq_quant::quantize::{Saliency, Salient, Scope, Unit};
 pub use tailorq_quant::survey::Needs;
 pub use tailorq_quant::{AlignedSettings, CircuitSignal, Clip, GridKind, TokenWeight, TransformSettings};
-pub use tailorq_tensor::{Bits, Group, TileBits, TransformKind};
+pub use tailorq_tensor::{Bits, Group, ScaleBits, TileBits, TransformKind};
 pub use task::allocation::{
     AllocationSettings, AllocationSignal, MeasureKind, Rule, RuleSettings, ScoreSettings, Span, UnitKind,
 };

@@ -304,7 +304,7 @@ mod tests {
             partial: dir.path().to_path_buf(),
             _lock: File::create(dir.path().join("lock")).unwrap(),
         };
-        let layout = Layout { bits: Bits::Two, group: Group::Row, symmetric: true };
+        let layout = Layout { symmetric: true, ..Layout::new(Bits::Two, Group::Row) };
         let base = PackedMatrix::pack(2, 20, layout, &[1; 40], &[f16::ONE; 2], &[]).unwrap();
         let rows = [vec![(3, f16::from_f32(0.25))], vec![(0, f16::ONE), (19, f16::ONE)]];
         let matrix = base.clone().with_elements(ElementCorrections::from_rows(20, &rows).unwrap()).unwrap();
@@ -347,7 +347,7 @@ mod tests {
             partial: dir.path().to_path_buf(),
             _lock: File::create(dir.path().join("lock")).unwrap(),
         };
-        let layout = Layout { bits: Bits::Two, group: Group::Row, symmetric: true };
+        let layout = Layout { symmetric: true, ..Layout::new(Bits::Two, Group::Row) };
         let packed = PackedMatrix::pack(2, 20, layout, &[1; 40], &[f16::ONE; 2], &[]).unwrap();
         let values = Matrix::from_vec(3, 2, vec![0.1, -2.0, 3.0, 0.0, 1e-3, 7.0]);
         let weights: [QuantizedWeight; 2] = [packed.into(), QuantizedWeight::half(&values).unwrap()];

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use tailorq_quant::survey::Needs;
 use tailorq_quant::{AlignedSettings, Clip, DriftCorrection, GridKind, TokenWeight, TransformSettings};
-use tailorq_tensor::{Bits, Group, Layout};
+use tailorq_tensor::{Bits, Group, Layout, ScaleBits};
 
 /// Bumped when an old recipe no longer means the same bytes.
 pub const RECIPE_SCHEMA: u32 = 4;
@@ -155,6 +155,10 @@ pub struct QuantizeSettings {
     /// Inputs that share a scale in an untied head; by its width when absent.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub head_group: Option<Group>,
+    /// Width of stored scales, of linears and of tables of 4 bits. Wider tables have scales of 16: with 8 their error would grow
+    /// by a tenth, as much as is saved.
+    #[serde(skip_serializing_if = "ScaleBits::is_sixteen", default)]
+    pub scale_bits: ScaleBits,
     /// What codes of linears stand for; codebooks for methods that can.
     #[serde(skip_serializing_if = "GridKind::is_affine", default)]
     pub grid: GridKind,
@@ -187,6 +191,7 @@ impl Default for QuantizeSettings {
             embedding_group: None,
             head_bits: 8,
             head_group: None,
+            scale_bits: ScaleBits::default(),
             grid: GridKind::Affine,
             transform: None,
             aligned: None,
@@ -198,7 +203,7 @@ impl QuantizeSettings {
     /// Layout of the linears. With codebooks, widths above 4 bits are symmetric grids.
     pub fn layout(&self) -> Layout {
         let symmetric = self.symmetric || self.grid == GridKind::Codebook;
-        Layout { bits: self.bits, group: self.group, symmetric }
+        Layout { symmetric, scales: self.scale_bits, ..Layout::new(self.bits, self.group) }
     }
 
     /// Both drift corrections.
@@ -208,12 +213,12 @@ impl QuantizeSettings {
 
     /// Layout of the embedding, or `None` for half precision.
     pub fn embedding_layout(&self) -> Option<Layout> {
-        table_layout(self.embedding_bits, self.embedding_group)
+        table_layout(self.embedding_bits, self.embedding_group, self.scale_bits)
     }
 
     /// Layout of an untied head, or `None` for half precision.
     pub fn head_layout(&self) -> Option<Layout> {
-        table_layout(self.head_bits, self.head_group)
+        table_layout(self.head_bits, self.head_group, self.scale_bits)
     }
 
     /// What a survey must hold for them.
@@ -243,6 +248,10 @@ impl QuantizeSettings {
                 return fail(format!("the seed of the transform is {}: use one below 2^63", transform.seed));
             }
             _ => {}
+        }
+        // Where all is simulated or stays at 16 bits, the tables alone would have them, and the bytes of a format that does not exist.
+        if !self.scale_bits.is_sixteen() && method.stores_half() {
+            return fail(format!("{} stores no codes of linears: leave out --scale-bits", self.method));
         }
         if !(self.damping.is_finite() && (0.0..=100.0).contains(&self.damping)) {
             return fail(format!("damping is {}: use a share of the mean diagonal from 0 to 100", self.damping));
@@ -281,14 +290,15 @@ impl QuantizeSettings {
 }
 
 /// Layout of a table at 4, 6 or 8 bits, in groups of 32, 64 and 128 unless told otherwise; `None` for half precision.
-fn table_layout(bits: u32, group: Option<Group>) -> Option<Layout> {
+fn table_layout(bits: u32, group: Option<Group>, scales: ScaleBits) -> Option<Layout> {
     let bits = Bits::try_from(bits).ok()?;
     let by_width = match bits {
         Bits::Eight => 128,
         Bits::Six => 64,
         _ => 32,
     };
-    Some(Layout { bits, group: group.unwrap_or(Group::Inputs(by_width)), symmetric: false })
+    let scales = if bits <= Bits::Four { scales } else { ScaleBits::Sixteen };
+    Some(Layout { scales, ..Layout::new(bits, group.unwrap_or(Group::Inputs(by_width))) })
 }
 
 /// The calibration of a recipe.
@@ -478,6 +488,21 @@ mod tests {
     }
 
     #[test]
+    fn scales_of_eight_bits_are_in_every_layout_of_few_bits() {
+        let settings =
+            QuantizeSettings { scale_bits: ScaleBits::Eight, embedding_bits: 4, head_bits: 8, ..recipe().quantize };
+        settings.check().unwrap();
+        for layout in [Some(settings.layout()), settings.embedding_layout()] {
+            assert_eq!(layout.unwrap().scales, ScaleBits::Eight);
+        }
+        assert_eq!(settings.head_layout().unwrap().scales, ScaleBits::Sixteen);
+        let toml = Recipe { quantize: settings.clone(), ..recipe() }.to_toml();
+        assert!(toml.contains("scale_bits = 8") && !recipe().to_toml().contains("scale_bits"), "{toml}");
+        assert_eq!(toml::from_str::<Recipe>(&toml).unwrap().quantize, settings);
+        assert!(toml::from_str::<Recipe>(&toml.replace("scale_bits = 8", "scale_bits = 4")).is_err());
+    }
+
+    #[test]
     fn differences_name_the_key_and_both_values() {
         let mut other = recipe();
         other.quantize.bits = Bits::Two;
@@ -497,6 +522,7 @@ mod tests {
             |s| s.bits = Bits::Six,
             |s| s.own_answers = true,
             |s| (s.method, s.grid) = ("awq".into(), GridKind::Codebook),
+            |s| (s.method, s.scale_bits) = ("awq".into(), ScaleBits::Eight),
             |s| (s.method, s.transform) = ("awq".into(), Some(TransformSettings::hadamard(0))),
             |s| s.transform = Some(TransformSettings::hadamard(u64::MAX)),
         ] {

@@ -53,7 +53,7 @@ fn summary(m: &Inspection) -> String {
 }
 
 fn header(first: &str) -> String {
-    format!("{first:<44} {:>16} {:<26} {:>8}\n", "shape", "stored as", "bits")
+    format!("{first:<44} {:>16} {:<36} {:>8}\n", "shape", "stored as", "bits")
 }
 
 fn layer_lines(matrices: &[StoredMatrix]) -> String {
@@ -82,7 +82,7 @@ fn kind_lines(matrices: &[StoredMatrix]) -> String {
 }
 
 fn line(name: &str, m: &StoredMatrix, bits: f64) -> String {
-    format!("{name:<44} {:>16} {:<26} {bits:>8.3}\n", format!("{} x {}", m.rows, m.cols), m.encoding)
+    format!("{name:<44} {:>16} {:<36} {bits:>8.3}\n", format!("{} x {}", m.rows, m.cols), m.encoding)
 }
 
 /// The name with `N` for the block: `model.layers.N.mlp.down_proj`.

@@ -247,7 +247,7 @@ mod tests {
 
     /// A matrix of nothing but corrections, and those of each row.
     fn corrected(rng: &mut Rng, (rows, cols): (usize, usize), share: impl Fn(usize) -> f64) -> (Weight, Vec<Added>) {
-        let layout = Layout { bits: Bits::Two, group: Group::Row, symmetric: true };
+        let layout = Layout { symmetric: true, ..Layout::new(Bits::Two, Group::Row) };
         let (mut tiles, mut elements, mut added) = (Vec::new(), Vec::new(), vec![Added::new(); rows]);
         for (row, added) in added.iter_mut().enumerate() {
             let some = |rng: &mut Rng, n: usize| (0..n).filter(|_| rng.uniform() < share(row)).collect::<Vec<_>>();

@@ -19,6 +19,7 @@ struct Rule {
     float max_code;
     int n_factors;            // 0: the extremes are the range
     int middle;               // the zero point of symmetric grids, -1 for others
+    int cut;                  // low bits that stored scales do not have: 0, or 127 with scales of 8 bits
 };
 
 // The layer; `Layer` in rounding.rs.
@@ -100,12 +101,15 @@ __device__ __forceinline__ double warp_sum_double(double x) {
     return x;
 }
 
-// The grid of `factor` times the range; false when its scale is above the largest f16.
+// The grid of `factor` times the range; false when its scale is above the largest. With scales of 8 bits that of the whole range
+// is the next, others have the nearest.
 __device__ __forceinline__ bool grid_of(const Rule& rule, float low, float high, float factor, u16& scale, int& zero) {
     float exact = __fdiv_rn(__fmul_rn(factor, __fsub_rn(high, low)), rule.max_code);
     scale = float_to_half(exact);
+    int added = factor == 1.0f ? rule.cut : (rule.cut + 1) >> 1;
+    if (rule.cut) scale = (u16)((scale + added) & ~rule.cut);
     if (scale >= 0x7c00) return false;
-    if (scale == 0) scale = 1;
+    if (scale == 0) scale = (u16)(rule.cut + 1);
     zero = rule.middle >= 0 ? rule.middle
                             : (int)round_within(__fdiv_rn(__fmul_rn(-low, factor), half_to_float(scale)), 0.0f, rule.max_code);
     return true;

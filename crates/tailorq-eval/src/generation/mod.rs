@@ -262,7 +262,7 @@ mod tests {
         with_tiny(|subject| {
             let decoders = PlainDecoders::new(tailorq_kernels::cpu(), 2);
             let n_read = || decoders.n_read.load(std::sync::atomic::Ordering::Relaxed);
-            let layout = Layout { bits: Bits::Four, group: Group::Row, symmetric: true };
+            let layout = Layout { symmetric: true, ..Layout::new(Bits::Four, Group::Row) };
             let mut packed = subject.model.clone();
             let weight = &mut packed.blocks[1].linear_mut(Slot::Up).weight;
             let (rows, cols) = (weight.rows(), weight.cols());

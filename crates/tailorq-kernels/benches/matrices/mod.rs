@@ -3,7 +3,7 @@
 
 use half::f16;
 use tailorq_tensor::{
-    Bits, ElementCorrections, Group, Layout, PackedMatrix, PackedParts, Rng, SharedBytes, TILE, TileBits,
+    Bits, ElementCorrections, Group, Layout, PackedMatrix, PackedParts, Rng, ScaleBits, SharedBytes, TILE, TileBits,
     TileCorrection, TileCorrections, Weight,
 };
 
@@ -19,14 +19,26 @@ pub struct Case {
     pub codebook: bool,
     /// Whether its integers have two bytes.
     pub wide: bool,
+    /// Whether scales are bytes.
+    pub byte_scales: bool,
 }
 
-const PLAIN: Case =
-    Case { name: "", bits: Bits::Two, group: 128, tiles: 0.0, elements: 0.0, codebook: false, wide: false };
+const PLAIN: Case = Case {
+    name: "",
+    bits: Bits::Two,
+    group: 128,
+    tiles: 0.0,
+    elements: 0.0,
+    codebook: false,
+    wide: false,
+    byte_scales: false,
+};
 
-pub const CASES: [Case; 7] = [
+pub const CASES: [Case; 9] = [
     Case { name: "2 bit, group 128", ..PLAIN },
     Case { name: "2 bit, group 64", group: 64, ..PLAIN },
+    Case { name: "2 bit, group 128, byte scales", byte_scales: true, ..PLAIN },
+    Case { name: "2 bit, group 64, byte scales", group: 64, byte_scales: true, ..PLAIN },
     Case { name: "2 bit, 2 % tiles, 0.35 % elements", tiles: 0.02, elements: 0.0035, ..PLAIN },
     Case { name: "2 bit codebook, one byte", codebook: true, ..PLAIN },
     Case { name: "2 bit codebook, two bytes", codebook: true, wide: true, ..PLAIN },
@@ -40,7 +52,11 @@ pub const SHAPES: [(usize, usize); 6] =
 
 /// A random matrix.
 pub fn matrix(rng: &mut Rng, case: &Case, rows: usize, cols: usize) -> Weight {
-    let layout = Layout { bits: case.bits, group: Group::Inputs(case.group), symmetric: case.codebook };
+    let layout = Layout {
+        symmetric: case.codebook,
+        scales: if case.byte_scales { ScaleBits::Eight } else { ScaleBits::Sixteen },
+        ..Layout::new(case.bits, Group::Inputs(case.group))
+    };
     let tiles = cols.div_ceil(TILE);
     let words: Vec<u32> = (0..rows * tiles * case.bits.words_per_tile()).map(|_| rng.next_u64() as u32).collect();
     let highs: Vec<u16> = (0..rows * tiles).map(|_| rng.next_u64() as u16).collect();
@@ -50,7 +66,13 @@ pub fn matrix(rng: &mut Rng, case: &Case, rows: usize, cols: usize) -> Weight {
     let parts = PackedParts {
         codes: SharedBytes::from_vec(words),
         codes_high: (case.bits == Bits::Three).then(|| SharedBytes::from_vec(highs)),
-        scales: SharedBytes::from_vec(scales),
+        scales: match layout.scales {
+            ScaleBits::Sixteen => SharedBytes::from_vec(scales),
+            // From 2^-7 to 2^-5.
+            ScaleBits::Eight => {
+                SharedBytes::from_vec((0..scales.len()).map(|_| 64 + rng.below(16) as u8).collect::<Vec<u8>>())
+            }
+        },
         zeros: (!case.codebook).then(|| SharedBytes::from_vec(zeros)),
     };
     let mut m = PackedMatrix::new(rows, cols, layout, parts).expect("a valid matrix");

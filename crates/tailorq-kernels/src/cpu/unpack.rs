@@ -83,12 +83,12 @@ pub(super) fn signed_codes<S: Simd, const BITS: usize>(simd: S, bytes: &[u8]) ->
 fn unpack_tiles<S: Simd, const BITS: u32>(simd: S, m: &PackedMatrix, r: usize, out: &mut [f32]) {
     const { assert!(TILE == LANES, "a tile is a vector") };
     assert_eq!(out.len(), m.cols(), "unpack_row: output length");
-    let (layout, scales, zeros) = (m.layout(), m.scales(r), zero_bytes(m, r));
+    let (layout, scales, zeros) = (m.layout(), m.row_scales(r), zero_bytes(m, r));
     let planes = Planes { words: m.code_words(r), highs: m.code_highs(r), high_words: m.code_high_words(r) };
     let group = layout.group.len(m.cols());
     for (g, values) in out.chunks_mut(group).enumerate() {
         let zero = simd.splat(f32::from(zero_point(layout.bits, zeros, g)));
-        let scale = simd.splat(scales[g].to_f32());
+        let scale = simd.splat(scales.get(g).to_f32());
         let first = g * group / TILE;
         let (tiles, tail) = values.as_chunks_mut::<LANES>();
         let n = tiles.len();
@@ -149,14 +149,15 @@ mod tests {
     use super::*;
     use half::f16;
     use tailorq_tensor::{
-        ElementCorrections, Group, InputTransform, Layout, MeanTile, Rng, SharedBytes, TileCorrection,
+        ElementCorrections, Group, InputTransform, Layout, MeanTile, Rng, ScaleBits, SharedBytes, TileCorrection,
     };
 
     fn base(rng: &mut Rng, rows: usize, cols: usize, layout: Layout) -> PackedMatrix {
         let levels = usize::from(layout.bits.max_code()) + 1;
         let groups = rows * layout.group.count(cols);
         let codes: Vec<u8> = (0..rows * cols).map(|_| rng.below(levels) as u8).collect();
-        let scales: Vec<f16> = (0..groups).map(|_| f16::from_f32(rng.uniform() as f32)).collect();
+        let scale = |x: f64| layout.scales.nearest(x as f32).unwrap();
+        let scales: Vec<f16> = (0..groups).map(|_| scale(rng.uniform())).collect();
         let n_zeros = if layout.symmetric { 0 } else { groups };
         let zeros: Vec<u8> = (0..n_zeros).map(|_| rng.below(levels) as u8).collect();
         PackedMatrix::pack(rows, cols, layout, &codes, &scales, &zeros).unwrap()
@@ -221,7 +222,11 @@ mod tests {
                 for (symmetric, cols) in
                     [true, false].into_iter().flat_map(|s| [0, 1, 16, 33, 576, 600].map(|c| (s, c)))
                 {
-                    let layout = Layout { bits, group, symmetric };
+                    // Both widths of scales, in turn for the rest.
+                    let layout = |scales| Layout { symmetric, scales, ..Layout::new(bits, group) };
+                    let all = ScaleBits::ALL.map(|scales| base(&mut rng, 3, cols, layout(scales)));
+                    all.iter().for_each(check);
+                    let layout = layout(ScaleBits::ALL[cols % 2]);
                     let m = base(&mut rng, 3, cols, layout);
                     check(&m);
                     check(&m.clone().with_elements(elements(&mut rng, 3, cols)).unwrap());

@@ -7,8 +7,8 @@ use std::ops::Range;
 use std::sync::Arc;
 use tailorq_kernels::{AttentionSpan, KeyValues, KvBlock, KvType, RopeTable};
 use tailorq_tensor::{
-    Bits, DType, DenseRows, ElementCorrections, Group, Layout, Matrix, PackedMatrix, Rng, SharedBytes, TILE, TileBits,
-    TileCorrection, TileCorrections, Weight,
+    Bits, DType, DenseRows, ElementCorrections, Group, Layout, Matrix, PackedMatrix, Rng, ScaleBits, SharedBytes, TILE,
+    TileBits, TileCorrection, TileCorrections, Weight,
 };
 
 /// `n` standard normal numbers.
@@ -62,7 +62,8 @@ pub fn layouts() -> Vec<Layout> {
     let groups = Group::SIZES.into_iter().map(Group::Inputs).chain([Group::Row]);
     groups
         .flat_map(|group| Bits::ALL.into_iter().map(move |bits| (group, bits)))
-        .flat_map(|(group, bits)| [true, false].map(|symmetric| Layout { bits, group, symmetric }))
+        .flat_map(|(group, bits)| ScaleBits::ALL.map(|scales| Layout { scales, ..Layout::new(bits, group) }))
+        .flat_map(|layout| [true, false].map(|symmetric| Layout { symmetric, ..layout }))
         .collect()
 }
 
@@ -71,7 +72,8 @@ pub fn packed(rng: &mut Rng, rows: usize, cols: usize, layout: Layout) -> Packed
     let levels = usize::from(layout.bits.max_code()) + 1;
     let groups = rows * layout.group.count(cols);
     let codes: Vec<u8> = (0..rows * cols).map(|_| rng.below(levels) as u8).collect();
-    let scales: Vec<f16> = (0..groups).map(|_| f16::from_f32((0.1 + rng.uniform() as f32) / levels as f32)).collect();
+    let scale = |x: f64| layout.scales.nearest((0.1 + x as f32) / levels as f32).unwrap();
+    let scales: Vec<f16> = (0..groups).map(|_| scale(rng.uniform())).collect();
     let n_zeros = if layout.symmetric { 0 } else { groups };
     let zeros: Vec<u8> = (0..n_zeros).map(|_| rng.below(levels) as u8).collect();
     PackedMatrix::pack(rows, cols, layout, &codes, &scales, &zeros).unwrap()

@@ -48,7 +48,7 @@ fn linears_of_every_storage_and_shape() {
 #[test]
 fn large_linears_cross_every_partition() {
     let mut rng = Rng::new(2);
-    let two = Layout { bits: Bits::Two, group: Group::Inputs(64), symmetric: false };
+    let two = Layout::new(Bits::Two, Group::Inputs(64));
     for (n, rows, cols) in [(600, 530, 48), (1100, 70, 33), (1, 1500, 200), (4, 700, 576)] {
         let dense: Weight = Matrix::from_vec(rows, cols, normal(&mut rng, rows * cols)).into();
         for w in [dense, packed(&mut rng, rows, cols, two).into()] {

@@ -1,13 +1,15 @@
 //! Affine grids: scale and zero point of one group of weights, with an optional search for the clipping.
 //!
-//! The scale is rounded to f16 before any code is chosen, so the grid that errors are measured on is the grid that is
-//! stored. Every grid contains 0 exactly.
+//! The scale is rounded to f16, or to 8 bits, before any code is chosen, so the grid that errors are measured on is the grid that
+//! is stored. Every grid contains 0 exactly. Scales of 8 bits are rounded up for the whole range: one that is too small by 5 %
+//! leaves the largest weights outside, which at 6 and 8 bits would cost more than all the rest. Those of other candidates are the
+//! nearest.
 
 use super::levels::Levels;
 use crate::Clip;
 use crate::simd::{LANES, Simd, multiply_add, round_within};
 use half::f16;
-use tailorq_tensor::{Bits, Layout};
+use tailorq_tensor::{Bits, Layout, ScaleBits};
 use thiserror::Error;
 
 /// `value = (code - zero) * scale`, for one group.
@@ -100,9 +102,9 @@ impl Default for ClipSearch {
     }
 }
 
-/// A group needs a scale that f16 cannot hold.
+/// A group needs a scale that the layout cannot hold.
 #[derive(Clone, Copy, Debug, Error, PartialEq)]
-#[error("a scale of {scale} is above the largest f16")]
+#[error("a scale of {scale} is above the largest that is stored")]
 pub struct ScaleOverflow {
     /// The scale in f32; infinite when the range itself overflows.
     pub scale: f32,
@@ -119,6 +121,8 @@ pub struct GridRule {
     pub clip: Option<ClipSearch>,
     /// The levels of a codebook, which groups then only scale; `None` for multiples of the scale.
     pub levels: Option<Levels>,
+    /// How scales are stored.
+    pub scales: ScaleBits,
 }
 
 impl GridRule {
@@ -129,14 +133,14 @@ impl GridRule {
             Clip::Magnitude => Some(ClipSearch::default()),
             Clip::Hessian => Some(ClipSearch { norm: 2.0, ..ClipSearch::default() }),
         };
-        GridRule { bits: layout.bits, symmetric: layout.symmetric, clip, levels: None }
+        GridRule { bits: layout.bits, symmetric: layout.symmetric, clip, levels: None, scales: layout.scales }
     }
 
     /// The grid for one group of finite weights. `importance`, one factor a weight, weighs the errors of the clip search;
     /// `None` weighs all alike.
     pub fn fit(&self, weights: &[f32], importance: Option<&[f32]>) -> Result<Grid, ScaleOverflow> {
         if let Some(levels) = &self.levels {
-            return levels.fit(weights, importance, self.clip.is_some());
+            return levels.fit((weights, importance), self.scales, self.clip.is_some());
         }
         let range = self.range(weights);
         let Some(full) = self.grid(range, 1.0)? else {
@@ -169,12 +173,10 @@ impl GridRule {
         }
         let max_code = f32::from(self.bits.max_code());
         let exact = shrink * (high - low) / max_code;
-        let mut scale = f16::from_f32(exact);
-        if !scale.is_finite() {
-            return Err(ScaleOverflow { scale: exact });
-        }
+        let stored = if shrink == 1.0 { self.scales.above(exact) } else { self.scales.nearest(exact) };
+        let mut scale = stored.ok_or(ScaleOverflow { scale: exact })?;
         if scale == f16::ZERO {
-            scale = f16::from_bits(1);
+            scale = self.scales.least();
         }
         let zero = if self.symmetric {
             self.bits.middle()
@@ -227,10 +229,14 @@ fn search_loop<const FUSED: bool>(
     importance: &[f32],
     full: Grid,
 ) -> Grid {
-    let (mut best, mut best_penalty) = (full, f32::INFINITY);
+    let (mut best, mut best_penalty, mut last) = (full, f32::INFINITY, None);
     for shrink in clip.factors() {
-        // A shrunken grid fits f16 when the full one does; a grown one may not.
+        // A shrunken grid's scale is stored when the full one's is; that of a grown one may be too large.
         let Ok(Some(grid)) = rule.grid(range, shrink) else { continue };
+        // Neighbours often have the same scale of 8 bits, and no grid is better than itself.
+        if last.replace(grid) == Some(grid) {
+            continue;
+        }
         let line = Line::new(grid, rule.bits);
         // Errors are summed in units of the scale, so the bound is brought to these units.
         let unit = power::<FUSED>(line.scale, clip.norm);
@@ -340,7 +346,7 @@ fn power<const FUSED: bool>(x: f32, exponent: f32) -> f32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tailorq_tensor::Rng;
+    use tailorq_tensor::{Group, Rng};
 
     #[test]
     fn power_is_close() {
@@ -363,8 +369,8 @@ mod tests {
         let mut rng = Rng::new(5);
         for n in [1usize, 15, 16, 17, 64, 100, 128, 576] {
             let weights: Vec<f32> = (0..n).map(|_| rng.normal()).collect();
-            let rule =
-                GridRule { bits: Bits::Three, symmetric: false, clip: Some(ClipSearch::default()), levels: None };
+            let clip = Some(ClipSearch::default());
+            let rule = GridRule { clip, ..GridRule::new(Layout::new(Bits::Three, Group::Row), Clip::None) };
             let (clip, range) = (ClipSearch::default(), rule.range(&weights));
             let full = rule.grid(range, 1.0).unwrap().unwrap();
             let run = |simd| search(simd, &rule, clip, range, &weights, &[], full);

@@ -16,7 +16,7 @@ use crate::ElementMask;
 use crate::simd::LANES;
 use half::f16;
 use rayon::prelude::*;
-use tailorq_tensor::{Bits, Matrix, SharedBytes};
+use tailorq_tensor::{Bits, Layout, Matrix, ScaleBits, SharedBytes};
 
 /// The most levels, those of 4 bits.
 const MOST: usize = 16;
@@ -98,11 +98,12 @@ impl Levels {
         self.values[usize::from(code) % MOST]
     }
 
-    /// The scale of a group with the least `sum importance (w - scale level)^2`, an f16; without a search the root mean square.
+    /// The scale of a group with the least `sum importance (w - scale level)^2`, one of those that are stored; without a search
+    /// the root mean square.
     pub(super) fn fit(
         &self,
-        weights: &[f32],
-        importance: Option<&[f32]>,
+        (weights, importance): (&[f32], Option<&[f32]>),
+        stored: ScaleBits,
         searches: bool,
     ) -> Result<Grid, ScaleOverflow> {
         let energy: f64 = weights.iter().map(|w| f64::from(*w) * f64::from(*w)).sum();
@@ -110,7 +111,7 @@ impl Levels {
         if rms == 0.0 && energy == 0.0 {
             return Ok(Grid { scale: f16::ZERO, zero: 0 });
         }
-        let plain = as_scale(rms)?;
+        let plain = as_scale(stored, rms)?;
         if !searches {
             return Ok(Grid { scale: plain, zero: 0 });
         }
@@ -123,7 +124,7 @@ impl Levels {
         let mut best = (plain, sums(plain));
         for share in TRIED {
             // One that overflows is no candidate.
-            let Ok(scale) = as_scale(rms * share) else { continue };
+            let Ok(scale) = as_scale(stored, rms * share) else { continue };
             let found = sums(scale);
             if found.error < best.1.error {
                 best = (scale, found);
@@ -132,7 +133,7 @@ impl Levels {
         for _ in 0..REFINED {
             // The best scale for the codes as they are; never negative, since codes have the signs of their weights.
             let Sums { cross, energy, .. } = best.1;
-            let Ok(scale) = as_scale((cross / energy) as f32) else { break };
+            let Ok(scale) = as_scale(stored, (cross / energy) as f32) else { break };
             let found = sums(scale);
             if energy == 0.0 || cross <= 0.0 || found.error >= best.1.error {
                 break;
@@ -144,14 +145,15 @@ impl Levels {
 
     /// Levels for a whole matrix, see the module. `importance` is one factor a column; `kept` elements have no say.
     pub(super) fn of_matrix(
-        bits: Bits,
+        layout: Layout,
         weights: &Matrix,
-        (group_len, kept): (usize, Option<&ElementMask>),
+        kept: Option<&ElementMask>,
         importance: Option<&[f32]>,
     ) -> Result<Self, ScaleOverflow> {
+        let group_len = layout.group.len(weights.cols());
         let step = weights.rows().div_ceil(SAMPLE_ROWS).max(1);
         let rows: Vec<usize> = (0..weights.rows()).step_by(step).collect();
-        let mut levels = Levels::gaussian(bits);
+        let mut levels = Levels::gaussian(layout.bits);
         for _ in 0..TURNS {
             let tasks: Vec<Result<Histogram, ScaleOverflow>> = rows
                 .par_chunks(TASK_ROWS)
@@ -162,7 +164,7 @@ impl Levels {
                             let range = g * group_len..g * group_len + group.len();
                             let importance = importance.map(|i| &i[range.clone()]);
                             let kept: Vec<usize> = kept_within(kept, r, range).collect();
-                            counts.add(&levels, (group, importance), &kept)?;
+                            counts.add((&levels, layout.scales), (group, importance), &kept)?;
                         }
                     }
                     Ok(counts)
@@ -178,13 +180,12 @@ impl Levels {
     }
 }
 
-/// An f16 that is not 0.
-fn as_scale(exact: f32) -> Result<f16, ScaleOverflow> {
-    let scale = f16::from_f32(exact);
-    match scale.is_finite() {
-        true if scale == f16::ZERO => Ok(f16::from_bits(1)),
-        true => Ok(scale),
-        false => Err(ScaleOverflow { scale: exact }),
+/// The nearest stored scale that is not 0.
+fn as_scale(stored: ScaleBits, exact: f32) -> Result<f16, ScaleOverflow> {
+    match stored.nearest(exact) {
+        Some(scale) if scale == f16::ZERO => Ok(stored.least()),
+        Some(scale) => Ok(scale),
+        None => Err(ScaleOverflow { scale: exact }),
     }
 }
 
@@ -244,14 +245,14 @@ impl Histogram {
     /// Counts a group at the scale that fits the levels best; without its `kept` places.
     fn add(
         &mut self,
-        levels: &Levels,
+        (levels, stored): (&Levels, ScaleBits),
         (weights, importance): (&[f32], Option<&[f32]>),
         kept: &[usize],
     ) -> Result<(), ScaleOverflow> {
         let is_counted = |i: &usize| kept.binary_search(i).is_err();
         let rest = |values: &[f32]| -> Vec<f32> { (0..values.len()).filter(is_counted).map(|i| values[i]).collect() };
         let (weights, importance) = (rest(weights), importance.map(rest));
-        let scale = levels.fit(&weights, importance.as_deref(), true)?.scale.to_f32();
+        let scale = levels.fit((&weights, importance.as_deref()), stored, true)?.scale.to_f32();
         if scale == 0.0 {
             return Ok(());
         }
@@ -300,12 +301,16 @@ impl Histogram {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tailorq_tensor::Rng;
+    use tailorq_tensor::{Group, Rng};
 
-    fn relative_error(weights: &Matrix, levels: &Levels, group_len: usize) -> f64 {
+    fn symmetric(bits: Bits, group: Group) -> Layout {
+        Layout { symmetric: true, ..Layout::new(bits, group) }
+    }
+
+    fn relative_error(weights: &Matrix, levels: &Levels, group_len: usize, stored: ScaleBits) -> f64 {
         let (mut error, mut energy) = (0.0, 0.0);
         for group in weights.data().chunks(group_len) {
-            let scale = levels.fit(group, None, true).unwrap().scale.to_f32();
+            let scale = levels.fit((group, None), stored, true).unwrap().scale.to_f32();
             for w in group {
                 error += f64::from(w - scale * levels.value(levels.code(w / scale))).powi(2);
                 energy += f64::from(*w).powi(2);
@@ -320,9 +325,10 @@ mod tests {
         let mut rng = Rng::new(1);
         let w = Matrix::from_vec(64, 512, (0..64 * 512).map(|_| 3.0 * rng.normal()).collect());
         for (bits, expected) in [(Bits::Two, 0.1175), (Bits::Three, 0.03454), (Bits::Four, 0.009497)] {
-            let fitted = Levels::of_matrix(bits, &w, (512, None), None).unwrap();
-            for levels in [Levels::gaussian(bits), fitted] {
-                let found = relative_error(&w, &levels, 512);
+            let layout = |scales| Layout { scales, ..symmetric(bits, Group::Row) };
+            let fitted = ScaleBits::ALL.map(|s| (s, Levels::of_matrix(layout(s), &w, None, None).unwrap()));
+            for (stored, levels) in fitted.into_iter().chain(ScaleBits::ALL.map(|s| (s, Levels::gaussian(bits)))) {
+                let found = relative_error(&w, &levels, 512, stored);
                 // A scale of its own for each row of the sample gains a little.
                 assert!((0.91..1.01).contains(&(found / expected)), "{bits:?}: {found}, {levels:?}");
             }
@@ -335,9 +341,12 @@ mod tests {
         let places = [-3.0f32, -1.0, 0.6, 2.0];
         let w: Vec<f32> = (0..32 * 128).map(|_| places[rng.below(4)] + 0.01 * rng.normal()).collect();
         let w = Matrix::from_vec(32, 128, w);
-        let fitted = Levels::of_matrix(Bits::Two, &w, (128, None), None).unwrap();
-        let found = relative_error(&w, &fitted, 128);
-        assert!(found < 0.002 && found < 0.05 * relative_error(&w, &Levels::gaussian(Bits::Two), 128), "{found}");
+        let fitted = Levels::of_matrix(symmetric(Bits::Two, Group::Inputs(128)), &w, None, None).unwrap();
+        let found = relative_error(&w, &fitted, 128, ScaleBits::Sixteen);
+        assert!(
+            found < 0.002 && found < 0.05 * relative_error(&w, &Levels::gaussian(Bits::Two), 128, ScaleBits::Sixteen),
+            "{found}"
+        );
     }
 
     #[test]
@@ -373,11 +382,15 @@ mod tests {
     #[test]
     fn awkward_groups_have_scales() {
         let levels = Levels::gaussian(Bits::Two);
-        assert_eq!(levels.fit(&[0.0; 5], None, true).unwrap().scale, f16::ZERO);
-        assert_eq!(levels.fit(&[], None, true).unwrap().scale, f16::ZERO);
-        assert!(levels.fit(&[1e-9, 1e-12], None, true).unwrap().scale > f16::ZERO);
-        assert!(levels.fit(&[1e30], None, true).is_err());
+        for stored in ScaleBits::ALL {
+            let fit = |weights: &[f32]| levels.fit((weights, None), stored, true);
+            assert_eq!(fit(&[0.0; 5]).unwrap().scale, f16::ZERO);
+            assert_eq!(fit(&[]).unwrap().scale, f16::ZERO);
+            assert!(fit(&[1e-9, 1e-12]).unwrap().scale > f16::ZERO);
+            assert!(fit(&[1e30]).is_err());
+        }
         let zeros = Matrix::zeros(3, 40);
-        assert_eq!(Levels::of_matrix(Bits::Four, &zeros, (40, None), None).unwrap(), Levels::gaussian(Bits::Four));
+        let found = Levels::of_matrix(symmetric(Bits::Four, Group::Row), &zeros, None, None).unwrap();
+        assert_eq!(found, Levels::gaussian(Bits::Four));
     }
 }

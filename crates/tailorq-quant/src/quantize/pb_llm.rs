@@ -13,9 +13,9 @@ use super::simulated::{as_half, check_simulated, factored, rounded_instead, simu
 use super::stored::stored_at_half;
 use super::{LayerStats, Needs, Quantized, Quantizer};
 use crate::simd::round_within;
-use crate::{LayerPlan, LayerSettings, QuantError};
+use crate::{Clip, LayerPlan, LayerSettings, QuantError};
 use tailorq_kernels::Device;
-use tailorq_tensor::{Bits, Matrix};
+use tailorq_tensor::{Bits, Group, Layout, Matrix};
 
 /// Share of the weights with 8 bits.
 const SALIENT: f64 = 0.1;
@@ -109,7 +109,7 @@ struct Job<'a> {
 impl Job<'_> {
     fn rows(&self, first: usize, n: usize) -> Result<Vec<f32>, QuantError> {
         let cols = self.weights.cols();
-        let rule = GridRule { bits: Bits::Eight, symmetric: false, clip: None, levels: None };
+        let rule = GridRule::new(Layout::new(Bits::Eight, Group::Row), Clip::None);
         let mut lines = Vec::with_capacity(n);
         for r in first..first + n {
             lines.push(Line::new(rule.fit(self.weights.row(r), None).map_err(at_group(r, 0))?, Bits::Eight));

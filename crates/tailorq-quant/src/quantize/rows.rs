@@ -103,8 +103,7 @@ pub(super) fn codebook(
         return Ok(None);
     }
     check_finite(weights, 0, weights.rows())?;
-    let groups = (layout.group.len(weights.cols()), plan.kept.as_deref());
-    let levels = Levels::of_matrix(layout.bits, weights, groups, importance);
+    let levels = Levels::of_matrix(layout, weights, plan.kept.as_deref(), importance);
     // Which group it was is found again when it gets its own scale; the levels only need to say that there is one.
     levels.map(Some).map_err(at_group(0, 0))
 }

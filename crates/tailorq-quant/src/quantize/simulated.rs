@@ -18,6 +18,8 @@ pub(super) fn check_simulated(name: &str, weights: &Matrix, plan: &LayerPlan) ->
         "its format has no place for other kept weights: leave out the circuit"
     } else if plan.settings.layout.symmetric {
         "its format has no symmetric grids: leave out --sym"
+    } else if !plan.settings.layout.scales.is_sixteen() {
+        "its format says itself how wide its scales are: leave out --scale-bits"
     } else {
         return Ok(());
     };

@@ -16,10 +16,10 @@ use super::stored::stored_at_half;
 use super::{LayerStats, Needs, Quantized, Quantizer, ScaleOverflow};
 use crate::allocate::{Swap, double_pointer};
 use crate::simd::round_within;
-use crate::{LayerPlan, LayerSettings, QuantError};
+use crate::{Clip, LayerPlan, LayerSettings, QuantError};
 use rayon::prelude::*;
 use tailorq_kernels::{Device, Strided, StridedMut};
-use tailorq_tensor::{Bits, Matrix};
+use tailorq_tensor::{Bits, Group, Layout, Matrix};
 
 /// Steps of 0.002 from 0.9 to 1.1.
 const SCALE_SEARCH: ClipSearch = ClipSearch { steps: 500, max_shrink: 0.102, max_growth: 0.1, norm: 2.4 };
@@ -135,7 +135,8 @@ impl Width {
                 Ok(Levels::Two(Signs { mean: as_half(mean as f32), size: as_half(size as f32) }))
             }
             Width::More(bits) => {
-                let grid = GridRule { bits, symmetric: false, clip, levels: None }.fit(weights, None)?;
+                let grid =
+                    GridRule { clip, ..GridRule::new(Layout::new(bits, Group::Row), Clip::None) }.fit(weights, None)?;
                 Ok(Levels::Even(OnLine(Line::new(grid, bits))))
             }
         }

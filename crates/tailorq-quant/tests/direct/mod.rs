@@ -4,9 +4,9 @@
 
 use std::sync::Arc;
 use tailorq_kernels::Device;
-use tailorq_quant::LayerSettings;
 use tailorq_quant::quantize::{GridRule, proxy_loss};
-use tailorq_tensor::{Bits, Matrix, Rng};
+use tailorq_quant::{Clip, LayerSettings};
+use tailorq_tensor::{Bits, Layout, Matrix, Rng};
 
 pub fn cpu() -> Arc<dyn Device> {
     tailorq_kernels::cpu()
@@ -255,7 +255,7 @@ pub fn awq(w: &Matrix, h: &Matrix, s: &LayerSettings, n_tokens: usize) -> Vec<f6
     let (n_rows, cols) = (w.rows(), w.cols());
     let group = s.layout.group.len(cols);
     let at = |i: usize, j: usize| f64::from(h.row(i.max(j))[i.min(j)]);
-    let rule = GridRule { bits: s.layout.bits, symmetric: false, clip: None, levels: None };
+    let rule = GridRule::new(Layout::new(s.layout.bits, s.layout.group), Clip::None);
     let round = |scales: &[f64], r: usize, start: usize, range: f64| -> Vec<f64> {
         let inputs = start..(start + group).min(cols);
         let scaled: Vec<f64> = inputs.clone().map(|c| f64::from(w.row(r)[c]) * scales[c]).collect();

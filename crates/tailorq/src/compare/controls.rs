@@ -177,6 +177,7 @@ fn plain_settings(own: &QuantizeSettings, layout: Layout) -> QuantizeSettings {
         embedding_group: own.embedding_group,
         head_bits: own.head_bits,
         head_group: own.head_group,
+        scale_bits: own.scale_bits,
         ..QuantizeSettings::default()
     }
 }

@@ -9,8 +9,9 @@ use super::base::{Base, Tables, ZeroBits};
 use super::levels::Levels;
 use crate::cpu::simd::sum8;
 use crate::cpu::tile::Tile;
+use half::f16;
 use std::arch::x86_64::*;
-use tailorq_tensor::Bits;
+use tailorq_tensor::{Bits, ScaleBits, Scales};
 
 /// Lanes of a register.
 const HALF: usize = 8;
@@ -388,14 +389,25 @@ impl<const VNNI: bool> Kernel<'_, VNNI> {
     unsafe fn scales(&self, row: usize, chunk: usize) -> [__m256; 2] {
         let groups = self.base.groups;
         let n = (groups - chunk * LANES).min(LANES);
-        let mut halves = [0u16; LANES];
         let from = row * groups + chunk * LANES;
-        halves[..n].copy_from_slice(&self.base.scales[from..from + n]);
         // SAFETY: see `Codes::dots`.
         unsafe {
-            let (low, high) = halves.split_at(HALF);
-            let low = _mm256_cvtph_ps(_mm_loadu_si128(low.as_ptr().cast()));
-            [low, _mm256_cvtph_ps(_mm_loadu_si128(high.as_ptr().cast()))]
+            let [low, high] = match self.base.scales {
+                Scales::Halves(all) => {
+                    let mut halves = [f16::ZERO; LANES];
+                    halves[..n].copy_from_slice(&all[from..from + n]);
+                    let (low, high) = halves.split_at(HALF);
+                    [_mm_loadu_si128(low.as_ptr().cast()), _mm_loadu_si128(high.as_ptr().cast())]
+                }
+                Scales::Bytes(all) => {
+                    let mut bytes = [0u8; LANES];
+                    bytes[..n].copy_from_slice(&all[from..from + n]);
+                    let wide = _mm256_cvtepu8_epi16(_mm_loadu_si128(bytes.as_ptr().cast()));
+                    let wide = _mm256_slli_epi16::<{ ScaleBits::SHIFT as i32 }>(wide);
+                    [_mm256_castsi256_si128(wide), _mm256_extracti128_si256::<1>(wide)]
+                }
+            };
+            [_mm256_cvtph_ps(low), _mm256_cvtph_ps(high)]
         }
     }
 

@@ -14,7 +14,7 @@ use super::corrections::{BLOCK, Corrections, Inputs};
 use super::corrections512::{self, BlockSums};
 use crate::cpu::tile::Tile;
 use std::arch::x86_64::*;
-use tailorq_tensor::Bits;
+use tailorq_tensor::{Bits, ScaleBits, Scales};
 
 /// 1.5 * 2^23: added to the bits of this number, an integer below 2^22 in size is added to its value.
 const MAGIC: f32 = 12_582_912.0;
@@ -207,11 +207,17 @@ impl<C: Codes> Kernel<'_, C> {
     #[inline(always)]
     unsafe fn scales(&self, row: usize, chunk: usize) -> __m512 {
         let groups = self.base.groups;
+        let (at, mask) = (row * groups + chunk * LANES, first_lanes(groups - chunk * LANES));
         // SAFETY: the mask keeps the load inside the row's scales.
         unsafe {
-            let from = self.base.scales.as_ptr().add(row * groups + chunk * LANES);
-            let mask = first_lanes(groups - chunk * LANES);
-            _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, from.cast()))
+            let halves = match self.base.scales {
+                Scales::Halves(all) => _mm256_maskz_loadu_epi16(mask, all.as_ptr().add(at).cast()),
+                Scales::Bytes(all) => {
+                    let bytes = _mm_maskz_loadu_epi8(mask, all.as_ptr().add(at).cast());
+                    _mm256_slli_epi16::<{ ScaleBits::SHIFT as i32 }>(_mm256_cvtepu8_epi16(bytes))
+                }
+            };
+            _mm512_cvtph_ps(halves)
         }
     }
 

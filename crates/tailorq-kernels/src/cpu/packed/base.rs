@@ -2,7 +2,7 @@
 
 use super::activations::{LANES, Order};
 use super::levels::Levels;
-use tailorq_tensor::{Bits, Group, Layout, PackedMatrix};
+use tailorq_tensor::{Bits, Group, Layout, PackedMatrix, Scales};
 
 /// Least bytes ahead of the codes in hand that are fetched into the cache. Rows follow each other in memory, so a block of
 /// rows fetches a later block line by line in the order of memory: several rows at once, each a stream of its own, reach
@@ -20,8 +20,8 @@ pub(super) struct Base<'a> {
     pub(super) words_per_row: usize,
     /// `[rows, words_per_row]` with 3 and 6 bits, the high bits of a word's codes beside it; else empty.
     pub(super) highs: &'a [u16],
-    /// f16 `[rows, groups]`, as bits.
-    pub(super) scales: &'a [u16],
+    /// `[rows, groups]`, in their width.
+    pub(super) scales: Scales<'a>,
     pub(super) groups: usize,
     /// `[rows, zero_bytes]`, empty when the layout is symmetric.
     pub(super) zeros: &'a [u8],
@@ -41,7 +41,7 @@ impl<'a> Base<'a> {
             words: parts.codes.cast().expect("checked when the matrix was made"),
             words_per_row: tiles * layout.bits.words_per_tile(),
             highs: parts.codes_high.as_ref().map_or(&[], |h| h.cast().expect("checked when the matrix was made")),
-            scales: parts.scales.cast().expect("checked when the matrix was made"),
+            scales: m.stored_scales(),
             groups: layout.group.count(cols),
             zeros: parts.zeros.as_deref().unwrap_or(&[]),
             zero_bytes: layout.zero_bytes_per_row(cols),
@@ -85,6 +85,11 @@ impl<'a> Base<'a> {
     /// What sums of products are multiplied with in the end.
     pub(super) fn factor(&self) -> f32 {
         self.levels.map_or(1.0, |levels| levels.factor)
+    }
+
+    /// The scale of group `g` in a row.
+    pub(super) fn scale(&self, row: usize, g: usize) -> f32 {
+        self.scales.get(row * self.groups + g).to_f32()
     }
 
     /// The zero of all groups of a symmetric layout.

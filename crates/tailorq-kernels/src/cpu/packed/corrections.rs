@@ -1,4 +1,4 @@
-//! The second pass: what corrections of elements and tiles, and the bias, add to the products of the base.
+//! The second pass: what corrections of elements and tiles add to the products of the base.
 //!
 //! A row of 1536 inputs has two corrected tiles of a hundred and five kept elements: a loop over those of one row ends at
 //! another turn in each, and what the processor loses by guessing wrongly is more than what the arithmetic takes. So the
@@ -6,13 +6,10 @@
 //! small, so that the second pass of one runs while the base of the next comes from memory.
 
 use super::activations::Lanes;
-use crate::cpu::linear::add_bias;
-use crate::cpu::scratch;
 use crate::cpu::simd::{Isa, LANES, Simd, per_isa};
 use crate::cpu::tile::Tile;
 use crate::cpu::unpack::signed_codes;
 use half::f16;
-use rayon::prelude::*;
 use std::ops::Range;
 use tailorq_tensor::{ElementCorrections, PackedMatrix, TILE, TileBits, TileMap, TilePlace};
 
@@ -236,77 +233,5 @@ impl<'a> Halves<'a> {
             Some(sixteen) => *sixteen,
             None => std::array::from_fn(|i| rest.get(i).copied().unwrap_or(f16::ZERO)),
         }
-    }
-}
-
-/// The activations of many tokens by input, `[cols, n]`, so that a correction is added to all tokens at once.
-pub(super) struct Transposed<'a> {
-    n: usize,
-    x: &'a [f32],
-}
-
-impl<'a> Transposed<'a> {
-    /// Transposes `x` (`[n, cols]`) into `buffer` when `w` has corrections.
-    pub(super) fn of(w: &PackedMatrix, x: &[f32], buffer: &'a mut Vec<f32>) -> Self {
-        let (cols, n) = (w.cols(), x.len() / w.cols());
-        if w.tiles().is_none() && w.elements().is_none() {
-            return Transposed { n, x: &[] };
-        }
-        buffer.resize(x.len(), 0.0);
-        // Blocks of inputs, so that what is written stays in the cache until its line is full.
-        buffer.par_chunks_mut(TILE * n).enumerate().for_each(|(block, to)| {
-            for (t, x) in x.chunks_exact(cols).enumerate() {
-                for (to, v) in to.chunks_exact_mut(n).zip(&x[block * TILE..]) {
-                    to[t] = *v;
-                }
-            }
-        });
-        Transposed { n, x: buffer }
-    }
-
-    fn input(&self, col: usize) -> &[f32] {
-        &self.x[col * self.n..(col + 1) * self.n]
-    }
-}
-
-/// As [`add`], for many tokens.
-pub(super) fn add_many(
-    isa: Isa,
-    w: &PackedMatrix,
-    x: &Transposed<'_>,
-    first: usize,
-    bias: Option<&[f32]>,
-    y: &mut Tile<'_>,
-) {
-    if !x.x.is_empty() {
-        scratch::with(x.n, |sums| {
-            for i in 0..y.cols() {
-                sums.fill(0.0);
-                for t in w.tiles().iter().flat_map(|t| t.row(first + i)) {
-                    let scale = t.scale.to_f32();
-                    for (k, code) in t.codes.into_iter().enumerate().take(w.cols() - t.tile * TILE) {
-                        add_scaled(isa, f32::from(code) * scale, x.input(t.tile * TILE + k), sums);
-                    }
-                }
-                for (col, value) in w.elements().iter().flat_map(|e| e.row(first + i)) {
-                    add_scaled(isa, value, x.input(col), sums);
-                }
-                for (t, sum) in sums.iter().enumerate() {
-                    y.row_mut(t)[i] += sum;
-                }
-            }
-        });
-    }
-    add_bias(y, bias, first);
-}
-
-per_isa! {
-    fn add_scaled(scale: f32, x: &[f32], y: &mut [f32]) = add_scaled_body
-}
-
-#[inline(always)]
-fn add_scaled_body<S: Simd>(_simd: S, scale: f32, x: &[f32], y: &mut [f32]) {
-    for (y, x) in y.iter_mut().zip(x) {
-        *y += scale * x;
     }
 }

@@ -88,9 +88,7 @@ unsafe fn add_tiles<const BITS: usize>(tiles: &Tiles<'_>, x: &[f32], rows: Range
                 let place = *places.add(i);
                 let codes = tiles.codes.as_ptr().add((at + i) * 2 * BITS);
                 prefetch(codes);
-                let codes = if BITS == 8 { _mm_loadu_si128(codes.cast()) } else { nibbles(codes) };
-                let codes = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes));
-                let values = _mm512_mul_ps(codes, _mm512_set1_ps(scale));
+                let values = _mm512_mul_ps(tile_codes::<BITS>(codes), _mm512_set1_ps(scale));
                 let x = _mm512_loadu_ps(x.as_ptr().add(place.tile() * TILE));
                 let sum = sums.as_mut_ptr().add(place.row_after(rows.start) % BLOCK).cast::<f32>();
                 _mm512_store_ps(sum, _mm512_fmadd_ps(values, x, _mm512_load_ps(sum)));
@@ -104,6 +102,16 @@ unsafe fn add_tiles<const BITS: usize>(tiles: &Tiles<'_>, x: &[f32], rows: Range
 unsafe fn prefetch<T>(at: *const T) {
     // SAFETY: a prefetch does nothing to an address that is none.
     unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast::<i8>().wrapping_add(AHEAD)) }
+}
+
+/// The sixteen codes of a tile.
+#[inline(always)]
+pub(super) unsafe fn tile_codes<const BITS: usize>(from: *const u8) -> __m512 {
+    // SAFETY: inlined into a function with the features; the caller has the bytes.
+    unsafe {
+        let codes = if BITS == 8 { _mm_loadu_si128(from.cast()) } else { nibbles(from) };
+        _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes))
+    }
 }
 
 /// Sixteen signed half bytes from the eight bytes at `from`.

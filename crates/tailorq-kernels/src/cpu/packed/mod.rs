@@ -15,6 +15,8 @@ mod codes512;
 mod corrections;
 #[cfg(target_arch = "x86_64")]
 mod corrections512;
+#[cfg(target_arch = "x86_64")]
+mod corrections_many;
 mod levels;
 #[cfg(target_arch = "x86_64")]
 mod panel;
@@ -58,7 +60,7 @@ struct Few {
 struct Many {
     tokens: panel::Tokens,
     rotated: Vec<f32>,
-    transposed: Vec<f32>,
+    transposed: Vec<activations::Lanes>,
 }
 
 thread_local! {
@@ -104,7 +106,10 @@ pub(super) fn many(isa: Isa, x: &[f32], w: &PackedMatrix, bias: Option<&[f32]>, 
     let mut many = MANY.take();
     // SAFETY: the processor has panels.
     unsafe { many.tokens.fill(inputs_of_base(isa, w, x, &mut many.rotated), w.cols(), w.layout()) };
-    let transposed = corrections::Transposed::of(w, x, &mut many.transposed);
+    let corrections = Corrections::of(w);
+    let transposed = &mut many.transposed;
+    let plain = corrections.is_some().then(|| corrections_many::Transposed::of(x, w.cols(), transposed));
+    let corrected = corrections.as_ref().zip(plain.as_ref());
     let base = Base::of(w);
     let parts = Tile::new(y, n, rows.len(), rows.len()).grid(n, panel::PANEL);
     // A buffer for each run of panels that one thread takes; what a task gives does not depend on which runs those are.
@@ -112,8 +117,8 @@ pub(super) fn many(isa: Isa, x: &[f32], w: &PackedMatrix, bias: Option<&[f32]>, 
     parts.into_par_iter().for_each_init(buffer, |panel, Part { col, mut tile, .. }| {
         let first = rows.start + col;
         // SAFETY: the processor has panels, the rows exist, and the buffer is for these matrices.
-        unsafe { panel::rows(panel, &base, &many.tokens, first, &mut tile) };
-        corrections::add_many(isa, w, &transposed, first, bias, &mut tile);
+        unsafe { panel::rows(panel, &base, &many.tokens, corrected, first, &mut tile) };
+        add_bias(&mut tile, bias, first);
     });
     MANY.set(many);
 }

@@ -9,16 +9,16 @@ use super::activations::{GROUP, Order};
 use super::avx512::first_lanes;
 use super::base::Base;
 use super::codes512::{Codes, with_codes};
+use super::corrections_many::{self, Corrected};
 use crate::cpu::tile::Tile;
-use half::f16;
 use rayon::prelude::*;
 use std::arch::x86_64::*;
 use tailorq_tensor::{Bits, Layout};
 
 /// Rows of a register.
-const ROWS: usize = 16;
+pub(super) const ROWS: usize = 16;
 /// Registers of rows of a panel.
-const REGISTERS: usize = 2;
+pub(super) const REGISTERS: usize = 2;
 /// Rows of a panel.
 pub(super) const PANEL: usize = ROWS * REGISTERS;
 /// Tokens that are computed at once.
@@ -34,7 +34,7 @@ struct Line([u8; 64]);
 /// A number for each of sixteen rows.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
-struct OfRows([f32; ROWS]);
+pub(super) struct OfRows(pub(super) [f32; ROWS]);
 
 /// Some tokens, quantized, their units one after the other.
 #[derive(Default)]
@@ -77,19 +77,30 @@ impl Tokens {
     }
 }
 
-/// `y[t, i] = base[first + i] x[t]` for all of `y`, whose rows are all tokens of `x` and which is at most [`PANEL`] wide.
+/// `y[t, i] = (base + corrections)[first + i] x[t]` for all of `y`, whose rows are all tokens of `x` and which is at most [`PANEL`] wide.
 /// What `panel` held before does not matter.
 ///
 /// # Safety
 /// The processor has AVX-512 with VNNI, BW, VL and VBMI; the rows exist; the panel was made for `base` and `x`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi,avx2,fma,f16c")]
-pub(super) unsafe fn rows(panel: &mut Panel, base: &Base<'_>, x: &Tokens, first: usize, y: &mut Tile<'_>) {
+pub(super) unsafe fn rows(
+    panel: &mut Panel,
+    base: &Base<'_>,
+    x: &Tokens,
+    corrected: Corrected<'_>,
+    first: usize,
+    y: &mut Tile<'_>,
+) {
     // A panel that is not full repeats its last row.
     let last = y.cols() - 1;
     let rows = std::array::from_fn(|r| first + r.min(last));
     // SAFETY: the processor has the features; the panel has the units and groups that `x` has.
     unsafe {
         with_codes!(false, base, |codes| panel.read(codes, base, &rows));
+        if let Some((corrections, plain)) = corrected {
+            panel.added.resize(plain.n_padded() * REGISTERS, OfRows([0.0; ROWS]));
+            corrections_many::fill(corrections, plain, first..first + y.cols(), &mut panel.added);
+        }
         for t in (0..x.n).step_by(TOKENS) {
             match panel.wide.is_empty() {
                 true => panel.multiply::<false>(x, t, y),
@@ -113,6 +124,8 @@ pub(super) struct Panel {
     offsets: Vec<OfRows>,
     /// Groups of activations in a group of weights.
     ratio: usize,
+    /// `[tokens, REGISTERS]`: what corrections add; empty without any.
+    added: Vec<OfRows>,
 }
 
 impl Panel {
@@ -126,6 +139,7 @@ impl Panel {
             scales: vec![OfRows([0.0; ROWS]); x.weight_groups * REGISTERS],
             offsets: vec![OfRows([0.0; ROWS]); x.weight_groups * REGISTERS],
             ratio: base.layout.group.len(base.cols).div_ceil(GROUP),
+            added: Vec::new(),
         }
     }
 
@@ -152,7 +166,7 @@ impl Panel {
                 let (scales, offsets) = (&mut self.scales, &mut self.offsets);
                 let at = g * REGISTERS + register;
                 for (i, &r) in rows.iter().enumerate() {
-                    let scale = f16::from_bits(base.scales[r * base.groups + g]).to_f32();
+                    let scale = base.scale(r, g);
                     scales[at].0[i] = scale;
                     offsets[at].0[i] = scale * base.zero(r, g);
                 }
@@ -219,7 +233,10 @@ impl Panel {
                 let to = y.row_mut(first + t).as_mut_ptr();
                 for (register, totals) in totals.iter().enumerate() {
                     let mask = first_lanes(n.saturating_sub(register * ROWS));
-                    let products = _mm512_mul_ps(totals[t], _mm512_set1_ps(self.factor));
+                    let mut products = _mm512_mul_ps(totals[t], _mm512_set1_ps(self.factor));
+                    if !self.added.is_empty() {
+                        products = _mm512_add_ps(products, of_rows(&self.added, first + t, register));
+                    }
                     _mm512_mask_storeu_ps(to.wrapping_add(register * ROWS), mask, products);
                 }
             }
@@ -227,11 +244,11 @@ impl Panel {
     }
 }
 
-/// Register `register` of group `group` of the weights.
+/// Register `register` of group (or token) `i`.
 #[inline(always)]
-unsafe fn of_rows(all: &[OfRows], group: usize, register: usize) -> __m512 {
+unsafe fn of_rows(all: &[OfRows], i: usize, register: usize) -> __m512 {
     // SAFETY: inlined into a function with the features; the panel has the group.
-    unsafe { _mm512_load_ps(all.as_ptr().add(group * REGISTERS + register).cast()) }
+    unsafe { _mm512_load_ps(all.as_ptr().add(i * REGISTERS + register).cast()) }
 }
 
 /// The planes of word `word` of sixteen rows into their lines.

@@ -3,7 +3,6 @@
 use super::activations::{LANES, Quantized};
 use super::base::Base;
 use crate::cpu::tile::Tile;
-use half::f16;
 
 /// `y[t, i] = base[first + i] x[t]` for all of `y`, whose rows are tokens.
 pub(super) fn rows(base: &Base<'_>, x: &Quantized, first: usize, y: &mut Tile<'_>) {
@@ -57,7 +56,7 @@ impl Row<'_> {
         let mut sum = 0.0;
         for g in 0..base.groups {
             let of_group = x.sums[token * x.chunks + g / LANES].0[g % LANES];
-            sum -= self.scale(g) * base.zero(self.row, g) * of_group;
+            sum -= base.scale(self.row, g) * base.zero(self.row, g) * of_group;
         }
         let group = base.layout.group.len(base.cols);
         for s in 0..x.steps {
@@ -71,14 +70,10 @@ impl Row<'_> {
             for (lane, dot) in dots.into_iter().enumerate() {
                 let col = s * base.order.step() + lane * base.order.lane();
                 if col < base.cols {
-                    sum += dot as f32 * x.scales[step].0[lane] * self.scale(col / group);
+                    sum += dot as f32 * x.scales[step].0[lane] * base.scale(self.row, col / group);
                 }
             }
         }
         sum * base.factor()
-    }
-
-    fn scale(self, g: usize) -> f32 {
-        f16::from_bits(self.base.scales[self.row * self.base.groups + g]).to_f32()
     }
 }

@@ -240,7 +240,7 @@ mod tests {
 
     #[test]
     fn bytes_by_hand() {
-        let layout = Layout { bits: Bits::Two, group: Group::Inputs(128), symmetric: false };
+        let layout = Layout::new(Bits::Two, Group::Inputs(128));
         let of = |settings: AlignedSettings| settings.bytes(layout, 64, 1024);
         // 64 x 64 tiles: the bitmap has 512 bytes, 5 % of each of 8 blocks are 26 tiles of 8 bytes and a scale of 2; of the
         // matrix 205.
