@@ -260,8 +260,9 @@ impl DeviceMatrix {
                 block: t.block(),
             }),
         };
-        // A single vector is what counts.
-        let has_room = |matrix: &DeviceMatrix| matrix.shared(Kernel::ONE).is_some();
+        // One plan serves a single vector and several: a token's numbers do not depend on those beside it.
+        let has_room =
+            |matrix: &DeviceMatrix| [Kernel::ONE, Kernel::MANY].map(|k| matrix.shared(k)).iter().all(Option::is_some);
         for n_warps in WARPS {
             matrix.plan = plan(n_warps);
             if has_room(&matrix) {

@@ -51,7 +51,7 @@ __device__ void rotated_head(const Attend& a, const float* head, const float* we
 
 // Where the cache holds a token of row `row` of the step.
 __device__ __forceinline__ u64 cached(const Attend& a, u32 row, u32 kv_head, u32 position) {
-    return (((u64)a.sequences[row] * a.n_kv_heads + kv_head) * a.capacity + position) * a.head_dim;
+    return (((u64)__ldcg(a.sequences + row) * a.n_kv_heads + kv_head) * a.capacity + position) * a.head_dim;
 }
 
 // One warp: the key of a token, also to `newest` in shared memory unless that is null.
@@ -263,7 +263,7 @@ __device__ __forceinline__ Work make_work(const Attend& a, u32 item) {
     Work w;
     w.kv_head = item % a.n_kv_heads, item /= a.n_kv_heads;
     w.i = item % a.n, w.split = item / a.n;
-    int place = a.positions[w.i];
+    int place = __ldcg(a.positions + w.i);
     w.position = place < 0 ? 0 : place, w.oldest = a.window && w.position + 1 > a.window ? w.position + 1 - a.window : 0;
     w.first = w.split * a.split;
     u32 to = place < 0 ? 0 : min(w.position + 1, w.first + a.split);
@@ -363,5 +363,6 @@ extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS, 1) attend(const 
         if (is_first && a.stores) wait_for_previous();
         if (span.from < span.to) attend_to(a, w, span, packed, shared);
     }
+    // Also a block without work does not end before the kernels in front of this one have.
     wait_for_previous();
 }

@@ -37,7 +37,9 @@ __device__ __forceinline__ void write_fragment(u16* out, float* sums, u32 c, u32
 // a processor start sooner, but two of one kernel come to lie on one processor and none on another: docs/performance.md.)
 //
 // Before `wait_for_previous` a kernel reads only what no kernel of the step writes: weights, the cache before the newest position, and
-// what `pick` writes, which is why that one lets nobody begin early.
+// what `pick` writes, which is why that one lets nobody begin early and is followed by a kernel that reads none of it before it waits.
+// No kernel writes anything before it has waited, and no block ends before it has: so when a kernel has ended, all before it have,
+// however many have begun.
 __device__ __forceinline__ void begin_early() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
