@@ -480,14 +480,13 @@ impl DeviceMatrix {
         })
     }
 
-    /// Those that compute a product with `n` vectors, the best first.
+    /// Those that compute a product with `n` vectors, the best first, whether or not there is room.
     fn kernels(&self, n: usize, with_norm: bool) -> Vec<Kernel> {
         let plain_first = self.is_rotated() && self.shape.is_some();
         let one = [plain_first, false].map(|with_plain| Kernel::One { with_norm, with_plain });
         let many = [plain_first, false].map(|with_plain| Kernel::Many { n_shared: n, with_plain });
-        let has_room = |kernel: &Kernel| !kernel.with_plain() || self.shared(*kernel).is_some();
         let one = one.into_iter().filter(|_| n == 1);
-        one.chain(many).filter(has_room).chain([Kernel::MANY]).collect()
+        one.chain(many).chain([Kernel::MANY]).collect()
     }
 
     fn source(&self) -> &'static Source {
