@@ -67,6 +67,10 @@ pub(crate) struct Gpu {
     pub(crate) n_processors: u32,
     /// Bytes of shared memory that a block can have.
     pub(crate) shared_a_block: u32,
+    /// Bytes of shared memory that all blocks on a processor can have.
+    pub(crate) shared_a_processor: u32,
+    /// Of these, what the device takes for itself for each block.
+    pub(crate) shared_reserved: u32,
     /// Bytes of all buffers.
     held: AtomicUsize,
     functions: Mutex<HashMap<(&'static str, &'static str), Function>>,
@@ -105,8 +109,12 @@ impl Gpu {
         let stream = context.new_stream().map_err(driver("make a stream"))?;
         let attribute = Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
         let n_processors = context.attribute(attribute).map_err(driver("count processors"))?.max(1) as u32;
-        let attribute = Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
-        let shared = context.attribute(attribute).map_err(driver("tell its shared memory"))?;
+        let shared = |attribute| context.attribute(attribute).map_err(driver("tell its shared memory"));
+        let shared_a_block =
+            shared(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?.max(48 << 10) as u32;
+        let shared_a_processor =
+            shared(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR)?.max(0) as u32;
+        let shared_reserved = shared(Attribute::CU_DEVICE_ATTRIBUTE_RESERVED_SHARED_MEMORY_PER_BLOCK)?.max(0) as u32;
         keep_freed_memory(&context).map_err(driver("set up the memory pool"))?;
         Ok(Arc::new(Gpu {
             context,
@@ -114,7 +122,9 @@ impl Gpu {
             arch: format!("sm_{major}{minor}"),
             name,
             n_processors,
-            shared_a_block: shared.max(48 << 10) as u32,
+            shared_a_block,
+            shared_a_processor,
+            shared_reserved,
             held: AtomicUsize::new(0),
             functions: Mutex::default(),
             modules: Mutex::default(),
@@ -401,7 +411,6 @@ impl Gpu {
             pad: [0; 4],
             value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
         };
-        let can_overlap = self.arch.as_str() >= "sm_90" || self.arch.len() > 5;
         let config = sys::CUlaunchConfig {
             gridDimX: x,
             gridDimY: y,
@@ -412,7 +421,7 @@ impl Gpu {
             sharedMemBytes: grid.shared,
             hStream: self.stream.cu_stream(),
             attrs: &raw mut overlap,
-            numAttrs: u32::from(can_overlap),
+            numAttrs: u32::from(self.can_overlap()),
         };
         let mut args = [params];
         // SAFETY: as the caller promises; configuration and attribute outlive the call, which copies the argument.
@@ -420,6 +429,11 @@ impl Gpu {
             sys::cuLaunchKernelEx(&raw const config, function.0, args.as_mut_ptr(), std::ptr::null_mut()).result()
         };
         must("start a kernel", started);
+    }
+
+    /// Whether a kernel may begin before the one in front of it has ended.
+    pub(crate) fn can_overlap(&self) -> bool {
+        self.arch.as_str() >= "sm_90" || self.arch.len() > 5
     }
 
     /// What `work` starts, as a graph; nothing of it runs.

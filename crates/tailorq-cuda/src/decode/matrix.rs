@@ -1,7 +1,7 @@
 //! A matrix on the device, and its product with a few vectors.
 
 use super::corrections::{Corrections, Shape};
-use super::launch::{self, Launch};
+use super::launch::{self, Launch, Names, pair};
 use super::layout::{self, DenseWeights, Format, TILE_ROWS, Tiles};
 use super::step::MOST_SHARED;
 use super::stream::{self, Plan, Unit, WARPS};
@@ -340,7 +340,10 @@ impl DeviceMatrix {
         assert!((1..=MOST_ROWS).contains(&n), "a product with 1 to {MOST_ROWS} vectors");
         let with_norm = matches!(input, Input::Norm { .. });
         let kernels = self.kernels(n, with_norm);
-        let with_room = |kernel| self.shared(kernel).map(|shared| (kernel, shared));
+        // One vector: beside another kernel where that leaves room.
+        let rooms = [launch::half(&self.gpu).filter(|_| n == 1), Some(launch::whole(&self.gpu))];
+        let in_room = |kernel, room| self.shared_in(kernel, room).map(|shared| (kernel, shared));
+        let with_room = |kernel| rooms.into_iter().flatten().find_map(|room| in_room(kernel, room));
         let found = kernels.into_iter().find_map(with_room);
         let (kernel, shared) = found.expect("checked when the matrix was made");
         let plan = &self.plan;
@@ -424,7 +427,7 @@ impl DeviceMatrix {
             part: part as u32,
             n: n as u32,
         };
-        Some(Launch::new(&self.gpu, (&super::step::SOURCE, "rotate"), 4 * part as u32, args))
+        Some(Launch::new(&self.gpu, (&super::step::SOURCE, pair!("rotate")), 4 * part as u32, args))
     }
 
     /// Sums of a token's inputs that a block holds.
@@ -436,9 +439,14 @@ impl DeviceMatrix {
         }
     }
 
-    /// The shared memory of a block.
+    /// The shared memory of a block that has a processor for itself.
     fn shared(&self, kernel: Kernel) -> Option<Shared> {
-        let room = (self.gpu.shared_a_block - launch::OWN_SHARED) as usize;
+        self.shared_in(kernel, launch::whole(&self.gpu))
+    }
+
+    /// The shared memory of a block that may have `room` bytes.
+    fn shared_in(&self, kernel: Kernel, room: u32) -> Option<Shared> {
+        let room = room as usize;
         let padded = self.cols.next_multiple_of(layout::CHUNK);
         let vectors = 2 * padded;
         let (x, plain, eighths, width) = match kernel {
@@ -501,16 +509,16 @@ impl DeviceMatrix {
         }]
     }
 
-    fn kernel(&self, kernel: Kernel) -> &'static str {
+    fn kernel(&self, kernel: Kernel) -> Names {
         match (self.group, kernel) {
-            (Group::Inputs(32), Kernel::One { .. }) => "gemv_32_one",
-            (Group::Inputs(32), Kernel::Many { .. }) => "gemv_32_many",
-            (Group::Inputs(64), Kernel::One { .. }) => "gemv_64_one",
-            (Group::Inputs(64), Kernel::Many { .. }) => "gemv_64_many",
-            (Group::Inputs(_), Kernel::One { .. }) => "gemv_128_one",
-            (Group::Inputs(_), Kernel::Many { .. }) => "gemv_128_many",
-            (Group::Row, Kernel::One { .. }) => "gemv_row_one",
-            (Group::Row, Kernel::Many { .. }) => "gemv_row_many",
+            (Group::Inputs(32), Kernel::One { .. }) => pair!("gemv_32_one"),
+            (Group::Inputs(32), Kernel::Many { .. }) => Names::alone("gemv_32_many"),
+            (Group::Inputs(64), Kernel::One { .. }) => pair!("gemv_64_one"),
+            (Group::Inputs(64), Kernel::Many { .. }) => Names::alone("gemv_64_many"),
+            (Group::Inputs(_), Kernel::One { .. }) => pair!("gemv_128_one"),
+            (Group::Inputs(_), Kernel::Many { .. }) => Names::alone("gemv_128_many"),
+            (Group::Row, Kernel::One { .. }) => pair!("gemv_row_one"),
+            (Group::Row, Kernel::Many { .. }) => Names::alone("gemv_row_many"),
         }
     }
 }

@@ -66,8 +66,8 @@ impl MatVec {
         let mut launches = vec![step::arrange(gpu, n, cols, x.ptr(), 0, (of(&plain), 0))];
         launches.extend(matrices[0].rotation(n, x.ptr(), of(&rotated)));
         launches.push(product(&matrices[0]));
-        let whole = Graph::new(gpu, launches)?;
-        let products = Graph::new(gpu, matrices.iter().map(product).collect())?;
+        let whole = Graph::new(gpu, launches, n == 1)?;
+        let products = Graph::new(gpu, matrices.iter().map(product).collect(), n == 1)?;
         Ok(MatVec { gpu: gpu.clone(), matrices, n, x, y, plain, rotated, whole, products })
     }
 

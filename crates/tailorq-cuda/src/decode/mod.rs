@@ -335,7 +335,14 @@ impl Decoder {
             recorder.head(self.logits.ptr() + (4 * first * config.vocab) as u64);
         }
         let Recorder { launches, buffers, residual, .. } = recorder;
-        Ok(Step { graph: Graph::new(gpu, launches)?, tokens, positions, sequences, residual, _buffers: buffers })
+        Ok(Step {
+            graph: Graph::new(gpu, launches, n == 1)?,
+            tokens,
+            positions,
+            sequences,
+            residual,
+            _buffers: buffers,
+        })
     }
 }
 

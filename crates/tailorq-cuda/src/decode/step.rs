@@ -1,6 +1,6 @@
 //! What lies between the matrices of a step, as launches of the kernels of `decode_step.cu` and `decode_attention.cu`.
 
-use super::launch::{BLOCK_THREADS, Launch};
+use super::launch::{BLOCK_THREADS, Launch, Names, pair};
 use super::matrix::Fragments;
 use crate::error::CudaError;
 use crate::gpu::{Buffer, Gpu, Source};
@@ -50,7 +50,7 @@ struct Embed {
 /// The stream of `n` tokens begins with their embeddings, `[n, width]`.
 pub(super) fn embed(gpu: &Gpu, n: usize, width: usize, embedding: Embedding, stream: u64) -> Launch {
     let args = Embed { embedding: embedding.table, tokens: embedding.tokens, stream, width: width as u32, n: n as u32 };
-    Launch::new(gpu, (&SOURCE, "embed"), 0, args)
+    Launch::new(gpu, (&SOURCE, pair!("embed")), 0, args)
 }
 
 #[repr(C)]
@@ -81,7 +81,7 @@ pub(super) fn norm(gpu: &Gpu, n: usize, stream: u64, weight: (&Buffer, f32), out
         n: n as u32,
         end: 0,
     };
-    Launch::new(gpu, (&SOURCE, "rms_norm"), 0, args)
+    Launch::new(gpu, (&SOURCE, pair!("rms_norm")), 0, args)
 }
 
 #[repr(C)]
@@ -99,7 +99,7 @@ struct Arrange {
 /// Numbers `[n, width]` become fragments; with `up`, `silu(x) up` does. `plain`: as numbers too.
 pub(super) fn arrange(gpu: &Gpu, n: usize, width: usize, x: u64, up: u64, out: (Fragments, u64)) -> Launch {
     let args = Arrange { x, up, out: out.0.data, out_sums: out.0.sums, plain: out.1, width: width as u32, n: n as u32 };
-    Launch::new(gpu, (&SOURCE, "arrange"), 0, args)
+    Launch::new(gpu, (&SOURCE, pair!("arrange")), 0, args)
 }
 
 #[repr(C)]
@@ -235,8 +235,8 @@ impl Attention {
             stores: u32::from(!is_prompt),
             end: 0,
         };
-        let store = is_prompt.then(|| Launch::new(gpu, (&SOURCE, "store"), 0, args));
-        store.into_iter().chain([Launch::new(gpu, (&SOURCE, "attend"), self.shared(), args)]).collect()
+        let store = is_prompt.then(|| Launch::new(gpu, (&SOURCE, Names::alone("store")), 0, args));
+        store.into_iter().chain([Launch::new(gpu, (&SOURCE, pair!("attend")), self.shared(), args)]).collect()
     }
 }
 
@@ -310,6 +310,6 @@ impl Choice {
             ring_length: self.ring_length as u32,
             n: n as u32,
         };
-        Launch::new(gpu, (&SOURCE, "pick"), 0, args)
+        Launch::new(gpu, (&SOURCE, Names::alone("pick")), 0, args)
     }
 }

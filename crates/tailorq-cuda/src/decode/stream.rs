@@ -10,7 +10,7 @@ use rayon::prelude::*;
 use tailorq_tensor::Group;
 
 /// Warps of a block that may work: as many as have room for their stages.
-pub(super) const WARPS: [usize; 3] = [BLOCK_THREADS as usize / 32, 12, 8];
+pub(super) const WARPS: [usize; 2] = [BLOCK_THREADS as usize / 32, 8];
 
 /// Tiles of a block at most: their partial sums lie in shared memory.
 const MOST_TILES: usize = 64;

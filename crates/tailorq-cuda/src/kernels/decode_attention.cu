@@ -342,7 +342,7 @@ __device__ __forceinline__ void attend_to(const Attend& a, const Work& w, const 
 }
 
 // Splits of the positions, tokens and heads of keys are dealt out to the blocks.
-extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS, 1) attend(const __grid_constant__ Attend a) {
+__device__ __forceinline__ void run_attend(const Attend& a) {
     extern __shared__ __align__(16) float shared[];
     __shared__ Work shared_work;
     const u32 n_items = a.n_kv_heads * a.n * a.n_splits;
@@ -366,3 +366,4 @@ extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS, 1) attend(const 
     // Also a block without work does not end before the kernels in front of this one have.
     wait_for_previous();
 }
+STEP_KERNEL(attend, Attend, run_attend)

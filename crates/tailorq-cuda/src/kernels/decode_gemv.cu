@@ -609,19 +609,13 @@ __device__ __forceinline__ void gemv(const Gemv& a) {
     else write_rows<GROUP, MANY>(a, block);
 }
 
-#define VARIANT(NAME, GROUP, MANY) \
-    extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1) NAME(const __grid_constant__ Gemv a) { gemv<GROUP, MANY>(a); }
+#define VARIANT(NAME, GROUP)                   \
+    STEP_KERNEL(NAME##_one, Gemv, (gemv<GROUP, false>)) \
+    extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1) NAME##_many(const __grid_constant__ Gemv a) { gemv<GROUP, true>(a); }
 
-#if FORMAT >= 16
-VARIANT(gemv_row_one, 0, false)
-VARIANT(gemv_row_many, 0, true)
-#else
-VARIANT(gemv_32_one, 2, false)
-VARIANT(gemv_32_many, 2, true)
-VARIANT(gemv_64_one, 4, false)
-VARIANT(gemv_64_many, 4, true)
-VARIANT(gemv_128_one, 8, false)
-VARIANT(gemv_128_many, 8, true)
-VARIANT(gemv_row_one, 0, false)
-VARIANT(gemv_row_many, 0, true)
+#if FORMAT < 16
+VARIANT(gemv_32, 2)
+VARIANT(gemv_64, 4)
+VARIANT(gemv_128, 8)
 #endif
+VARIANT(gemv_row, 0)

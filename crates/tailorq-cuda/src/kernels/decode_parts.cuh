@@ -31,10 +31,9 @@ __device__ __forceinline__ void write_fragment(u16* out, float* sums, u32 c, u32
     if ((c & 7) == 0) sums[(u64)(c >> 3) * n + i] = sum;
 }
 
-// Every kernel of a step begins with `begin_early`: blocks of the next one may start as soon as a processor has room for them. All
-// kernels have a block for each processor and take more than half of it, so that a block starts where one has ended: it fetches
-// weights while the last blocks of the kernel before it are at work, and each kernel is spread over all processors. (Blocks of half
-// a processor start sooner, but two of one kernel come to lie on one processor and none on another: docs/performance.md.)
+// Every kernel of a step begins with `begin_early`: the next one may start as soon as a processor has room for its blocks, and
+// fetches weights while this one is at work. How they lie on the processors is up to `launch.rs`: of a step with one token each
+// processor has one block of a kernel and one of the next, of other steps one block in all.
 //
 // Before `wait_for_previous` a kernel reads only what no kernel of the step writes: weights, the cache before the newest position, and
 // what `pick` writes, which is why that one lets nobody begin early and is followed by a kernel that reads none of it before it waits.
@@ -53,8 +52,31 @@ __device__ __forceinline__ void wait_for_previous() {
 #endif
 }
 
-// Threads of a block that computes a norm or a product: the order of a norm's sum depends on it.
-#define BLOCK_THREADS 512
+// Threads of a block: the order of a norm's sum depends on it.
+#define BLOCK_THREADS 384
+
+// Registers of a thread that an odd kernel takes: more than half of a processor's for a block, `ODD_LIMIT` of them at most. An even
+// one takes 80 at most, so that a block of each fits.
+#define ODD_REGISTERS 82
+#define ODD_LIMIT 640  // threads; let each have up to 96
+
+// Takes that many, whatever the kernel needs: they are all in use at once in a branch that nobody takes. `n` is never 0.
+__device__ __forceinline__ void claim_registers(u32 n) {
+    if (n) return;
+    u32 v[ODD_REGISTERS];
+#pragma unroll
+    for (u32 i = 0; i < ODD_REGISTERS; i++) asm volatile("ld.volatile.shared.u32 %0, [%1];" : "=r"(v[i]) : "r"(4 * i) : "memory");
+#pragma unroll
+    for (u32 i = 0; i < ODD_REGISTERS; i++) asm volatile("st.volatile.shared.u32 [%0], %1;" ::"r"(4 * i), "r"(v[ODD_REGISTERS - 1 - i]) : "memory");
+}
+
+// A kernel of a step, `RUN` with its argument, for even and for odd places among them.
+#define STEP_KERNEL(NAME, ARGUMENT, RUN)                                                                               \
+    extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 2) NAME(const __grid_constant__ ARGUMENT a) { RUN(a); } \
+    extern "C" __global__ void __launch_bounds__(ODD_LIMIT, 1) NAME##_odd(const __grid_constant__ ARGUMENT a) {         \
+        claim_registers(a.n);                                                                                          \
+        RUN(a);                                                                                                        \
+    }
 
 // A thread computes eight columns of a norm at a time, those that lie side by side among fragments: column `j` of item `i`.
 __device__ __forceinline__ u32 item_column(u32 item, u32 j) {

@@ -8,13 +8,14 @@ struct Embed {
 };
 
 // The stream begins with the embeddings of the tokens.
-extern "C" __global__ void __launch_bounds__(BLOCK_THREADS) embed(const __grid_constant__ Embed a) {
+__device__ __forceinline__ void run_embed(const Embed& a) {
     begin_early();
     wait_for_previous();
     for (u32 at = global_idx(); at < a.n * a.width; at += gridDim.x * BLOCK_THREADS) {
         a.stream[at] = half_to_float(a.embedding[(u64)a.tokens[at / a.width] * a.width + at % a.width]);
     }
 }
+STEP_KERNEL(embed, Embed, run_embed)
 
 struct Norm {
     const float* stream;  // [n, width]
@@ -27,7 +28,7 @@ struct Norm {
 };
 
 // A block a token: RMS norm of the stream.
-extern "C" __global__ void __launch_bounds__(BLOCK_THREADS) rms_norm(const __grid_constant__ Norm a) {
+__device__ __forceinline__ void run_rms_norm(const Norm& a) {
     __shared__ float partial[32];
     begin_early();
     wait_for_previous();
@@ -36,6 +37,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS) rms_norm(const __gri
         norm_row(a.stream + (u64)i * a.width, a.weight, a.width, a.eps, NormOut{a.out, a.out_sums, plain, a.n, i}, partial);
     }
 }
+STEP_KERNEL(rms_norm, Norm, run_rms_norm)
 
 struct Arrange {
     const float* x;  // [n, width]
@@ -47,7 +49,7 @@ struct Arrange {
 };
 
 // Numbers become fragments, two streams of a feed-forward its hidden numbers.
-extern "C" __global__ void __launch_bounds__(BLOCK_THREADS) arrange(const __grid_constant__ Arrange a) {
+__device__ __forceinline__ void run_arrange(const Arrange& a) {
     begin_early();
     wait_for_previous();
     // A warp has columns of one token.
@@ -62,6 +64,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS) arrange(const __grid
         if (is_there && a.plain) a.plain[at] = x;
     }
 }
+STEP_KERNEL(arrange, Arrange, run_arrange)
 
 struct Rotate {
     const float* x;      // [n, width]
@@ -102,7 +105,7 @@ __device__ __forceinline__ void rotate_part(const Rotate& a, u32 i, u32 first, f
 
 // The input transform: signs and butterflies over blocks of a power of two, a second time over the last block's worth of
 // inputs when the width is no multiple. A block computes `part` inputs: whole blocks, or all when there is a second pass.
-extern "C" __global__ void __launch_bounds__(BLOCK_THREADS) rotate(const __grid_constant__ Rotate a) {
+__device__ __forceinline__ void run_rotate(const Rotate& a) {
     extern __shared__ float row[];
     begin_early();
     wait_for_previous();
@@ -112,6 +115,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS) rotate(const __grid_
         __syncthreads();
     }
 }
+STEP_KERNEL(rotate, Rotate, run_rotate)
 
 struct Pick {
     const float* logits;  // [n, vocabulary]
