@@ -1,6 +1,6 @@
 //! What lies between the matrices of a step, as launches of the kernels of `decode_step.cu` and `decode_attention.cu`.
 
-use super::launch::{BLOCK_THREADS, Launch, Names, pair};
+use super::launch::{self, BLOCK_THREADS, Launch, Names, pair};
 use super::matrix::Fragments;
 use crate::error::CudaError;
 use crate::gpu::{Buffer, Gpu, Source};
@@ -12,6 +12,7 @@ pub(crate) static SOURCE: Source = Source {
     name: "decode_step",
     code: concat!(
         include_str!("../kernels/decode_parts.cuh"),
+        include_str!("../kernels/decode_ring.cuh"),
         include_str!("../kernels/decode_attention.cu"),
         include_str!("../kernels/decode_step.cu")
     ),
@@ -20,9 +21,9 @@ pub(crate) static SOURCE: Source = Source {
 /// Dynamic shared memory of these kernels at most: what every supported device gives a block.
 pub(super) const MOST_SHARED: u32 = 96 << 10;
 
-/// Positions of a split of attention, unless there would be more than [`MOST_SPLITS`].
-const SPLIT: usize = 256;
-const MOST_SPLITS: usize = 64;
+/// Positions of a split of attention: as many of them times [`SPLIT_STEP`] as have room.
+const SPLIT_STEP: usize = 16;
+const MOST_SPLIT: usize = 256;
 
 /// Blocks of threads that look for the largest logit of a token, as in `decode_step.cu`.
 const PICK_BLOCKS: usize = 32;
@@ -158,6 +159,16 @@ pub(super) struct AttentionIo<'a> {
     pub(super) arrivals: &'a Buffer,
 }
 
+/// Warps of a block.
+const WARPS: usize = BLOCK_THREADS as usize / 32;
+
+/// Bytes of shared memory of `attend`: keys and values of so many positions, and what `Rooms` names beside.
+fn shared(config: &ModelConfig, split: usize) -> usize {
+    let (group, width) = (config.n_heads / config.n_kv_heads, config.head_dim);
+    let (rows, numbers) = (2 * split * width, group * (width + split + 2) + WARPS * HEADS_AT_ONCE * width + width);
+    2 * rows + 4 * numbers
+}
+
 impl Attention {
     /// For caches of `capacity` tokens; `cos` and `sin` have that many positions.
     pub(super) fn new(
@@ -171,32 +182,20 @@ impl Attention {
         if !config.head_dim.is_multiple_of(16) || config.head_dim > 256 {
             return refused(format!("heads of {} numbers; it takes multiples of 16 up to 256", config.head_dim));
         }
-        let split = SPLIT.max(capacity.div_ceil(MOST_SPLITS).next_multiple_of(32));
-        let attention = Attention {
+        let room = launch::half(gpu).unwrap_or(launch::whole(gpu)) as usize;
+        let mut splits = (1..=MOST_SPLIT / SPLIT_STEP).rev().map(|steps| steps * SPLIT_STEP);
+        let Some(split) = splits.find(|split| shared(config, *split) <= room) else {
+            let (heads, kv_heads, width) = (config.n_heads, config.n_kv_heads, config.head_dim);
+            return refused(format!("{heads} heads of {width} numbers on {kv_heads} heads of keys"));
+        };
+        Ok(Attention {
             config: config.clone(),
             cos: gpu.upload(cos),
             sin: gpu.upload(sin),
             capacity,
             split,
             n_splits: capacity.div_ceil(split),
-        };
-        if attention.shared() > MOST_SHARED {
-            let (heads, kv_heads) = (config.n_heads, config.n_kv_heads);
-            return refused(format!("{heads} heads on {kv_heads} heads of keys over {capacity} tokens"));
-        }
-        Ok(attention)
-    }
-
-    fn group(&self) -> usize {
-        self.config.n_heads / self.config.n_kv_heads
-    }
-
-    /// Bytes of shared memory of `attend`.
-    fn shared(&self) -> u32 {
-        let (group, width) = (self.group(), self.config.head_dim);
-        let reduced = BLOCK_THREADS as usize / 32 * HEADS_AT_ONCE * width;
-        // Each head's largest weight and sum, up to whole pieces of 16 bytes; the newest value.
-        (4 * (group * (width + self.split) + reduced + 2 * group + 2) + 2 * width) as u32
+        })
     }
 
     /// Numbers of the parts of `n` tokens.
@@ -235,8 +234,10 @@ impl Attention {
             stores: u32::from(!is_prompt),
             end: 0,
         };
-        let store = is_prompt.then(|| Launch::new(gpu, (&SOURCE, Names::alone("store")), 0, args));
-        store.into_iter().chain([Launch::new(gpu, (&SOURCE, pair!("attend")), self.shared(), args)]).collect()
+        let of_store = WARPS * 4 * config.head_dim;
+        let store = is_prompt.then(|| Launch::new(gpu, (&SOURCE, Names::alone("store")), of_store as u32, args));
+        let of_attend = shared(config, self.split);
+        store.into_iter().chain([Launch::new(gpu, (&SOURCE, pair!("attend")), of_attend as u32, args)]).collect()
     }
 }
 

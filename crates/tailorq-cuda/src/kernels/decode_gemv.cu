@@ -410,11 +410,11 @@ __device__ __forceinline__ void copy_vector(const Gemv& a, const Block& block) {
 
 // The vectors to shared memory, where they have room, a single one with its norm if that is asked for; sums of groups.
 template <u32 GROUP, bool MANY>
-__device__ __forceinline__ void prepare(const Gemv& a, const Block& block, float* partial) {
+__device__ __forceinline__ void prepare(const Gemv& a, const Block& block, NormItems& weights, float* partial) {
     const float* eighths = a.sums;
     u32 first_sum = threadIdx.x;
     if (!MANY && a.norm) {
-        norm_row(a.stream_in, a.norm, a.columns, a.eps, NormOut{block.x, block.eighths, nullptr, 1, 0}, partial);
+        norm_row(a.stream_in, a.norm, weights, a.columns, a.eps, NormOut{block.x, block.eighths, nullptr, 1, 0}, partial);
         eighths = block.eighths;
         __syncthreads();
     } else if (!MANY) {
@@ -436,13 +436,6 @@ __device__ __forceinline__ void prepare(const Gemv& a, const Block& block, float
     group_sums<GROUP, MANY>(a, eighths, block.sums, first_sum);
 #endif
     __syncthreads();
-}
-
-// Brings the weight of the norm near before the wait: no kernel writes it.
-__device__ __forceinline__ void expect_norm(const Gemv& a) {
-    if (!a.norm) return;
-#pragma unroll 1
-    for (u32 c = threadIdx.x * 32; c < a.columns; c += BLOCK_THREADS * 32) asm volatile("prefetch.global.L2 [%0];" ::"l"(a.norm + c));
 }
 
 // The sum over the units of a stage: pairs first.
@@ -593,11 +586,13 @@ __device__ __forceinline__ void gemv(const Gemv& a) {
         fill_stage((u32)__cvta_generic_to_shared(block.places), (const u8*)a.places + (u64)blockIdx.x * bytes, bytes, places_barrier, lane);
     }
 #endif
-    if (!MANY) expect_norm(a);
+    // No kernel writes the weights of a norm.
+    NormItems weights;
+    if (!MANY && a.norm) weights.load(a.norm, a.columns, 0);
     wait_for_previous();
     // There are as many blocks as processors at least, and not all have work.
     if (!block.n_tiles) return;
-    prepare<GROUP, MANY>(a, block, partial);
+    prepare<GROUP, MANY>(a, block, weights, partial);
 #if CORRECTED
     multiply_stages<GROUP, MANY>(a, block, stages, warp, first, left);
     wait_for_stage(places_barrier, 0);

@@ -94,30 +94,42 @@ struct NormOut {
     u32 n, i;
 };
 
-__device__ __forceinline__ void load_items(const float* row, u32 width, u32 first, float (*v)[8]) {
-#pragma unroll
-    for (u32 k = 0; k < NORM_ITEMS; k++)
-#pragma unroll
-        for (u32 j = 0; j < 8; j++) {
-            u32 c = item_column(first + threadIdx.x + k * BLOCK_THREADS, j);
-            v[k][j] = c < width ? __ldcg(row + c) : 0.0f;
-        }
-}
+// The items of a row that the thread has from `first` on, zeros past its end.
+struct NormItems {
+    float v[NORM_ITEMS][8];
 
-// The block: RMS norm of a row up to the end of its chunk. `partial` is 32 floats in shared memory.
-__device__ __forceinline__ void norm_row(const float* row, const float* weight, u32 width, float eps, const NormOut& out, float* partial) {
-    u32 n_items = ((width + 127) & ~127u) / 8;
-    float v[NORM_ITEMS][8], sum = 0.0f;
-    for (u32 first = 0; first < n_items; first += NORM_ITEMS * BLOCK_THREADS) {
-        load_items(row, width, first, v);
+    __device__ __forceinline__ void load(const float* row, u32 width, u32 first) {
+        bool has_pairs = !(width & 1);
 #pragma unroll
         for (u32 k = 0; k < NORM_ITEMS; k++)
 #pragma unroll
-            for (u32 j = 0; j < 8; j++) sum = fmaf(v[k][j], v[k][j], sum);
+            for (u32 j = 0; j < 8; j += 2) {
+                u32 c = item_column(first + threadIdx.x + k * BLOCK_THREADS, j);
+                float2 pair = make_float2(0.0f, 0.0f);
+                if (has_pairs && c < width) pair = __ldcg((const float2*)(row + c));
+                if (!has_pairs && c < width) pair.x = __ldcg(row + c);
+                if (!has_pairs && c + 1 < width) pair.y = __ldcg(row + c + 1);
+                v[k][j] = pair.x, v[k][j + 1] = pair.y;
+            }
+    }
+};
+
+// The block: RMS norm of a row up to the end of its chunk. `weights` are the first ones of `weight`, which were asked for before
+// the row was there. `partial` is 32 floats in shared memory.
+__device__ __forceinline__ void norm_row(const float* row, const float* weight, NormItems& weights, u32 width, float eps, const NormOut& out, float* partial) {
+    const u32 n_items = ((width + 127) & ~127u) / 8, at_once = NORM_ITEMS * BLOCK_THREADS;
+    NormItems items;
+    float sum = 0.0f;
+    for (u32 first = 0; first < n_items; first += at_once) {
+        items.load(row, width, first);
+#pragma unroll
+        for (u32 k = 0; k < NORM_ITEMS; k++)
+#pragma unroll
+            for (u32 j = 0; j < 8; j++) sum = fmaf(items.v[k][j], items.v[k][j], sum);
     }
     float scale = rsqrtf(block_sum(sum, partial) / (float)width + eps);
-    for (u32 first = 0; first < n_items; first += NORM_ITEMS * BLOCK_THREADS) {
-        if (n_items > NORM_ITEMS * BLOCK_THREADS) load_items(row, width, first, v);
+    for (u32 first = 0; first < n_items; first += at_once) {
+        if (n_items > at_once) items.load(row, width, first), weights.load(weight, width, first);
 #pragma unroll
         for (u32 k = 0; k < NORM_ITEMS; k++) {
             u32 item = first + threadIdx.x + k * BLOCK_THREADS, words[4];
@@ -126,8 +138,8 @@ __device__ __forceinline__ void norm_row(const float* row, const float* weight, 
 #pragma unroll
             for (u32 two = 0; two < 4; two++) {
                 u32 c = item_column(item, 2 * two);
-                float a = c < width ? v[k][2 * two] * scale * __ldg(weight + c) : 0.0f;
-                float b = c + 1 < width ? v[k][2 * two + 1] * scale * __ldg(weight + c + 1) : 0.0f;
+                float a = items.v[k][2 * two] * scale * weights.v[k][2 * two];
+                float b = items.v[k][2 * two + 1] * scale * weights.v[k][2 * two + 1];
                 if (out.plain && c < width) out.plain[c] = a;
                 if (out.plain && c + 1 < width) out.plain[c + 1] = b;
                 u16 low = saturated_half(a), high = saturated_half(b);

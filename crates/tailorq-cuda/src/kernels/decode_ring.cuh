@@ -21,14 +21,19 @@ __device__ __forceinline__ u32 shared4(u32 at) {
     return v;
 }
 
+// What the thread has written to shared memory comes before copies that are started after this.
+__device__ __forceinline__ void before_copies() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
 // One lane, for all barriers of its warp.
 __device__ __forceinline__ void make_barriers(u32 barriers, u32 n) {
 #pragma unroll 1
     for (u32 i = 0; i < n; i++) asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barriers + 8 * i), "r"(ARRIVALS) : "memory");
-#if __CUDA_ARCH__ >= 900
     // The copies see barriers that are made.
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
+    before_copies();
 }
 
 // The warp: starts to copy `bytes`, a multiple of 16.

@@ -31,10 +31,12 @@ struct Norm {
 __device__ __forceinline__ void run_rms_norm(const Norm& a) {
     __shared__ float partial[32];
     begin_early();
+    NormItems weights;
+    weights.load(a.weight, a.width, 0);
     wait_for_previous();
     for (u32 i = blockIdx.x; i < a.n; i += gridDim.x) {
         float* plain = a.plain ? a.plain + (u64)i * a.width : nullptr;
-        norm_row(a.stream + (u64)i * a.width, a.weight, a.width, a.eps, NormOut{a.out, a.out_sums, plain, a.n, i}, partial);
+        norm_row(a.stream + (u64)i * a.width, a.weight, weights, a.width, a.eps, NormOut{a.out, a.out_sums, plain, a.n, i}, partial);
     }
 }
 STEP_KERNEL(rms_norm, Norm, run_rms_norm)
