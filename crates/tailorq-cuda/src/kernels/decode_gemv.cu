@@ -547,7 +547,6 @@ template <u32 GROUP, bool MANY>
 __device__ __forceinline__ void gemv(const Gemv& a) {
     extern __shared__ __align__(128) u8 shared[];
     __shared__ float partial[32];
-    begin_early();
     u32 lane = threadIdx.x & 31, warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0);
     Block block = {(u16*)(shared + a.at_x), (u16*)(shared + a.at_plain), (float*)(shared + a.at_eighths), (float*)(shared + a.at_sums),
                    (float*)(shared + a.at_parts), (float*)(shared + a.at_corrections), (const u32*)(shared + a.at_places),
@@ -590,6 +589,7 @@ __device__ __forceinline__ void gemv(const Gemv& a) {
     NormItems weights;
     if (!MANY && a.norm) weights.load(a.norm, a.columns, 0);
     wait_for_previous();
+    begin_early();
     // There are as many blocks as processors at least, and not all have work.
     if (!block.n_tiles) return;
     prepare<GROUP, MANY>(a, block, weights, partial);

@@ -9,8 +9,8 @@ struct Embed {
 
 // The stream begins with the embeddings of the tokens.
 __device__ __forceinline__ void run_embed(const Embed& a) {
-    begin_early();
     wait_for_previous();
+    begin_early();
     for (u32 at = global_idx(); at < a.n * a.width; at += gridDim.x * BLOCK_THREADS) {
         a.stream[at] = half_to_float(a.embedding[(u64)a.tokens[at / a.width] * a.width + at % a.width]);
     }
@@ -30,10 +30,10 @@ struct Norm {
 // A block a token: RMS norm of the stream.
 __device__ __forceinline__ void run_rms_norm(const Norm& a) {
     __shared__ float partial[32];
-    begin_early();
     NormItems weights;
     weights.load(a.weight, a.width, 0);
     wait_for_previous();
+    begin_early();
     for (u32 i = blockIdx.x; i < a.n; i += gridDim.x) {
         float* plain = a.plain ? a.plain + (u64)i * a.width : nullptr;
         norm_row(a.stream + (u64)i * a.width, a.weight, weights, a.width, a.eps, NormOut{a.out, a.out_sums, plain, a.n, i}, partial);
@@ -52,8 +52,8 @@ struct Arrange {
 
 // Numbers become fragments, two streams of a feed-forward its hidden numbers.
 __device__ __forceinline__ void run_arrange(const Arrange& a) {
-    begin_early();
     wait_for_previous();
+    begin_early();
     // A warp has columns of one token.
     u32 padded = (a.width + 31) & ~31u;
     for (u32 item = global_idx(); item < a.n * padded; item += gridDim.x * BLOCK_THREADS) {
@@ -109,8 +109,8 @@ __device__ __forceinline__ void rotate_part(const Rotate& a, u32 i, u32 first, f
 // inputs when the width is no multiple. A block computes `part` inputs: whole blocks, or all when there is a second pass.
 __device__ __forceinline__ void run_rotate(const Rotate& a) {
     extern __shared__ float row[];
-    begin_early();
     wait_for_previous();
+    begin_early();
     u32 n_parts = (a.width + a.part - 1) / a.part;
     for (u32 item = blockIdx.x; item < n_parts * a.n; item += gridDim.x) {
         rotate_part(a, item / n_parts, item % n_parts * a.part, row);
