@@ -71,6 +71,8 @@ pub(crate) struct Gpu {
     pub(crate) shared_a_processor: u32,
     /// Of these, what the device takes for itself for each block.
     pub(crate) shared_reserved: u32,
+    /// Registers that all blocks on a processor can have.
+    pub(crate) registers_a_processor: u32,
     /// Bytes of all buffers.
     held: AtomicUsize,
     functions: Mutex<HashMap<(&'static str, &'static str), Function>>,
@@ -115,6 +117,9 @@ impl Gpu {
         let shared_a_processor =
             shared(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR)?.max(0) as u32;
         let shared_reserved = shared(Attribute::CU_DEVICE_ATTRIBUTE_RESERVED_SHARED_MEMORY_PER_BLOCK)?.max(0) as u32;
+        let attribute = Attribute::CU_DEVICE_ATTRIBUTE_MAX_REGISTERS_PER_MULTIPROCESSOR;
+        let registers = context.attribute(attribute).map_err(driver("count registers"))?;
+        let registers_a_processor = registers.max(0) as u32;
         keep_freed_memory(&context).map_err(driver("set up the memory pool"))?;
         Ok(Arc::new(Gpu {
             context,
@@ -125,6 +130,7 @@ impl Gpu {
             shared_a_block,
             shared_a_processor,
             shared_reserved,
+            registers_a_processor,
             held: AtomicUsize::new(0),
             functions: Mutex::default(),
             modules: Mutex::default(),
@@ -388,6 +394,15 @@ impl Gpu {
     pub(crate) fn prefer_shared(&self, function: Function) {
         let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
         self.set_attribute("divide the nearest memory", function, attribute, 100);
+    }
+
+    /// Registers of a thread.
+    pub(crate) fn registers(&self, function: Function) -> u32 {
+        self.enter();
+        let (mut n, attribute) = (0, sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_NUM_REGS);
+        // SAFETY: the function is alive, and the number has a place.
+        must("count registers", unsafe { sys::cuFuncGetAttribute(&raw mut n, attribute, function.0).result() });
+        n.max(1) as u32
     }
 
     fn set_attribute(&self, what: &str, function: Function, attribute: sys::CUfunction_attribute, value: i32) {

@@ -1,10 +1,10 @@
 //! Prepared launches and graphs of them, and how their blocks share a processor.
 //!
 //! On devices on which a kernel may begin before the one in front of it has ended, the kernels of a step of one token take turns
-//! in two roles. An even one takes more than half of a processor's shared memory, an odd one more than half of its registers, and
-//! one of each fits: so a processor never has two blocks of one kernel while another has none, and always one of the next
-//! kernel, which fetches weights meanwhile. (Half of each for all kernels lets blocks pile up: docs/performance.md.) Steps of
-//! several tokens need the room for their vectors, and a processor has one block at a time.
+//! in two roles. An even one takes more than half of a processor's shared memory, an odd one more than half of its registers, held
+//! by a few idle warps, and one of each fits: so a processor never has two blocks of one kernel while another has none, and always
+//! one of the next kernel, which fetches weights meanwhile. (Half of each for all kernels lets blocks pile up:
+//! docs/performance.md.) Steps of several tokens need the room for their vectors, and a processor has one block at a time.
 
 use crate::error::CudaError;
 use crate::gpu::{Function, Gpu, Grid, Source};
@@ -15,32 +15,21 @@ use std::sync::Arc;
 /// Bytes of shared memory that a kernel may have declared itself.
 pub(super) const OWN_SHARED: u32 = 1 << 10;
 
-/// Threads of a block of every kernel of a step; the kernels are compiled for it.
+/// Threads of a block that work, for every kernel of a step; the kernels are compiled for it.
 pub(super) const BLOCK_THREADS: u32 = 384;
 
-/// Names of a kernel in `decode_*.cu`.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Names {
-    /// For any place.
-    pub(super) any: &'static str,
-    /// For odd places beside another kernel, where there is such a form.
-    pub(super) odd: Option<&'static str>,
-}
+/// Threads of a block at most, and registers of a thread at most, as `SHARED_AMONG` in `decode_parts.cuh` says.
+const MOST_THREADS: u32 = 768;
+const MOST_REGISTERS: u32 = 80;
 
-impl Names {
-    /// A kernel that shares no processor.
-    pub(super) const fn alone(any: &'static str) -> Names {
-        Names { any, odd: None }
-    }
+/// How a kernel is meant to lie on the processors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Sharing {
+    /// With others: `STEP_KERNEL` has made it.
+    Shared,
+    /// Alone.
+    Alone,
 }
-
-/// The names of a kernel that `STEP_KERNEL` has made.
-macro_rules! pair {
-    ($name:literal) => {
-        $crate::decode::launch::Names { any: $name, odd: Some(concat!($name, "_odd")) }
-    };
-}
-pub(super) use pair;
 
 /// Bytes of dynamic shared memory of a block that shares its processor; none where kernels do not overlap.
 pub(super) fn half(gpu: &Gpu) -> Option<u32> {
@@ -53,10 +42,21 @@ pub(super) fn whole(gpu: &Gpu) -> u32 {
     gpu.shared_a_block - OWN_SHARED
 }
 
+/// Threads of a block of which there is no room for two beside one another, but for one beside an even one.
+fn odd_threads(gpu: &Gpu, function: Function) -> Option<u32> {
+    // A warp's registers come by the 8 of each thread.
+    let a_warp = 32 * gpu.registers(function).next_multiple_of(8);
+    let warps = (gpu.registers_a_processor / 2 / a_warp + 1).max(BLOCK_THREADS / 32);
+    let even = BLOCK_THREADS * MOST_REGISTERS;
+    let fits = 32 * warps <= MOST_THREADS && warps * a_warp + even <= gpu.registers_a_processor;
+    (fits && a_warp <= 32 * MOST_REGISTERS).then_some(32 * warps)
+}
+
 /// A kernel with its arguments, ready to be started any number of times.
 pub(super) struct Launch {
     function: Function,
-    odd: Option<Function>,
+    /// Of a block in an odd place that shares its processor, if that can be.
+    odd_threads: Option<u32>,
     blocks: u32,
     shared: u32,
     params: Box<dyn Any>,
@@ -67,20 +67,17 @@ impl Launch {
     /// shared memory. `params` is its one argument, a structure of the same layout.
     pub(super) fn new<T: Copy + 'static>(
         gpu: &Gpu,
-        kernel: (&'static Source, Names),
+        kernel: (&'static Source, &'static str, Sharing),
         shared: u32,
         params: T,
     ) -> Launch {
-        let function = |name| {
-            let function = gpu.function(kernel.0, name);
-            gpu.allow_shared(function, whole(gpu));
-            // Kernels that want the same of a processor follow one another on it without a pause.
-            gpu.prefer_shared(function);
-            function
-        };
-        let fits = half(gpu).is_some_and(|half| shared <= half);
-        let odd = kernel.1.odd.filter(|_| fits).map(function);
-        Launch { function: function(kernel.1.any), odd, blocks: gpu.n_processors, shared, params: Box::new(params) }
+        let function = gpu.function(kernel.0, kernel.1);
+        gpu.allow_shared(function, whole(gpu));
+        // Kernels that want the same of a processor follow one another on it without a pause.
+        gpu.prefer_shared(function);
+        let shares = kernel.2 == Sharing::Shared && half(gpu).is_some_and(|half| shared <= half);
+        let odd_threads = if shares { odd_threads(gpu, function) } else { None };
+        Launch { function, odd_threads, blocks: gpu.n_processors, shared, params: Box::new(params) }
     }
 
     /// With so many blocks, if that is more.
@@ -92,16 +89,16 @@ impl Launch {
     /// `place`: among the launches of a graph whose kernels share processors.
     fn start(&mut self, gpu: &Gpu, place: Option<usize>) {
         let params: *mut dyn Any = &raw mut *self.params;
-        let (function, shared) = match (place, self.odd) {
-            (Some(place), Some(odd)) if place % 2 == 1 => (odd, self.shared),
+        let (threads, shared) = match (place, self.odd_threads) {
+            (Some(place), Some(threads)) if place % 2 == 1 => (threads, self.shared),
             // With what the device reserves and the kernel declares this is more than half.
-            (Some(_), Some(_)) => (self.function, gpu.shared_a_processor / 2),
+            (Some(_), Some(_)) => (BLOCK_THREADS, gpu.shared_a_processor / 2),
             // So much that there is no room for a second block of any kernel.
-            _ => (self.function, self.shared.max(gpu.shared_a_block / 7 * 4)),
+            _ => (BLOCK_THREADS, self.shared.max(gpu.shared_a_block / 7 * 4)),
         };
-        let grid = Grid { blocks: (self.blocks, 1, 1), threads: BLOCK_THREADS, shared };
+        let grid = Grid { blocks: (self.blocks, 1, 1), threads, shared };
         // SAFETY: the constructor's caller passed what the kernel takes, and keeps the buffers that it names alive.
-        unsafe { gpu.launch_overlapping(function, grid, params.cast()) };
+        unsafe { gpu.launch_overlapping(self.function, grid, params.cast()) };
     }
 }
 

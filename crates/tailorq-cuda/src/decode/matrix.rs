@@ -1,7 +1,7 @@
 //! A matrix on the device, and its product with a few vectors.
 
 use super::corrections::{Corrections, Shape};
-use super::launch::{self, Launch, Names, pair};
+use super::launch::{self, Launch, Sharing};
 use super::layout::{self, DenseWeights, Format, TILE_ROWS, Tiles};
 use super::step::MOST_SHARED;
 use super::stream::{self, Plan, Unit, WARPS};
@@ -407,7 +407,8 @@ impl DeviceMatrix {
             x_is_shared: u32::from(kernel != Kernel::MANY),
             plain_is_shared: u32::from(kernel.with_plain()),
         };
-        let kernel = (self.source(), self.kernel(kernel));
+        let kernel =
+            (self.source(), self.kernel(kernel), if kernel.has_one() { Sharing::Shared } else { Sharing::Alone });
         Launch::new(&self.gpu, kernel, shared.end as u32, args).blocks(plan.n_blocks())
     }
 
@@ -427,7 +428,7 @@ impl DeviceMatrix {
             part: part as u32,
             n: n as u32,
         };
-        Some(Launch::new(&self.gpu, (&super::step::SOURCE, pair!("rotate")), 4 * part as u32, args))
+        Some(Launch::new(&self.gpu, (&super::step::SOURCE, "rotate", Sharing::Shared), 4 * part as u32, args))
     }
 
     /// Sums of a token's inputs that a block holds.
@@ -509,16 +510,16 @@ impl DeviceMatrix {
         }]
     }
 
-    fn kernel(&self, kernel: Kernel) -> Names {
+    fn kernel(&self, kernel: Kernel) -> &'static str {
         match (self.group, kernel) {
-            (Group::Inputs(32), Kernel::One { .. }) => pair!("gemv_32_one"),
-            (Group::Inputs(32), Kernel::Many { .. }) => Names::alone("gemv_32_many"),
-            (Group::Inputs(64), Kernel::One { .. }) => pair!("gemv_64_one"),
-            (Group::Inputs(64), Kernel::Many { .. }) => Names::alone("gemv_64_many"),
-            (Group::Inputs(_), Kernel::One { .. }) => pair!("gemv_128_one"),
-            (Group::Inputs(_), Kernel::Many { .. }) => Names::alone("gemv_128_many"),
-            (Group::Row, Kernel::One { .. }) => pair!("gemv_row_one"),
-            (Group::Row, Kernel::Many { .. }) => Names::alone("gemv_row_many"),
+            (Group::Inputs(32), Kernel::One { .. }) => "gemv_32_one",
+            (Group::Inputs(32), Kernel::Many { .. }) => "gemv_32_many",
+            (Group::Inputs(64), Kernel::One { .. }) => "gemv_64_one",
+            (Group::Inputs(64), Kernel::Many { .. }) => "gemv_64_many",
+            (Group::Inputs(_), Kernel::One { .. }) => "gemv_128_one",
+            (Group::Inputs(_), Kernel::Many { .. }) => "gemv_128_many",
+            (Group::Row, Kernel::One { .. }) => "gemv_row_one",
+            (Group::Row, Kernel::Many { .. }) => "gemv_row_many",
         }
     }
 }
@@ -535,6 +536,10 @@ impl Kernel {
     /// Those that take least.
     const ONE: Kernel = Kernel::One { with_norm: false, with_plain: false };
     const MANY: Kernel = Kernel::Many { n_shared: 0, with_plain: false };
+
+    fn has_one(self) -> bool {
+        matches!(self, Kernel::One { .. })
+    }
 
     fn with_plain(self) -> bool {
         match self {

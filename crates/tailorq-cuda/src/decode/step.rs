@@ -1,6 +1,6 @@
 //! What lies between the matrices of a step, as launches of the kernels of `decode_step.cu` and `decode_attention.cu`.
 
-use super::launch::{self, BLOCK_THREADS, Launch, Names, pair};
+use super::launch::{self, BLOCK_THREADS, Launch, Sharing};
 use super::matrix::Fragments;
 use crate::error::CudaError;
 use crate::gpu::{Buffer, Gpu, Source};
@@ -51,7 +51,7 @@ struct Embed {
 /// The stream of `n` tokens begins with their embeddings, `[n, width]`.
 pub(super) fn embed(gpu: &Gpu, n: usize, width: usize, embedding: Embedding, stream: u64) -> Launch {
     let args = Embed { embedding: embedding.table, tokens: embedding.tokens, stream, width: width as u32, n: n as u32 };
-    Launch::new(gpu, (&SOURCE, pair!("embed")), 0, args)
+    Launch::new(gpu, (&SOURCE, "embed", Sharing::Shared), 0, args)
 }
 
 #[repr(C)]
@@ -82,7 +82,7 @@ pub(super) fn norm(gpu: &Gpu, n: usize, stream: u64, weight: (&Buffer, f32), out
         n: n as u32,
         end: 0,
     };
-    Launch::new(gpu, (&SOURCE, pair!("rms_norm")), 0, args)
+    Launch::new(gpu, (&SOURCE, "rms_norm", Sharing::Shared), 0, args)
 }
 
 #[repr(C)]
@@ -100,7 +100,7 @@ struct Arrange {
 /// Numbers `[n, width]` become fragments; with `up`, `silu(x) up` does. `plain`: as numbers too.
 pub(super) fn arrange(gpu: &Gpu, n: usize, width: usize, x: u64, up: u64, out: (Fragments, u64)) -> Launch {
     let args = Arrange { x, up, out: out.0.data, out_sums: out.0.sums, plain: out.1, width: width as u32, n: n as u32 };
-    Launch::new(gpu, (&SOURCE, pair!("arrange")), 0, args)
+    Launch::new(gpu, (&SOURCE, "arrange", Sharing::Shared), 0, args)
 }
 
 #[repr(C)]
@@ -235,9 +235,12 @@ impl Attention {
             end: 0,
         };
         let of_store = WARPS * 4 * config.head_dim;
-        let store = is_prompt.then(|| Launch::new(gpu, (&SOURCE, Names::alone("store")), of_store as u32, args));
+        let store = is_prompt.then(|| Launch::new(gpu, (&SOURCE, "store", Sharing::Alone), of_store as u32, args));
         let of_attend = shared(config, self.split);
-        store.into_iter().chain([Launch::new(gpu, (&SOURCE, pair!("attend")), of_attend as u32, args)]).collect()
+        store
+            .into_iter()
+            .chain([Launch::new(gpu, (&SOURCE, "attend", Sharing::Shared), of_attend as u32, args)])
+            .collect()
     }
 }
 
@@ -311,6 +314,6 @@ impl Choice {
             ring_length: self.ring_length as u32,
             n: n as u32,
         };
-        Launch::new(gpu, (&SOURCE, Names::alone("pick")), 0, args)
+        Launch::new(gpu, (&SOURCE, "pick", Sharing::Alone), 0, args)
     }
 }

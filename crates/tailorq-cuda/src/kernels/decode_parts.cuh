@@ -52,31 +52,40 @@ __device__ __forceinline__ void wait_for_previous() {
 #endif
 }
 
-// Threads of a block: the order of a norm's sum depends on it.
+// Threads of a block that work: the order of a norm's sum depends on it.
 #define BLOCK_THREADS 384
 
-// Registers of a thread that an odd kernel takes: more than half of a processor's for a block, `ODD_LIMIT` of them at most. An even
-// one takes 80 at most, so that a block of each fits.
-#define ODD_REGISTERS 82
-#define ODD_LIMIT 640  // threads; let each have up to 96
+// Registers that a kernel takes at least, and threads among which a processor's are shared out so that it takes 80 at most. Between
+// these a block that shares its processor is made to hold more than half of the registers by a few idle warps (`launch.rs`).
+#define LEAST_REGISTERS 62
+#define SHARED_AMONG 768
 
 // Takes that many, whatever the kernel needs: they are all in use at once in a branch that nobody takes. `n` is never 0.
 __device__ __forceinline__ void claim_registers(u32 n) {
     if (n) return;
-    u32 v[ODD_REGISTERS];
+    u32 v[LEAST_REGISTERS];
 #pragma unroll
-    for (u32 i = 0; i < ODD_REGISTERS; i++) asm volatile("ld.volatile.shared.u32 %0, [%1];" : "=r"(v[i]) : "r"(4 * i) : "memory");
+    for (u32 i = 0; i < LEAST_REGISTERS; i++) asm volatile("ld.volatile.shared.u32 %0, [%1];" : "=r"(v[i]) : "r"(4 * i) : "memory");
 #pragma unroll
-    for (u32 i = 0; i < ODD_REGISTERS; i++) asm volatile("st.volatile.shared.u32 [%0], %1;" ::"r"(4 * i), "r"(v[ODD_REGISTERS - 1 - i]) : "memory");
+    for (u32 i = 0; i < LEAST_REGISTERS; i++) asm volatile("st.volatile.shared.u32 [%0], %1;" ::"r"(4 * i), "r"(v[LEAST_REGISTERS - 1 - i]) : "memory");
 }
 
-// A kernel of a step, `RUN` with its argument, for even and for odd places among them.
-#define STEP_KERNEL(NAME, ARGUMENT, RUN)                                                                               \
-    extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 2) NAME(const __grid_constant__ ARGUMENT a) { RUN(a); } \
-    extern "C" __global__ void __launch_bounds__(ODD_LIMIT, 1) NAME##_odd(const __grid_constant__ ARGUMENT a) {         \
-        claim_registers(a.n);                                                                                          \
-        RUN(a);                                                                                                        \
+// A kernel that may share processors with another one: `RUN` with its argument.
+#define STEP_KERNEL(NAME, ARGUMENT, RUN)                                                                             \
+    extern "C" __global__ void __launch_bounds__(SHARED_AMONG, 1) NAME(const __grid_constant__ ARGUMENT a) { \
+        if (threadIdx.x >= BLOCK_THREADS) return;                                                                    \
+        claim_registers(a.n);                                                                                        \
+        RUN(a);                                                                                                      \
     }
+
+// The sum over the working threads of a block, given to all of them; `partial` holds 32 floats. The order is fixed.
+__device__ __forceinline__ float working_sum(float x, float* partial) {
+    u32 lane = threadIdx.x & 31;
+    x = warp_sum(x);
+    if (lane == 0) partial[threadIdx.x >> 5] = x;
+    __syncthreads();
+    return warp_sum(lane < BLOCK_THREADS / 32 ? partial[lane] : 0.0f);
+}
 
 // A thread computes eight columns of a norm at a time, those that lie side by side among fragments: column `j` of item `i`.
 __device__ __forceinline__ u32 item_column(u32 item, u32 j) {
@@ -127,7 +136,7 @@ __device__ __forceinline__ void norm_row(const float* row, const float* weight, 
 #pragma unroll
             for (u32 j = 0; j < 8; j++) sum = fmaf(items.v[k][j], items.v[k][j], sum);
     }
-    float scale = rsqrtf(block_sum(sum, partial) / (float)width + eps);
+    float scale = rsqrtf(working_sum(sum, partial) / (float)width + eps);
     for (u32 first = 0; first < n_items; first += at_once) {
         if (n_items > at_once) items.load(row, width, first), weights.load(weight, width, first);
 #pragma unroll

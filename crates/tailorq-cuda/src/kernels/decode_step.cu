@@ -79,7 +79,7 @@ struct Rotate {
 __device__ __forceinline__ void walsh(float* x, u32 length, u32 block) {
     for (u32 half = 1; half < block; half *= 2) {
         __syncthreads();
-        for (u32 p = threadIdx.x; p < length / 2; p += blockDim.x) {
+        for (u32 p = threadIdx.x; p < length / 2; p += BLOCK_THREADS) {
             u32 at = p / half * 2 * half + p % half;
             float a = x[at], b = x[at + half];
             x[at] = a + b, x[at + half] = a - b;
@@ -92,14 +92,14 @@ __device__ __forceinline__ void walsh(float* x, u32 length, u32 block) {
 __device__ __forceinline__ void rotate_part(const Rotate& a, u32 i, u32 first, float* row) {
     u32 length = min(a.part, a.width - first), whole = length - length % a.block;
     const float* x = a.x + (u64)i * a.width + first;
-    for (u32 c = threadIdx.x; c < length; c += blockDim.x) row[c] = c < whole ? __ldcg(x + c) * a.signs[first + c] : __ldcg(x + c);
+    for (u32 c = threadIdx.x; c < length; c += BLOCK_THREADS) row[c] = c < whole ? __ldcg(x + c) * a.signs[first + c] : __ldcg(x + c);
     walsh(row, whole, a.block);
     if (whole < length) {
         float* last = row + length - a.block;
-        for (u32 c = threadIdx.x; c < a.block; c += blockDim.x) last[c] *= a.signs[whole + c];
+        for (u32 c = threadIdx.x; c < a.block; c += BLOCK_THREADS) last[c] *= a.signs[whole + c];
         walsh(last, a.block, a.block);
     }
-    for (u32 c = threadIdx.x; c < ((length + 31) & ~31u); c += blockDim.x) {
+    for (u32 c = threadIdx.x; c < ((length + 31) & ~31u); c += BLOCK_THREADS) {
         float y = c < length ? row[c] : 0.0f;
         write_fragment(a.out, a.out_sums, first + c, a.n, i, c < ((length + 15) & ~15u), y);
     }
