@@ -19,8 +19,11 @@ pub(super) const OWN_SHARED: u32 = 1 << 10;
 pub(super) const BLOCK_THREADS: u32 = 384;
 
 /// Threads of a block at most, and registers of a thread at most, as `SHARED_AMONG` in `decode_parts.cuh` says.
-const MOST_THREADS: u32 = 768;
-const MOST_REGISTERS: u32 = 80;
+const MOST_THREADS: u32 = 896;
+const MOST_REGISTERS: u32 = 72;
+
+/// Parts of a processor.
+const PARTS: u32 = 4;
 
 /// How a kernel is meant to lie on the processors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,12 +47,12 @@ pub(super) fn whole(gpu: &Gpu) -> u32 {
 
 /// Threads of a block of which there is no room for two beside one another, but for one beside an even one.
 fn odd_threads(gpu: &Gpu, function: Function) -> Option<u32> {
-    // A warp's registers come by the 8 of each thread.
-    let a_warp = 32 * gpu.registers(function).next_multiple_of(8);
-    let warps = (gpu.registers_a_processor / 2 / a_warp + 1).max(BLOCK_THREADS / 32);
-    let even = BLOCK_THREADS * MOST_REGISTERS;
-    let fits = 32 * warps <= MOST_THREADS && warps * a_warp + even <= gpu.registers_a_processor;
-    (fits && a_warp <= 32 * MOST_REGISTERS).then_some(32 * warps)
+    // A processor has four parts, which share out its registers and a block's warps; a thread's come by eights.
+    let (room, one) = (gpu.registers_a_processor / PARTS / 32, gpu.registers(function).next_multiple_of(8));
+    let even = BLOCK_THREADS.div_ceil(32 * PARTS) * MOST_REGISTERS;
+    let warps = (room / 2 / one + 1).max(BLOCK_THREADS.div_ceil(32 * PARTS));
+    let threads = 32 * PARTS * warps;
+    (one <= MOST_REGISTERS && warps * one + even <= room && threads <= MOST_THREADS).then_some(threads)
 }
 
 /// A kernel with its arguments, ready to be started any number of times.

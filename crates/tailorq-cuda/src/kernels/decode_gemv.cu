@@ -124,7 +124,7 @@ __device__ __forceinline__ void multiply_words(const Gemv& a, const u32* words, 
 struct Grid {
     float scale[2], zero[2];
 
-    __device__ __forceinline__ Grid(const Gemv& a, const Place& at, u32 zero_shift, u32 group) {
+    __device__ __forceinline__ void load(const Gemv& a, const Place& at, u32 zero_shift, u32 group) {
         u32 scales = shared4(at.scales + group * 32);
         scale[0] = half_to_float((u16)scales), scale[1] = half_to_float((u16)(scales >> 16));
 #if FORMAT < 16 && !CODEBOOK
@@ -158,6 +158,7 @@ template <u32 GROUP>
 __device__ __forceinline__ void consume_one(const Gemv& a, const Place& at, u32 n_units, u32 zero_shift, float* total) {
     constexpr u32 GROUPS = Unit<GROUP>::GROUPS;
     constexpr int LENGTH = GROUP ? GROUP : STEPS;
+    constexpr bool AHEAD = WORDS <= 6;  // of the words of the next unit, for which there are registers
     const u32 column = (threadIdx.x & 31) >> 2, quarter = threadIdx.x & 3;
     u32 b[STEPS][2], x = at.one_x + (STAGE_UNITS > 1 ? min(column / 2, n_units - 1) * (STEPS * 32) : 0);
 #pragma unroll
@@ -166,17 +167,29 @@ __device__ __forceinline__ void consume_one(const Gemv& a, const Place& at, u32 
         b[2 * i][0] = v.x, b[2 * i][1] = v.y, b[2 * i + 1][0] = v.z, b[2 * i + 1][1] = v.w;
     }
     float kept[2] = {0.0f, 0.0f};
+    // What comes last is asked for first.
+    Grid grid;
+    float minus;
+    if (GROUPS == 1) grid.load(a, at, zero_shift, min(quarter, n_units - 1)), minus = group_sum(at, min(quarter, n_units - 1), 1, 0);
+    u32 next[WORDS];
+    if (AHEAD) load_words(at, 0, next);
 #pragma unroll 1
     for (u32 u = 0; u < n_units; u++) {
         u32 words[WORDS];
-        load_words(at, u, words);
+        if (AHEAD) {
+#pragma unroll
+            for (int i = 0; i < WORDS; i++) words[i] = next[i];
+            load_words(at, min(u + 1, n_units - 1), next);
+        } else {
+            load_words(at, u, words);
+        }
 #pragma unroll
         for (int group = 0; group < STEPS / LENGTH; group++) {
             float sum[4];
             multiply_words<LENGTH>(a, words, b, group * LENGTH, sum);
             if (GROUPS > 1) {
-                Grid grid(a, at, zero_shift, u * GROUPS + group);
-                float minus = group_sum(at, u * GROUPS + group, 1, 0);
+                grid.load(a, at, zero_shift, u * GROUPS + group);
+                minus = group_sum(at, u * GROUPS + group, 1, 0);
                 if (quarter == u) grid.add(total[0], 0, sum[0], minus), grid.add(total[1], 1, sum[2], minus);
             } else if (quarter == u) {
                 kept[0] = sum[0], kept[1] = sum[2];
@@ -185,8 +198,6 @@ __device__ __forceinline__ void consume_one(const Gemv& a, const Place& at, u32 
     }
     if (GROUPS > 1 || quarter >= n_units) return;
     if (GROUPS == 1) {
-        Grid grid(a, at, zero_shift, quarter);
-        float minus = group_sum(at, quarter, 1, 0);
         grid.add(total[0], 0, kept[0], minus), grid.add(total[1], 1, kept[1], minus);
     } else {
         total[0] += kept[0], total[1] += kept[1];
@@ -209,7 +220,8 @@ __device__ __forceinline__ void consume_many(const Gemv& a, const Place& at, u32
             float sum[4];
             multiply_words<LENGTH>(a, words, b, group * LENGTH, sum);
             if (GROUPS) {
-                Grid grid(a, at, zero_shift, u * GROUPS + group);
+                Grid grid;
+                grid.load(a, at, zero_shift, u * GROUPS + group);
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     float minus = group_sum(at, u * GROUPS + group, 8, i & 1);

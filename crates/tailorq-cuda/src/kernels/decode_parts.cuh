@@ -55,10 +55,10 @@ __device__ __forceinline__ void wait_for_previous() {
 // Threads of a block that work: the order of a norm's sum depends on it.
 #define BLOCK_THREADS 384
 
-// Registers that a kernel takes at least, and threads among which a processor's are shared out so that it takes 80 at most. Between
+// Registers that a kernel takes at least, and threads among which a processor's are shared out so that it takes 72 at most. Between
 // these a block that shares its processor is made to hold more than half of the registers by a few idle warps (`launch.rs`).
 #define LEAST_REGISTERS 62
-#define SHARED_AMONG 768
+#define SHARED_AMONG 896
 
 // Takes that many, whatever the kernel needs: they are all in use at once in a branch that nobody takes. `n` is never 0.
 __device__ __forceinline__ void claim_registers(u32 n) {
