@@ -165,7 +165,8 @@ const WARPS: usize = BLOCK_THREADS as usize / 32;
 /// Bytes of shared memory of `attend`: keys and values of so many positions, and what `Rooms` names beside.
 fn shared(config: &ModelConfig, split: usize) -> usize {
     let (group, width) = (config.n_heads / config.n_kv_heads, config.head_dim);
-    let (rows, numbers) = (2 * split * width, group * (width + split + 2) + WARPS * HEADS_AT_ONCE * width + width);
+    let (rows, numbers) =
+        (2 * split * width, group * (width + split + 2 * WARPS) + WARPS * HEADS_AT_ONCE * width + width);
     2 * rows + 4 * numbers
 }
 

@@ -159,8 +159,8 @@ struct Rooms {
     u16* values;
     float* queries;  // [group, head_dim]
     float* reduced;  // [warps, HEADS_AT_ONCE, head_dim]
-    float* weights;  // [group, split]
-    float* most;     // [group]
+    float* weights;  // [group, split]: products of queries and keys
+    float* most;     // [warps, group]: the largest weight, and the sum of what their exponentials count for
     float* sums;
     float* turn;     // [2, head_dim / 2]
     u32 barriers;    // of keys and of values
@@ -172,7 +172,7 @@ __device__ __forceinline__ Rooms make_rooms(const Attend& a, u8* shared, u64* ba
     r.keys = (u16*)shared, r.values = r.keys + rows;
     r.queries = (float*)(r.values + rows), r.reduced = r.queries + group * a.head_dim;
     r.weights = r.reduced + ATTENTION_WARPS * HEADS_AT_ONCE * a.head_dim;
-    r.most = r.weights + group * a.split, r.sums = r.most + group, r.turn = r.sums + group;
+    r.most = r.weights + group * a.split, r.sums = r.most + ATTENTION_WARPS * group, r.turn = r.sums + ATTENTION_WARPS * group;
     r.barriers = (u32)__cvta_generic_to_shared(barriers);
     return r;
 }
@@ -194,7 +194,7 @@ __device__ __forceinline__ void load_rows(const Work& w, const Team& t, const u1
     }
 }
 
-// Products of queries and keys.
+// Products of queries and keys, and the largest of each warp.
 __device__ __forceinline__ void score(const Attend& a, const Work& w, const Team& t, const Rooms& rooms, u32 group) {
 #pragma unroll 1
     for (u32 base = w.from; base < w.to; base += AT_ONCE * t.stride) {
@@ -220,36 +220,42 @@ __device__ __forceinline__ void score(const Attend& a, const Work& w, const Team
 #pragma unroll
                 for (u32 j = 0; j < AT_ONCE; j++) dots[j] += __shfl_xor_sync(0xffffffffu, dots[j], offset);
             }
+            float largest = __int_as_float(0xff800000);
 #pragma unroll
             for (u32 j = 0; j < AT_ONCE; j++) {
                 u32 p = base + j * t.stride + t.number;
-                if (t.piece == 0 && p < w.to) rooms.weights[h * a.split + p - w.first] = dots[j];
+                if (p >= w.to) continue;
+                largest = fmaxf(largest, dots[j]);
+                if (t.piece == 0) rooms.weights[h * a.split + p - w.first] = dots[j];
             }
+            for (u32 offset = t.lanes; offset < 32; offset *= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, offset));
+            float* most = rooms.most + (threadIdx.x >> 5) * group + h;
+            if ((threadIdx.x & 31) == 0) *most = base == w.from ? largest : fmaxf(*most, largest);
         }
     }
 }
 
-// Weights become exponentials relative to the largest; `most` and `sums` of each head.
-__device__ __forceinline__ void exponentials(const Attend& a, const Work& w, const Rooms& rooms, u32 group) {
-    u32 lane = threadIdx.x & 31;
-    for (u32 h = threadIdx.x >> 5; h < group; h += ATTENTION_WARPS) {
-        float* weights = rooms.weights + h * a.split;
-        float largest = __int_as_float(0xff800000), sum = 0.0f;
-        for (u32 p = w.from + lane; p < w.to; p += 32) largest = fmaxf(largest, weights[p - w.first]);
-        largest = warp_max(largest);
-        for (u32 p = w.from + lane; p < w.to; p += 32) {
-            float e = __expf(weights[p - w.first] - largest);
-            weights[p - w.first] = e;
-            sum += e;
-        }
-        sum = warp_sum(sum);
-        if (lane == 0) rooms.most[h] = largest, rooms.sums[h] = sum;
-    }
+// The largest weight of a head.
+__device__ __forceinline__ float most_of(const Rooms& rooms, u32 group, u32 h) {
+    float most = rooms.most[h];
+#pragma unroll
+    for (u32 w = 1; w < ATTENTION_WARPS; w++) most = fmaxf(most, rooms.most[w * group + h]);
+    return most;
 }
 
-// Sums of values by their weights, for a few heads from `h0` on.
+// The sum of a head's exponentials.
+__device__ __forceinline__ float sum_of(const Rooms& rooms, u32 group, u32 h) {
+    float sum = 0.0f;
+#pragma unroll
+    for (u32 w = 0; w < ATTENTION_WARPS; w++) sum += rooms.sums[w * group + h];
+    return sum;
+}
+
+// Sums of values by the exponentials of their weights relative to the largest, for a few heads from `h0` on.
 __device__ __forceinline__ void mix(const Attend& a, const Work& w, const Team& t, const Rooms& rooms, u32 group, u32 h0) {
-    float acc[HEADS_AT_ONCE][8] = {};
+    float acc[HEADS_AT_ONCE][8] = {}, most[HEADS_AT_ONCE], sums[HEADS_AT_ONCE] = {};
+#pragma unroll
+    for (u32 h = 0; h < HEADS_AT_ONCE; h++) most[h] = h0 + h < group ? most_of(rooms, group, h0 + h) : 0.0f;
 #pragma unroll 1
     for (u32 base = w.from; base < w.to; base += AT_ONCE * t.stride) {
         uint4 packed[AT_ONCE];
@@ -262,7 +268,8 @@ __device__ __forceinline__ void mix(const Attend& a, const Work& w, const Team& 
 #pragma unroll
             for (u32 h = 0; h < HEADS_AT_ONCE; h++) {
                 if (h0 + h >= group) continue;
-                float weight = p < w.to ? rooms.weights[(h0 + h) * a.split + p - w.first] : 0.0f;
+                float weight = p < w.to ? __expf(rooms.weights[(h0 + h) * a.split + p - w.first] - most[h]) : 0.0f;
+                sums[h] += weight;
 #pragma unroll
                 for (u32 d = 0; d < 8; d++) acc[h][d] = fmaf(weight, value[d], acc[h][d]);
             }
@@ -273,9 +280,11 @@ __device__ __forceinline__ void mix(const Attend& a, const Work& w, const Team& 
         if (h0 + h >= group) continue;
 #pragma unroll 1
         for (u32 offset = t.lanes; offset < 32; offset *= 2) {
+            sums[h] += __shfl_xor_sync(0xffffffffu, sums[h], offset);
 #pragma unroll
             for (u32 d = 0; d < 8; d++) acc[h][d] += __shfl_xor_sync(0xffffffffu, acc[h][d], offset);
         }
+        if ((threadIdx.x & 31) == 0) rooms.sums[(threadIdx.x >> 5) * group + h0 + h] = sums[h];
         if ((threadIdx.x & 31) < t.lanes && t.has_piece) {
             float4* to = (float4*)(rooms.reduced + ((threadIdx.x >> 5) * HEADS_AT_ONCE + h) * t.width + t.piece * 8);
             to[0] = make_float4(acc[h][0], acc[h][1], acc[h][2], acc[h][3]);
@@ -382,7 +391,7 @@ __device__ __forceinline__ void write_heads(const Attend& a, const Work& w, cons
             continue;
         }
         u32 c = (w.kv_head * group + h0) * width + at;
-        y *= 1.0f / rooms.sums[h0 + h];
+        y *= 1.0f / sum_of(rooms, group, h0 + h);
         write_fragment(a.out, a.out_sums, c, a.n, w.i, is_there, y);
         if (is_there && a.plain) a.plain[(u64)w.i * a.n_heads * width + c] = y;
     }
@@ -399,8 +408,6 @@ __device__ __forceinline__ void attend_to(const Attend& a, const Work& w, const 
     score(a, w, team, rooms, group);
     __syncthreads();
     fetch_rows(a, next, a.keys, rooms.keys, rooms.barriers);
-    exponentials(a, w, rooms, group);
-    __syncthreads();
     if (waits) wait_for_stage(rooms.barriers + 8, parity);
     const u32 first_split = w.oldest / a.split, n_parts = w.position / a.split + 1 - first_split;
     for (u32 h0 = 0; h0 < group; h0 += HEADS_AT_ONCE) {
@@ -412,7 +419,9 @@ __device__ __forceinline__ void attend_to(const Attend& a, const Work& w, const 
     }
     if (n_parts == 1) return;
     float* mine = part_of(a, w, w.split);
-    for (u32 h = threadIdx.x; h < group; h += ATTENTION_THREADS) mine[h * (width + 2) + width] = rooms.most[h], mine[h * (width + 2) + width + 1] = rooms.sums[h];
+    for (u32 h = threadIdx.x; h < group; h += ATTENTION_THREADS) {
+        mine[h * (width + 2) + width] = most_of(rooms, group, h), mine[h * (width + 2) + width + 1] = sum_of(rooms, group, h);
+    }
     if (is_last_of(a.arrivals + w.i * a.n_kv_heads + w.kv_head, n_parts)) add_parts(a, w, group, first_split, n_parts);
 }
 

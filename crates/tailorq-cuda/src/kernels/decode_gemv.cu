@@ -209,12 +209,16 @@ template <u32 GROUP>
 __device__ __forceinline__ void consume_many(const Gemv& a, const Place& at, u32 n_units, u32 has_token, u32 zero_shift, float* total) {
     constexpr u32 GROUPS = Unit<GROUP>::GROUPS;
     constexpr int LENGTH = GROUP ? GROUP : STEPS;
+    u32 next[WORDS];
+    load_words(at, 0, next);
 #pragma unroll 1
     for (u32 u = 0; u < n_units; u++) {
         u32 b[STEPS][2], words[WORDS];
 #pragma unroll
         for (int i = 0; i < STEPS / 2; i++) load_fragments(at.x + (u * (STEPS / 2) + i) * a.n * 32, has_token, b[2 * i]);
-        load_words(at, u, words);
+#pragma unroll
+        for (int i = 0; i < WORDS; i++) words[i] = next[i];
+        load_words(at, min(u + 1, n_units - 1), next);
 #pragma unroll
         for (int group = 0; group < STEPS / LENGTH; group++) {
             float sum[4];
