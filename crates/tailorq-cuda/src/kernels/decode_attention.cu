@@ -433,6 +433,7 @@ __device__ __forceinline__ void run_attend(const Attend& a) {
     const u32 n_items = a.n_kv_heads * a.n * a.n_splits;
     const Team team = make_team(a);
     const Rooms rooms = make_rooms(a, shared_rows, barriers);
+    begin_early();
     if (threadIdx.x == 0) make_barriers(rooms.barriers, 2);
     if (threadIdx.x < a.n) tokens.positions[threadIdx.x] = __ldcg(a.positions + threadIdx.x), tokens.sequences[threadIdx.x] = __ldcg(a.sequences + threadIdx.x);
     __syncthreads();
@@ -450,7 +451,6 @@ __device__ __forceinline__ void run_attend(const Attend& a) {
         load_turn(a, w.position, threadIdx.x, ATTENTION_THREADS, rooms.turn);
         __syncthreads();
         if (!has_waited) wait_for_previous();
-        begin_early();
         has_waited = true;
         if (w.from < w.to) {
             attend_to(a, w, next, team, rooms, parity);

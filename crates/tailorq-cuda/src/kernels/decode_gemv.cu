@@ -604,8 +604,11 @@ __device__ __forceinline__ void gemv(const Gemv& a) {
     // No kernel writes the weights of a norm.
     NormItems weights;
     if (!MANY && a.norm) weights.load(a.norm, a.columns, 0);
+    // The next kernel's weights shall not come before what this one has yet to fetch, nor before its vector.
+    bool has_all = a.stages_a_warp <= a.depth && !CORRECTED;
+    if (has_all) begin_early();
     wait_for_previous();
-    begin_early();
+    if (!has_all) begin_early();
     // There are as many blocks as processors at least, and not all have work.
     if (!block.n_tiles) return;
     prepare<GROUP, MANY>(a, block, weights, partial);
