@@ -133,6 +133,14 @@ pub(super) enum Input {
     Norm { stream: u64, weight: u64, eps: f32 },
 }
 
+/// An RMS norm that is taken before a rotation: its weight, and where the norm goes as it is.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct RotatedNorm {
+    pub(super) weight: u64,
+    pub(super) eps: f32,
+    pub(super) plain: Option<Fragments>,
+}
+
 /// What a product does with its numbers.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Output {
@@ -412,21 +420,32 @@ impl DeviceMatrix {
         Launch::new(&self.gpu, kernel, shared.end as u32, args).blocks(plan.n_blocks())
     }
 
-    /// The rotation of `n` vectors `x` (`[n, cols]`, numbers), where there is a transform.
-    pub(super) fn rotation(&self, n: usize, x: u64, out: Fragments) -> Option<Launch> {
+    /// Whether corrections meet the inputs as they are, beside a base that meets something else.
+    pub(super) fn is_corrected(&self) -> bool {
+        self.shape.is_some()
+    }
+
+    /// The rotation of `n` vectors `x` (`[n, cols]`, numbers), where there is a transform; of their norm, if that is given.
+    pub(super) fn rotation(&self, n: usize, x: u64, norm: Option<RotatedNorm>, out: Fragments) -> Option<Launch> {
         let t = self.transform.as_ref()?;
         // A block of threads has whole blocks of inputs and whole steps; with a second pass it has all inputs.
         let part =
             if t.width.is_multiple_of(t.block) { t.block.max(512).min(t.width.next_multiple_of(16)) } else { t.width };
+        let plain = norm.and_then(|norm| norm.plain);
         let args = Rotate {
             x,
+            norm: norm.map_or(0, |norm| norm.weight),
             signs: t.signs.ptr(),
             out: out.data,
             out_sums: out.sums,
+            plain: plain.map_or(0, |plain| plain.data),
+            plain_sums: plain.map_or(0, |plain| plain.sums),
+            eps: norm.map_or(0.0, |norm| norm.eps),
             width: t.width as u32,
             block: t.block as u32,
             part: part as u32,
             n: n as u32,
+            end: 0,
         };
         Some(Launch::new(&self.gpu, (&super::step::SOURCE, "rotate", Sharing::Shared), 4 * part as u32, args))
     }
@@ -568,11 +587,16 @@ struct Shared {
 #[derive(Clone, Copy)]
 struct Rotate {
     x: u64,
+    norm: u64,
     signs: u64,
     out: u64,
     out_sums: u64,
+    plain: u64,
+    plain_sums: u64,
+    eps: f32,
     width: u32,
     block: u32,
     part: u32,
     n: u32,
+    end: u32,
 }

@@ -64,7 +64,7 @@ impl MatVec {
         let input = Input::Fragments { x: base, plain: of(&plain) };
         let product = |m: &DeviceMatrix| m.product(n, input, output);
         let mut launches = vec![step::arrange(gpu, n, cols, x.ptr(), 0, (of(&plain), 0))];
-        launches.extend(matrices[0].rotation(n, x.ptr(), of(&rotated)));
+        launches.extend(matrices[0].rotation(n, x.ptr(), None, of(&rotated)));
         launches.push(product(&matrices[0]));
         let whole = Graph::new(gpu, launches, n == 1)?;
         let products = Graph::new(gpu, matrices.iter().map(product).collect(), n == 1)?;

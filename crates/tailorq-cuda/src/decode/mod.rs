@@ -26,7 +26,7 @@ pub(crate) use step::SOURCE as STEP;
 use crate::error::CudaError;
 use crate::gpu::{Buffer, Gpu};
 use launch::{Graph, Launch};
-use matrix::{DeviceMatrix, Fragments, Input, MOST_ROWS, Output};
+use matrix::{DeviceMatrix, Fragments, Input, MOST_ROWS, Output, RotatedNorm};
 use std::collections::HashMap;
 use std::sync::Arc;
 use step::{Attention, AttentionIo, Choice, Embedding};
@@ -419,12 +419,22 @@ impl<'a> Recorder<'a> {
         }
     }
 
-    /// Products with the norm of the stream. A single vector's norm is taken by each block of each product, where all can.
+    /// Products with the norm of the stream. A single vector's norm is taken by each block of each product, where all can, and
+    /// that of a single rotated product by its rotation.
     fn normed_products(&mut self, weight: &Buffer, products: &[(&DeviceMatrix, Output)]) {
         let eps = self.decoder.config.rms_eps;
         if self.n == 1 && products.iter().all(|(matrix, _)| matrix.takes_norms()) {
             let input = Input::Norm { stream: self.residual, weight: weight.ptr(), eps };
             self.launches.extend(products.iter().map(|(matrix, output)| matrix.product(1, input, *output)));
+            return;
+        }
+        if let [(matrix, output)] = products
+            && matrix.is_rotated()
+        {
+            let (x, plain) = (self.rotated[&matrix.cols()], self.normed.0);
+            let norm = RotatedNorm { weight: weight.ptr(), eps, plain: matrix.is_corrected().then_some(plain) };
+            self.launches.extend(matrix.rotation(self.n, self.residual, Some(norm), x));
+            self.launches.push(matrix.product(self.n, Input::Fragments { x, plain }, *output));
             return;
         }
         let is_rotated = products.iter().any(|(matrix, _)| matrix.is_rotated());
@@ -439,7 +449,7 @@ impl<'a> Recorder<'a> {
     fn product(&mut self, matrix: &DeviceMatrix, input: (Fragments, u64), output: Output) {
         let (plain, numbers) = input;
         let rotated = self.rotated[&matrix.cols()];
-        let x = match matrix.rotation(self.n, numbers, rotated) {
+        let x = match matrix.rotation(self.n, numbers, None, rotated) {
             None => plain,
             Some(rotation) => {
                 self.launches.push(rotation);

@@ -123,20 +123,26 @@ struct NormItems {
     }
 };
 
-// The block: RMS norm of a row up to the end of its chunk. `weights` are the first ones of `weight`, which were asked for before
-// the row was there. `partial` is 32 floats in shared memory.
-__device__ __forceinline__ void norm_row(const float* row, const float* weight, NormItems& weights, u32 width, float eps, const NormOut& out, float* partial) {
-    const u32 n_items = ((width + 127) & ~127u) / 8, at_once = NORM_ITEMS * BLOCK_THREADS;
-    NormItems items;
+// The block: what the numbers of a row are multiplied by in its RMS norm. `items` are those that the thread read last.
+__device__ __forceinline__ float norm_scale(const float* row, u32 width, float eps, NormItems& items, float* partial) {
+    const u32 n_items = ((width + 127) & ~127u) / 8;
     float sum = 0.0f;
-    for (u32 first = 0; first < n_items; first += at_once) {
+    for (u32 first = 0; first < n_items; first += NORM_ITEMS * BLOCK_THREADS) {
         items.load(row, width, first);
 #pragma unroll
         for (u32 k = 0; k < NORM_ITEMS; k++)
 #pragma unroll
             for (u32 j = 0; j < 8; j++) sum = fmaf(items.v[k][j], items.v[k][j], sum);
     }
-    float scale = rsqrtf(working_sum(sum, partial) / (float)width + eps);
+    return rsqrtf(working_sum(sum, partial) / (float)width + eps);
+}
+
+// The block: RMS norm of a row up to the end of its chunk. `weights` are the first ones of `weight`, which were asked for before
+// the row was there. `partial` is 32 floats in shared memory.
+__device__ __forceinline__ void norm_row(const float* row, const float* weight, NormItems& weights, u32 width, float eps, const NormOut& out, float* partial) {
+    const u32 n_items = ((width + 127) & ~127u) / 8, at_once = NORM_ITEMS * BLOCK_THREADS;
+    NormItems items;
+    float scale = norm_scale(row, width, eps, items, partial);
     for (u32 first = 0; first < n_items; first += at_once) {
         if (n_items > at_once) items.load(row, width, first), weights.load(weight, width, first);
 #pragma unroll

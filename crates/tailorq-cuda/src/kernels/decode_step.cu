@@ -37,6 +37,7 @@ __device__ __forceinline__ void run_rms_norm(const Norm& a) {
     for (u32 i = blockIdx.x; i < a.n; i += gridDim.x) {
         float* plain = a.plain ? a.plain + (u64)i * a.width : nullptr;
         norm_row(a.stream + (u64)i * a.width, a.weight, weights, a.width, a.eps, NormOut{a.out, a.out_sums, plain, a.n, i}, partial);
+        __syncthreads();
     }
 }
 STEP_KERNEL(rms_norm, Norm, run_rms_norm)
@@ -70,29 +71,59 @@ STEP_KERNEL(arrange, Arrange, run_arrange)
 
 struct Rotate {
     const float* x;      // [n, width]
+    const float* norm;   // [width]: the weight of an RMS norm that is taken first, or null
     const float* signs;  // of the whole blocks, then of the last one where they leave a rest
     u16* out;
     float* out_sums;
-    u32 width, block, part, n;
+    u16* plain;          // what is rotated, as fragments too, or null
+    float* plain_sums;
+    float eps;
+    u32 width, block, part, n, end;
 };
 
-__device__ __forceinline__ void walsh(float* x, u32 length, u32 block) {
-    for (u32 half = 1; half < block; half *= 2) {
-        __syncthreads();
-        for (u32 p = threadIdx.x; p < length / 2; p += BLOCK_THREADS) {
-            u32 at = p / half * 2 * half + p % half;
-            float a = x[at], b = x[at + half];
-            x[at] = a + b, x[at + half] = a - b;
-        }
+// `log2(RADIX)` rounds of butterflies from distance `1 << h` on; a thread holds what it adds in registers meanwhile.
+template <u32 RADIX, u32 LOG>
+__device__ __forceinline__ void walsh_rounds(float* x, u32 length, u32 h) {
+    for (u32 item = threadIdx.x; item < length / RADIX; item += BLOCK_THREADS) {
+        float v[RADIX], *at = x + ((item >> h) << (h + LOG)) + (item & ((1u << h) - 1));
+#pragma unroll
+        for (u32 j = 0; j < RADIX; j++) v[j] = at[j << h];
+#pragma unroll
+        for (u32 half = 1; half < RADIX; half *= 2)
+#pragma unroll
+            for (u32 j = 0; j < RADIX; j++) {
+                if (j & half) continue;
+                float a = v[j], b = v[j + half];
+                v[j] = a + b, v[j + half] = a - b;
+            }
+#pragma unroll
+        for (u32 j = 0; j < RADIX; j++) at[j << h] = v[j];
     }
+}
+
+__device__ __forceinline__ void walsh(float* x, u32 length, u32 block) {
+    const u32 n_rounds = 31 - __clz(block);
+    u32 h = 0;
+    for (; h + 3 <= n_rounds; h += 3) {
+        __syncthreads();
+        walsh_rounds<8, 3>(x, length, h);
+    }
+    __syncthreads();
+    if (n_rounds - h == 2) walsh_rounds<4, 2>(x, length, h);
+    if (n_rounds - h == 1) walsh_rounds<2, 1>(x, length, h);
     __syncthreads();
 }
 
-// Inputs `first` and following of token `i`: `row` holds them in between.
-__device__ __forceinline__ void rotate_part(const Rotate& a, u32 i, u32 first, float* row) {
+// Inputs `first` and following of token `i`, `scale` times the norm's weight if there is one: `row` holds them in between.
+__device__ __forceinline__ void rotate_part(const Rotate& a, u32 i, u32 first, float scale, float* row) {
     u32 length = min(a.part, a.width - first), whole = length - length % a.block;
     const float* x = a.x + (u64)i * a.width + first;
-    for (u32 c = threadIdx.x; c < length; c += BLOCK_THREADS) row[c] = c < whole ? __ldcg(x + c) * a.signs[first + c] : __ldcg(x + c);
+    for (u32 c = threadIdx.x; c < ((length + 31) & ~31u); c += BLOCK_THREADS) {
+        float y = c < length ? __ldcg(x + c) : 0.0f;
+        if (a.norm && c < length) y = y * scale * __ldg(a.norm + first + c);
+        if (a.plain) write_fragment(a.plain, a.plain_sums, first + c, a.n, i, c < ((length + 15) & ~15u), y);
+        if (c < length) row[c] = c < whole ? y * __ldg(a.signs + first + c) : y;
+    }
     walsh(row, whole, a.block);
     if (whole < length) {
         float* last = row + length - a.block;
@@ -109,11 +140,15 @@ __device__ __forceinline__ void rotate_part(const Rotate& a, u32 i, u32 first, f
 // inputs when the width is no multiple. A block computes `part` inputs: whole blocks, or all when there is a second pass.
 __device__ __forceinline__ void run_rotate(const Rotate& a) {
     extern __shared__ float row[];
-    wait_for_previous();
+    __shared__ float partial[32];
     begin_early();
+    wait_for_previous();
     u32 n_parts = (a.width + a.part - 1) / a.part;
     for (u32 item = blockIdx.x; item < n_parts * a.n; item += gridDim.x) {
-        rotate_part(a, item / n_parts, item % n_parts * a.part, row);
+        u32 i = item / n_parts;
+        NormItems items;
+        float scale = a.norm ? norm_scale(a.x + (u64)i * a.width, a.width, a.eps, items, partial) : 1.0f;
+        rotate_part(a, i, item % n_parts * a.part, scale, row);
         __syncthreads();
     }
 }
