@@ -1,7 +1,7 @@
 //! Matrix times vector on packed weights against the bandwidth of a copy and against cuBLAS, and tokens a second of a model of
 //! the shape of Llama 2 7B with random weights.
 //!
-//! `cargo bench -p tailorq-cuda --bench decode [-- gemv|model|bf16|8192x28672 ...]`; a shape asks for products of that shape
+//! `cargo bench -p tailorq-cuda --bench decode [-- gemv|model|rotated|bf16|8192x28672 ...]`; a shape asks for products of that shape
 //! alone. Matrices are read one after the other in a graph,
 //! from so many copies that the L2 cache holds none of them when its turn comes again. A copy on the device counts the bytes
 //! that it reads and those that it writes.
@@ -18,8 +18,8 @@ use std::time::Instant;
 use tailorq_cuda::decode::{Decoder, DecoderOptions, DenseWeights, Products};
 use tailorq_model::{Block, Linear, Model, ModelConfig, RopeScaling, arch};
 use tailorq_tensor::{
-    Bits, DType, DenseRows, ElementCorrections, Group, Layout, PackedMatrix, PackedParts, Rng, SharedBytes, Slot, TILE,
-    TileBits, TileCorrection, TileCorrections, Weight,
+    Bits, DType, DenseRows, ElementCorrections, Group, InputTransform, Layout, PackedMatrix, PackedParts, Rng,
+    SharedBytes, Slot, TILE, TileBits, TileCorrection, TileCorrections, TransformKind, TransformSpec, Weight,
 };
 
 /// Bytes of all copies of a matrix at least.
@@ -36,14 +36,20 @@ struct Case {
     /// Share of tiles and of elements that are corrected.
     tiles: f64,
     elements: f64,
+    rotated: bool,
 }
 
+const PLAIN: Case = Case { name: "2 bit", bits: Bits::Two, tiles: 0.0, elements: 0.0, rotated: false };
+
 const CASES: [Case; 4] = [
-    Case { name: "2 bit", bits: Bits::Two, tiles: 0.0, elements: 0.0 },
-    Case { name: "2 bit, 2 % tiles, 0.35 % elements", bits: Bits::Two, tiles: 0.02, elements: 0.0035 },
-    Case { name: "3 bit", bits: Bits::Three, tiles: 0.0, elements: 0.0 },
-    Case { name: "4 bit", bits: Bits::Four, tiles: 0.0, elements: 0.0 },
+    PLAIN,
+    Case { name: "2 bit, 2 % tiles, 0.35 % elements", tiles: 0.02, elements: 0.0035, ..PLAIN },
+    Case { name: "3 bit", bits: Bits::Three, ..PLAIN },
+    Case { name: "4 bit", bits: Bits::Four, ..PLAIN },
 ];
+
+/// What TACQ makes of a linear.
+const TACQ: Case = Case { name: "2 bit, rotated, 0.35 % elements", elements: 0.0035, rotated: true, ..PLAIN };
 
 fn words(rng: &mut Rng, n: usize) -> Vec<u32> {
     let seed = rng.next_u64();
@@ -101,6 +107,11 @@ fn packed(rng: &mut Rng, rows: usize, cols: usize, case: &Case) -> Weight {
         let all: Vec<Vec<_>> =
             (0..rows).map(|_| some(rng, cols, case.elements).into_iter().map(|c| (c, value)).collect()).collect();
         m = m.with_elements(ElementCorrections::from_rows(cols, &all).expect("valid")).expect("same shape");
+    }
+    if case.rotated {
+        let block = 1 << cols.trailing_zeros().min(12);
+        let spec = TransformSpec { kind: TransformKind::Hadamard, seed: 5, block };
+        m = m.with_transform(InputTransform::new(cols, spec).expect("whole blocks")).expect("as wide");
     }
     m.into()
 }
@@ -307,11 +318,20 @@ fn main() {
     if wants("gemv") || asked.iter().any(|a| a.contains('x')) {
         products(&yardstick, copy, &asked);
     }
-    let two = |rng: &mut Rng, rows: usize, cols: usize| packed(rng, rows, cols, &CASES[0]);
+    let of = |case: &'static Case| move |rng: &mut Rng, rows: usize, cols: usize| packed(rng, rows, cols, case);
     let head = packed(&mut Rng::new(4), 32000, 4096, &CASES[3]);
     if wants("model") {
         println!("\nthe shape of Llama 2 7B, {TOKENS} tokens after 16");
-        generation("2 bit, head 4 bit", &llama(two, head), DenseWeights::F16, copy, &[1, 8]);
+        generation("2 bit, head 4 bit", &llama(of(&PLAIN), head.clone()), DenseWeights::F16, copy, &[1, 8]);
+    }
+    if wants("rotated") {
+        generation(
+            "2 bit, rotated, 0.35 % elements, head 4 bit",
+            &llama(of(&TACQ), head),
+            DenseWeights::F16,
+            copy,
+            &[1, 8],
+        );
     }
     if wants("bf16") {
         let dense = |rng: &mut Rng, rows: usize, cols: usize| -> Weight {

@@ -114,25 +114,71 @@ __device__ __forceinline__ void walsh(float* x, u32 length, u32 block) {
     __syncthreads();
 }
 
-// Inputs `first` and following of token `i`, `scale` times the norm's weight if there is one: `row` holds them in between.
-__device__ __forceinline__ void rotate_part(const Rotate& a, u32 i, u32 first, float scale, float* row) {
-    u32 length = min(a.part, a.width - first), whole = length - length % a.block;
-    const float* x = a.x + (u64)i * a.width + first;
-    for (u32 c = threadIdx.x; c < ((length + 31) & ~31u); c += BLOCK_THREADS) {
-        float y = c < length ? __ldcg(x + c) : 0.0f;
-        if (a.norm && c < length) y = y * scale * __ldg(a.norm + first + c);
-        if (a.plain) write_fragment(a.plain, a.plain_sums, first + c, a.n, i, c < ((length + 15) & ~15u), y);
-        if (c < length) row[c] = c < whole ? y * __ldg(a.signs + first + c) : y;
+// Inputs that a thread of a rotation has asked for at a time.
+#define ROTATED_AT_ONCE 12
+
+// Which inputs a block rotates: `length` from `first` on, of which `whole` are blocks.
+struct RotatedPart {
+    u32 i, first, length, whole;
+
+    __device__ __forceinline__ RotatedPart(const Rotate& a, u32 item) {
+        u32 n_parts = (a.width + a.part - 1) / a.part;
+        i = item / n_parts, first = item % n_parts * a.part, length = min(a.part, a.width - first), whole = length - length % a.block;
     }
-    walsh(row, whole, a.block);
-    if (whole < length) {
-        float* last = row + length - a.block;
-        for (u32 c = threadIdx.x; c < a.block; c += BLOCK_THREADS) last[c] *= a.signs[whole + c];
+};
+
+// What some of a part's inputs are multiplied by: the norm's weight and the sign. No kernel writes them.
+struct Factors {
+    float norm[ROTATED_AT_ONCE], sign[ROTATED_AT_ONCE];
+
+    __device__ __forceinline__ void load(const Rotate& a, const RotatedPart& part, u32 base) {
+#pragma unroll
+        for (u32 k = 0; k < ROTATED_AT_ONCE; k++) {
+            u32 c = base + k * BLOCK_THREADS + threadIdx.x;
+            norm[k] = a.norm && c < part.length ? __ldg(a.norm + part.first + c) : 1.0f;
+            sign[k] = c < part.whole ? __ldg(a.signs + part.first + c) : 1.0f;
+        }
+    }
+};
+
+// The inputs of a part with their signs into `row`; of their norm, if there is one. `factors` are the first ones.
+__device__ __forceinline__ void load_part(const Rotate& a, const RotatedPart& part, Factors& factors, float* row, float* partial) {
+    const float* x = a.x + (u64)part.i * a.width;
+    const u32 padded = (part.length + 31) & ~31u, at_once = ROTATED_AT_ONCE * BLOCK_THREADS;
+    float scale = 1.0f;
+    for (u32 base = 0; base < padded; base += at_once) {
+        float y[ROTATED_AT_ONCE];
+#pragma unroll
+        for (u32 k = 0; k < ROTATED_AT_ONCE; k++) {
+            u32 c = base + k * BLOCK_THREADS + threadIdx.x;
+            y[k] = c < part.length ? __ldcg(x + part.first + c) : 0.0f;
+        }
+        if (base) factors.load(a, part, base);
+        NormItems items;
+        if (a.norm && !base) scale = norm_scale(x, a.width, a.eps, items, partial);
+#pragma unroll
+        for (u32 k = 0; k < ROTATED_AT_ONCE; k++) {
+            u32 c = base + k * BLOCK_THREADS + threadIdx.x;
+            if ((c & ~31u) >= padded) continue;
+            if (a.norm) y[k] = y[k] * scale * factors.norm[k];
+            if (a.plain) write_fragment(a.plain, a.plain_sums, part.first + c, a.n, part.i, c < ((part.length + 15) & ~15u), y[k]);
+            if (c < part.length) row[c] = y[k] * factors.sign[k];
+        }
+    }
+}
+
+// The part that `load_part` has left in `row`, rotated.
+__device__ __forceinline__ void rotate_part(const Rotate& a, const RotatedPart& part, float* row) {
+    walsh(row, part.whole, a.block);
+    if (part.whole < part.length) {
+        float* last = row + part.length - a.block;
+        for (u32 c = threadIdx.x; c < a.block; c += BLOCK_THREADS) last[c] *= a.signs[part.whole + c];
         walsh(last, a.block, a.block);
     }
-    for (u32 c = threadIdx.x; c < ((length + 31) & ~31u); c += BLOCK_THREADS) {
-        float y = c < length ? row[c] : 0.0f;
-        write_fragment(a.out, a.out_sums, first + c, a.n, i, c < ((length + 15) & ~15u), y);
+#pragma unroll 4
+    for (u32 c = threadIdx.x; c < ((part.length + 31) & ~31u); c += BLOCK_THREADS) {
+        float y = c < part.length ? row[c] : 0.0f;
+        write_fragment(a.out, a.out_sums, part.first + c, a.n, part.i, c < ((part.length + 15) & ~15u), y);
     }
 }
 
@@ -141,14 +187,16 @@ __device__ __forceinline__ void rotate_part(const Rotate& a, u32 i, u32 first, f
 __device__ __forceinline__ void run_rotate(const Rotate& a) {
     extern __shared__ float row[];
     __shared__ float partial[32];
+    const u32 n_items = (a.width + a.part - 1) / a.part * a.n;
+    Factors factors;
     begin_early();
+    if (blockIdx.x < n_items) factors.load(a, RotatedPart(a, blockIdx.x), 0);
     wait_for_previous();
-    u32 n_parts = (a.width + a.part - 1) / a.part;
-    for (u32 item = blockIdx.x; item < n_parts * a.n; item += gridDim.x) {
-        u32 i = item / n_parts;
-        NormItems items;
-        float scale = a.norm ? norm_scale(a.x + (u64)i * a.width, a.width, a.eps, items, partial) : 1.0f;
-        rotate_part(a, i, item % n_parts * a.part, scale, row);
+    for (u32 item = blockIdx.x; item < n_items; item += gridDim.x) {
+        RotatedPart part(a, item);
+        if (item != blockIdx.x) factors.load(a, part, 0);
+        load_part(a, part, factors, row, partial);
+        rotate_part(a, part, row);
         __syncthreads();
     }
 }
