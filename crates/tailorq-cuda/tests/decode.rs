@@ -428,12 +428,15 @@ fn models() -> Vec<(&'static str, Model)> {
         let spread = 1.0 / (cols as f32).sqrt();
         Matrix::from_vec(rows, cols, (0..rows * cols).map(|_| spread * rng.normal()).collect()).into()
     };
+    // More numbers than a block has threads, of which some may be idle.
+    let wide = ModelConfig { hidden: 1040, intermediate: 1200, n_blocks: 1, ..config("qwen2", 6, 2) };
     let windowed = ModelConfig { sliding_window: Some(150), ..config("llama", 6, 2) };
     vec![
         ("llama, 4 bits", model(config("llama", 4, 4), rng, plain)),
         ("qwen2, mixed layouts", model(config("qwen2", 6, 2), rng, mixed)),
         ("qwen3, rotated", model(config("qwen3", 7, 1), rng, rotated)),
         ("llama, dense, a window", model(windowed, rng, dense)),
+        ("qwen2, mixed layouts, wide", model(wide, rng, mixed)),
     ]
 }
 

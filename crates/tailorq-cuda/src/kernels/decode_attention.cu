@@ -83,7 +83,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS) store(const __grid_c
     begin_early();
     wait_for_previous();
     float* turn = turns + (threadIdx.x >> 5) * a.head_dim;
-    for (u32 item = global_idx() / 32; item < 2 * a.n_kv_heads * a.n; item += gridDim.x * (BLOCK_THREADS / 32)) {
+    for (u32 item = working_idx() / 32; item < 2 * a.n_kv_heads * a.n; item += gridDim.x * (BLOCK_THREADS / 32)) {
         u32 kv_head = item / 2 % a.n_kv_heads, i = item / 2 / a.n_kv_heads;
         int position = a.positions[i];
         if (position < 0) continue;

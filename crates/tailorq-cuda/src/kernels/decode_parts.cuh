@@ -78,6 +78,9 @@ __device__ __forceinline__ void claim_registers(u32 n) {
         RUN(a);                                                                                                      \
     }
 
+// The thread's number among those of all blocks that work.
+__device__ __forceinline__ u64 working_idx() { return (u64)blockIdx.x * BLOCK_THREADS + threadIdx.x; }
+
 // The sum over the working threads of a block, given to all of them; `partial` holds 32 floats. The order is fixed.
 __device__ __forceinline__ float working_sum(float x, float* partial) {
     u32 lane = threadIdx.x & 31;

@@ -11,7 +11,7 @@ struct Embed {
 __device__ __forceinline__ void run_embed(const Embed& a) {
     wait_for_previous();
     begin_early();
-    for (u32 at = global_idx(); at < a.n * a.width; at += gridDim.x * BLOCK_THREADS) {
+    for (u32 at = working_idx(); at < a.n * a.width; at += gridDim.x * BLOCK_THREADS) {
         a.stream[at] = half_to_float(a.embedding[(u64)a.tokens[at / a.width] * a.width + at % a.width]);
     }
 }
@@ -57,7 +57,7 @@ __device__ __forceinline__ void run_arrange(const Arrange& a) {
     begin_early();
     // A warp has columns of one token.
     u32 padded = (a.width + 31) & ~31u;
-    for (u32 item = global_idx(); item < a.n * padded; item += gridDim.x * BLOCK_THREADS) {
+    for (u32 item = working_idx(); item < a.n * padded; item += gridDim.x * BLOCK_THREADS) {
         u32 i = item / padded, c = item % padded;
         bool is_there = c < a.width;
         u64 at = (u64)i * a.width + c;
